@@ -1,0 +1,365 @@
+"""Settings: frozen dataclasses from which flags, environment variables and TOML keys are derived.
+
+The only reader of `os.environ`. A setting's name, type, default and one-line description are written
+once, in its field. Precedence: flag > environment (`CHATSERVE_<FIELD>`) > TOML file > default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from chatserve.errors import UsageError
+
+DEFAULT_PORT = 8000
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    flags: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    group: str = "options",
+    metavar: str | None = None,
+    env: Sequence[str] = (),
+    flag: bool = True,
+) -> Any:
+    """One field of a settings class: its default, its sentence, and further spellings of its flag.
+
+    `flags` are aliases beside `--field-name`; `env` further environment variables (FastChat's);
+    `flag=False` keeps it out of the command line.
+    """
+    metadata = {
+        "doc": doc, "flags": tuple(flags), "choices": choices, "group": group,
+        "metavar": metavar, "env": tuple(env), "flag": flag,
+    }  # fmt: skip
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which weights, where, and in which form. Shared by `chat`, `serve` and `worker`."""
+
+    device: str = setting(
+        "auto", "where the model runs", choices=("auto", "cpu", "cuda", "mps"), group="model"
+    )
+    dtype: str = setting(
+        "auto", "half-precision or full-precision weights", choices=DTYPES, group="model"
+    )
+    load_8bit: bool = setting(
+        False, "compress the weights to packed int8 while loading", group="model"
+    )
+    conv_template: str | None = setting(
+        None, "chat template by name (`chatserve template` lists them)", group="model",
+        metavar="NAME",
+    )  # fmt: skip
+    conv_system_msg: str | None = setting(
+        None, "system message used when a chat brings none", group="model", metavar="TEXT"
+    )
+    context_length: int | None = setting(
+        None, "cap the context below the model's own, in tokens", group="model", metavar="TOKENS"
+    )
+    revision: str = setting("main", "revision of a hub id", group="model")
+    offline: bool = setting(False, "never touch the network", group="model")
+    use_generation_config: bool = setting(
+        False, "take sampling defaults from the model's generation_config.json", group="model"
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of the scheduler."""
+
+    max_num_seqs: int = setting(
+        16, "sequences generated at once", group="engine", flags=("--limit-worker-concurrency",
+        "--limit-model-concurrency"), metavar="N",
+    )  # fmt: skip
+    max_num_batched_tokens: int = setting(
+        512, "tokens of one step: decode first, the rest for prefill", group="engine", metavar="N"
+    )
+    max_num_waiting: int = setting(
+        64, "requests that may wait before new ones get 429", group="engine", metavar="N"
+    )
+    seed: int | None = setting(
+        None, "base seed for requests that bring none", group="engine", metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class WorkerConfig(ModelOptions, EngineConfig):
+    """One worker process: one model, one engine."""
+
+    host: str = setting("127.0.0.1", "address to listen on", group="network")
+    port: int = setting(0, "port to listen on; 0 takes a free one", group="network")
+    controller: str | None = setting(
+        None, "URL of the controller to register with", group="network",
+        flags=("--controller-address",), metavar="URL",
+    )  # fmt: skip
+    no_register: bool = setting(False, "do not register with a controller", group="network")
+    model_names: tuple[str, ...] = setting(
+        (), "names in the API, comma-separated", group="network", metavar="A,B"
+    )
+    parent_pipe: int | None = setting(
+        None, "file descriptor that closes when the supervisor dies", flag=False
+    )
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """The controller: registry, relay, public API."""
+
+    host: str = setting("127.0.0.1", "address to listen on", group="network")
+    port: int = setting(DEFAULT_PORT, "port to listen on; 0 takes a free one", group="network")
+    api_key_file: str | None = setting(
+        None, "file with one API key a line", group="security", metavar="FILE"
+    )
+    insecure_no_auth: bool = setting(
+        False, "allow a public address without an API key", group="security"
+    )
+    allow_host: tuple[str, ...] = setting(
+        (), "further Host header values to accept, comma-separated", group="security",
+        metavar="A,B",
+    )  # fmt: skip
+    heartbeat_interval_s: float = setting(
+        2.0, "seconds between heartbeats of a worker", group="network",
+        env=("FASTCHAT_WORKER_HEART_BEAT_INTERVAL",),
+    )  # fmt: skip
+    heartbeat_expiry_s: float = setting(
+        10.0, "seconds of silence after which a worker is gone", group="network",
+        env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServeConfig(ControllerConfig, ModelOptions, EngineConfig):
+    """`chatserve serve`: a controller and one supervised worker per WEIGHTS."""
+
+    model_names: tuple[str, ...] = setting(
+        (), "names in the API, comma-separated, one per WEIGHTS", group="network", metavar="A,B"
+    )
+
+
+@dataclass(frozen=True)
+class ChatConfig(ModelOptions):
+    """`chatserve chat`: the terminal client and its private server."""
+
+    base_url: str | None = setting(
+        None, "join a running server instead of starting one", group="chat", metavar="URL"
+    )
+    model: str | None = setting(
+        None, "model name to ask for on a running server", group="chat", metavar="NAME"
+    )
+    prompt: str | None = setting(
+        None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
+    )
+    temperature: float | None = setting(
+        None, "0 is greedy; default 0.7 in a chat, 0 with -p or a pipe", group="sampling"
+    )
+    top_p: float = setting(1.0, "nucleus sampling", group="sampling")
+    repetition_penalty: float = setting(
+        1.0, "over 1 discourages repeats", group="sampling", flags=("--repetition_penalty",)
+    )
+    max_new_tokens: int | None = setting(
+        None, "limit of one answer; default: the rest of the context", group="sampling"
+    )
+    seed: int | None = setting(None, "seed of the sampled answers", group="sampling", metavar="N")
+    style: str = setting(
+        "auto", "how answers are drawn", choices=("auto", "simple", "rich", "programmatic"),
+        group="terminal",
+    )  # fmt: skip
+    multiline: bool = setting(False, "Enter makes a new line, Esc+Enter sends", group="terminal")
+    mouse: bool = setting(False, "mouse support in the line editor", group="terminal")
+    no_history: bool = setting(False, "do not send earlier turns", group="terminal")
+    no_save: bool = setting(False, "keep nothing on disk", group="terminal")
+    raw: bool = setting(False, "do not strip terminal escapes from answers", group="terminal")
+    debug: bool = setting(False, "show logs and tracebacks", group="terminal")
+
+
+Config = TypeVar("Config")
+
+
+def home() -> Path:
+    """The cache folder: `CHATSERVE_HOME`, else the platform's user cache folder."""
+    if value := os.environ.get("CHATSERVE_HOME"):
+        return Path(value).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "chatserve"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "chatserve"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatserve"
+
+
+def api_keys(api_key_file: str | None) -> tuple[str, ...]:
+    """API keys from `--api-key-file` and `CHATSERVE_API_KEYS`; never from the command line.
+
+    Raises `UsageError` when the file cannot be read.
+    """
+    lines = os.environ.get("CHATSERVE_API_KEYS", "").split(",")
+    if api_key_file:
+        try:
+            lines += Path(api_key_file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read --api-key-file {api_key_file}: {error}") from error
+    return tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+
+
+def control_token() -> str | None:
+    """The shared secret between controller and workers, from `CHATSERVE_CONTROL_TOKEN`."""
+    return os.environ.get("CHATSERVE_CONTROL_TOKEN") or None
+
+
+def client_api_key() -> str | None:
+    """The key that the terminal client sends to a server it joins."""
+    return os.environ.get("CHATSERVE_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+
+
+def hub_endpoint() -> str | None:
+    """`HF_ENDPOINT`, when set: another hub than the public one."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def hub_offline() -> bool:
+    """Whether the environment forbids the network (`HF_HUB_OFFLINE`)."""
+    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+
+
+def is_color_wanted() -> bool:
+    """False when `NO_COLOR` is set or the terminal is dumb."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def child_environment(**overrides: str) -> dict[str, str]:
+    """This process's environment for a child, with `overrides`."""
+    return {**os.environ, **overrides}
+
+
+def fields_of(config: type[Any]) -> list[dataclasses.Field[Any]]:
+    """The settings of a class in the order of their groups."""
+    return list(dataclasses.fields(config))
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """Add one flag per field; absent flags leave no trace in the namespace."""
+    hints = typing.get_type_hints(config)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in fields_of(config):
+        meta = item.metadata
+        if not meta["flag"]:
+            continue
+        group = groups.get(meta["group"]) or parser.add_argument_group(meta["group"])
+        groups[meta["group"]] = group
+        names = [
+            *(name for name in meta["flags"] if not name.startswith("--")),
+            "--" + item.name.replace("_", "-"),
+            *(name for name in meta["flags"] if name.startswith("--")),
+        ]
+        kind = _base_type(hints[item.name])
+        default = "" if item.default in (None, False, ()) else f" (default: {item.default})"
+        options: dict[str, Any] = {
+            "dest": item.name, "default": argparse.SUPPRESS, "help": meta["doc"] + default,
+        }  # fmt: skip
+        if kind is bool:
+            group.add_argument(*names, action="store_true", **options)
+        else:
+            options["choices"] = meta["choices"]
+            if not meta["choices"]:
+                options["metavar"] = meta["metavar"] or item.name.upper()
+            group.add_argument(*names, type=_parser_of(kind), **options)
+
+
+def build(
+    config: type[Config],
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Build `config` from flags, environment and TOML file, in this precedence.
+
+    Raises `UsageError` naming the source of a value that cannot be read.
+    """
+    return config(**{name: value for name, (value, _) in sources(
+        config, flags, file=file, environ=environ).items()})  # fmt: skip
+
+
+def sources(
+    config: type[Any],
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, tuple[Any, str]]:
+    """Every setting's value together with where it came from."""
+    environ = os.environ if environ is None else environ
+    table = _read_toml(file) if file else {}
+    hints = typing.get_type_hints(config)
+    values: dict[str, tuple[Any, str]] = {}
+    for item in fields_of(config):
+        name, meta = item.name, item.metadata
+        default = item.default
+        values[name] = (default, "default")
+        kind = _base_type(hints[name])
+        if name in table:
+            values[name] = (_convert(table[name], kind, f"{file}: {name}", meta), str(file))
+        for variable in (*reversed(meta["env"]), f"CHATSERVE_{name.upper()}"):
+            if environ.get(variable):
+                values[name] = (_convert(environ[variable], kind, variable, meta), variable)
+        if name in flags:
+            values[name] = (flags[name], "flag")
+    return values
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings file {file}: {error}") from error
+
+
+def _base_type(hint: Any) -> Any:
+    """`int | None` -> int, `tuple[str, ...]` -> tuple."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _parser_of(kind: Any) -> Any:
+    return _split if kind is tuple else kind
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any:
+    """A value of the environment (text) or TOML (typed) as the field's type."""
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False,
+                    "no": False}[str(value).lower()]  # fmt: skip
+        if kind is tuple:
+            return _split(value) if isinstance(value, str) else tuple(map(str, value))
+        converted = kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{source}: {value!r} is not a valid {kind.__name__}") from None
+    if meta["choices"] and converted not in meta["choices"]:
+        raise UsageError(f"{source}: {converted!r} is not one of {', '.join(meta['choices'])}")
+    return converted
+
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]

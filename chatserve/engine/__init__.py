@@ -1,0 +1,1 @@
+"""The synchronous engine: add, abort, step. Has never heard of HTTP."""

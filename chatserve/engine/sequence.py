@@ -1,0 +1,102 @@
+"""Plain data of the engine: sampling parameters, sequences, token events. No behaviour, no torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chatserve.errors import ChatserveError
+
+FinishReason = Literal["stop", "length", "abort"]
+"""`stop` and `length` go over the wire, `abort` stays in logs."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is continued. The defaults are OpenAI's.
+
+    Temperature 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None lets the engine
+    draw one. `max_tokens` counts generated tokens. `stop` are texts, never shown; `stop_token_ids`
+    are ids beside the model's own end-of-sequence ids.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class Sequence:
+    """One continuation being generated: its tokens, and how far the KV cache has come.
+
+    `token_ids` is prompt plus generated ids; the first `num_computed` of them have keys and values
+    in the cache.
+    """
+
+    seq_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    choice: int = 0
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step did for one sequence.
+
+    `text` is the newly safe text (may be empty while a character or a stop string is incomplete).
+    The last event of a sequence has a `finish_reason` or an `error`, never both.
+    """
+
+    seq_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: ChatserveError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None

@@ -1,0 +1,190 @@
+"""The exception hierarchy. Knows nothing of HTTP statuses and imports nothing.
+
+    ChatserveError
+    ├─ InvalidRequest
+    │  ├─ ContextLengthExceeded
+    │  └─ UnsupportedParameter
+    ├─ InvalidAPIKey
+    ├─ ModelNotFound
+    ├─ RouteNotFound
+    ├─ MethodNotAllowed
+    ├─ BodyTooLarge
+    ├─ UnsupportedMediaType
+    ├─ Overloaded
+    ├─ OutOfMemory
+    ├─ GenerationFailed
+    ├─ NoWorkerAvailable
+    ├─ WorkerLost
+    ├─ RegistrationRefused
+    └─ StartupError                a process ends with `exit_code` and one line on stderr
+       ├─ UsageError               2
+       ├─ ModelLoadError           3
+       ├─ DoesNotFit               4
+       ├─ CannotBind               5
+       ├─ RegistrationFailed       6
+       ├─ CrashLoop                7
+       └─ HubError                 1
+
+Every message is one sentence a user can act on: it names the value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ChatserveError(Exception):
+    """Root of all errors that chatserve raises on purpose.
+
+    `code` is the machine-readable name that goes over the wire, `param` the request field at fault.
+    """
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(ChatserveError):
+    """The request is malformed or asks for something impossible."""
+
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt, or prompt plus `max_tokens`, is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A field or value that chatserve does not implement; nothing is dropped in silence."""
+
+    code = "unsupported_parameter"
+
+
+class InvalidAPIKey(ChatserveError):
+    """No key, or not one of the configured keys."""
+
+    code = "invalid_api_key"
+
+
+class ModelNotFound(ChatserveError):
+    """No worker serves the model of this name."""
+
+    code = "model_not_found"
+
+
+class RouteNotFound(ChatserveError):
+    """No route has this path."""
+
+    code = "not_found"
+
+
+class MethodNotAllowed(ChatserveError):
+    """The path exists, the method does not."""
+
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(ChatserveError):
+    """The request body is over the byte limit."""
+
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(ChatserveError):
+    """The request body is not JSON."""
+
+    code = "unsupported_media_type"
+
+
+class Overloaded(ChatserveError):
+    """The queue is full; `retry_after_s` says when to come back."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class OutOfMemory(ChatserveError):
+    """This one sequence did not fit in memory; its neighbours go on."""
+
+    code = "out_of_memory"
+
+
+class GenerationFailed(ChatserveError):
+    """The engine failed while it was generating this sequence."""
+
+    code = "generation_failed"
+
+
+class NoWorkerAvailable(ChatserveError):
+    """The model is known, but no worker is ready to serve it now."""
+
+    code = "no_worker_available"
+
+
+class WorkerLost(ChatserveError):
+    """The worker died or went away in the middle of an answer."""
+
+    code = "worker_died"
+
+
+class RegistrationRefused(ChatserveError):
+    """The controller does not accept this worker (token, address or call-back)."""
+
+    code = "registration_refused"
+
+
+class StartupError(ChatserveError):
+    """A process cannot go on: it prints one line and exits with `exit_code`; never reaches HTTP."""
+
+    code = "startup_error"
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(StartupError):
+    """Wrong flags, unknown alias or template, public bind without a key."""
+
+    exit_code = 2
+
+
+class ModelLoadError(StartupError):
+    """Missing or bad model files."""
+
+    exit_code = 3
+
+
+class DoesNotFit(StartupError):
+    """The model needs more memory than there is."""
+
+    exit_code = 4
+
+
+class CannotBind(StartupError):
+    """The address or port cannot be bound."""
+
+    exit_code = 5
+
+
+class RegistrationFailed(StartupError):
+    """The controller refused this worker."""
+
+    exit_code = 6
+
+
+class CrashLoop(StartupError):
+    """The worker keeps crashing and the supervisor gave up."""
+
+    exit_code = 7
+
+
+class HubError(StartupError):
+    """A download failed: hub unreachable, wrong checksum, disk full."""
+
+    exit_code = 1

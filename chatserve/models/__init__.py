@@ -1,0 +1,1 @@
+"""Weights, networks, tokenizers, templates. Knows nothing of HTTP or scheduling."""

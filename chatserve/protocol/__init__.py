@@ -1,0 +1,1 @@
+"""Wire formats: OpenAI schemas, server-sent events, the control plane."""

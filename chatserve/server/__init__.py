@@ -1,0 +1,1 @@
+"""Controller, worker, relay: everything that speaks HTTP."""
