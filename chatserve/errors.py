@@ -16,6 +16,9 @@
     ├─ NoWorkerAvailable
     ├─ WorkerLost
     ├─ RegistrationRefused
+    ├─ HostNotAllowed
+    ├─ ShuttingDown
+    ├─ BadStream
     └─ StartupError                a process ends with `exit_code` and one line on stderr
        ├─ UsageError               2
        ├─ ModelLoadError           3
@@ -139,6 +142,28 @@ class RegistrationRefused(ChatserveError):
     """The controller does not accept this worker (token, address or call-back)."""
 
     code = "registration_refused"
+
+
+class HostNotAllowed(ChatserveError):
+    """The Host header names another machine: a page may be rebinding DNS to reach this server."""
+
+    code = "host_not_allowed"
+
+
+class ShuttingDown(ChatserveError):
+    """The server is about to stop: answers under way are finished, new ones are refused."""
+
+    code = "server_shutting_down"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class BadStream(ChatserveError):
+    """The other side sent something that is not a stream of OpenAI events."""
+
+    code = "bad_stream"
 
 
 class StartupError(ChatserveError):

@@ -1,0 +1,112 @@
+"""Frames round-trip at every cut; the WHATWG examples; limits."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatserve.errors import BadStream
+from chatserve.protocol.sse import (
+    DONE_FRAME,
+    PING,
+    ServerSentEvent,
+    SSEDecoder,
+    encode_comment,
+    encode_event,
+)
+
+
+def decode(*chunks: bytes) -> list[ServerSentEvent]:
+    decoder = SSEDecoder()
+    return [event for chunk in chunks for event in decoder.feed(chunk)]
+
+
+def message(data: str, event: str = "message") -> ServerSentEvent:
+    return ServerSentEvent(event, data)
+
+
+def test_frame_is_one_data_line() -> None:
+    assert encode_event(b'{"a":1}') == b'data: {"a":1}\n\n'
+    assert DONE_FRAME == b"data: [DONE]\n\n"
+
+
+def test_line_breaks_become_data_lines() -> None:
+    assert encode_event("a\r\nb\nc\rd") == b"data: a\ndata: b\ndata: c\ndata: d\n\n"
+
+
+def test_named_event() -> None:
+    assert encode_event("x", "message_start") == b"event: message_start\ndata: x\n\n"
+    assert decode(encode_event("x", "message_start")) == [message("x", "message_start")]
+
+
+def test_comments_are_skipped_and_cannot_smuggle_lines() -> None:
+    assert PING == b": ping\n\n"
+    assert encode_comment("a\ndata: b") == b": a data: b\n\n"
+    assert decode(PING, encode_event("x"), PING) == [message("x")]
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
+        (b": test\n\ndata: first\nid: 1\n\ndata:second\nid\n\ndata:  third", ["first", "second"]),
+        (b"data\n\ndata\ndata\n\ndata:", ["", "\n"]),
+        (b"data:test\n\ndata: test\n\n", ["test", "test"]),
+        (b"\xef\xbb\xbfdata: bom\n\n", ["bom"]),
+        (b"event: lonely\n\ndata: x\n\n", ["x"]),
+        (b"retry: 10\nfoo: bar\ndata: x\n\n", ["x"]),
+        (b"data: \xff\n\n", ["\ufffd"]),
+    ],
+)
+def test_examples_of_the_standard(stream: bytes, expected: list[str]) -> None:
+    assert decode(stream) == [message(data) for data in expected]
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r", b"\r\n"])
+def test_every_cut_gives_the_same_events(newline: bytes) -> None:
+    stream = "data: 你好 🙂\n\n: ping\n\nevent: e\ndata: a\ndata: b\n\ndata: [DONE]\n\n".encode()
+    stream = stream.replace(b"\n", newline)
+    expected = [message("你好 🙂"), message("a\nb", "e"), message("[DONE]")]
+    assert decode(*(stream[i : i + 1] for i in range(len(stream)))) == expected
+    for cut in range(len(stream)):
+        assert decode(stream[:cut], b"", stream[cut:]) == expected
+
+
+@given(st.lists(st.text()), st.integers(1, 40))
+def test_round_trip(texts: list[str], size: int) -> None:
+    stream = b"".join(encode_event(text) for text in texts)
+    chunks = [stream[i : i + size] for i in range(0, len(stream), size)]
+    normalised = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
+    assert decode(*chunks) == [message(text) for text in normalised]
+
+
+def test_endless_line_is_refused() -> None:
+    decoder = SSEDecoder(max_event_bytes=100)
+    decoder.feed(b"data: " + b"x" * 90)
+    with pytest.raises(BadStream, match="100 bytes"):
+        decoder.feed(b"x" * 10)
+
+
+def test_endless_event_is_refused() -> None:
+    decoder = SSEDecoder(max_event_bytes=100)
+    with pytest.raises(BadStream, match="100 bytes"):
+        for _ in range(20):
+            decoder.feed(b"data: 0123456789\n")
+
+
+def test_limit_counts_per_event_not_per_stream() -> None:
+    decoder = SSEDecoder(max_event_bytes=100)
+    events = [event for _ in range(20) for event in decoder.feed(b"data: 0123456789\n\n")]
+    assert len(events) == 20
+
+
+def test_one_byte_cuts_of_a_long_line_are_linear() -> None:
+    decoder = SSEDecoder()
+    started = time.perf_counter()
+    for _ in range(200_000):
+        decoder.feed(b"x")
+    assert decoder.feed(b"\n\n") == []
+    assert time.perf_counter() - started < 10
