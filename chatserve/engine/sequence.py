@@ -1,4 +1,4 @@
-"""Plain data of the engine: sampling parameters, sequences, token events. No behaviour, no torch."""
+"""Plain data of the engine: parameters, sequences, token events. No behaviour, no torch."""
 
 from __future__ import annotations
 

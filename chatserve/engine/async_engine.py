@@ -1,0 +1,254 @@
+"""The engine on a thread of its own, awaited from asyncio: the only file where the two meet.
+
+Commands go in through a queue, events come out through one `call_soon_threadsafe` per step. The
+thread sleeps while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVarTuple
+
+from chatserve.engine.engine import Engine
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.errors import ChatserveError, GenerationFailed, Overloaded
+
+logger = logging.getLogger(__name__)
+Arguments = TypeVarTuple("Arguments")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Progress of the engine, for heartbeats.
+
+    `tick` counts steps, `last_token_age_s` is 0 while idle. `is_alive` is False once the engine
+    thread has died: the process should be replaced.
+    """
+
+    tick: int
+    last_token_age_s: float
+    num_running: int
+    num_waiting: int
+    free_kv_tokens: int
+    is_alive: bool = True
+
+
+class TokenStream:
+    """The events of one sequence, in order; ends after the last one. Closing it early aborts."""
+
+    def __init__(self, on_close: Callable[[], None]) -> None:
+        self._events: deque[TokenEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._is_done = False
+        self._on_close = on_close
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while not self._events:
+            if self._is_done:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
+        self._is_done = event.is_last
+        return event
+
+    async def aclose(self) -> None:
+        """Stop listening; a sequence that has not ended is aborted before the next step."""
+        self._is_done = True
+        self._events.clear()
+        self._arrived.set()
+        self._on_close()
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncEngine:
+    """`submit` from the event loop; one thread steps the engine."""
+
+    def __init__(self, engine: Engine, *, max_num_waiting: int = 64) -> None:
+        self._engine = engine
+        self._max_num_waiting = max_num_waiting
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, TokenStream] = {}
+        self._num_unadded = 0
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_stopping = False
+        self._is_alive = True
+        self._tick = 0
+        self._last_progress = time.monotonic()
+
+    def start(self) -> None:
+        """Start the thread; call it inside the event loop that will consume the events."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Abort everything and end the thread after its current step."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._fail_all(GenerationFailed("the server is shutting down; try again later"))
+
+    def stats(self) -> EngineStats:
+        engine = self._engine
+        is_idle = not self._streams
+        return EngineStats(
+            tick=self._tick,
+            last_token_age_s=0.0 if is_idle else time.monotonic() - self._last_progress,
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting + self._num_unadded,
+            free_kv_tokens=engine.num_free_kv_tokens,
+            is_alive=self._is_alive,
+        )
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Rows[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        strip_leading_space: bool = False,
+    ) -> TokenStream:
+        """Start a sequence; iterate over its events and `aclose` the stream in a `finally`.
+
+        Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit,
+        `GenerationFailed` when the engine thread is gone.
+        """
+        if not self._is_alive or self._is_stopping:
+            raise GenerationFailed("the engine has stopped; the server restarts it")
+        self._engine.check(len(prompt_ids), params)
+        num_waiting = self._engine.num_waiting + self._num_unadded
+        if num_waiting >= self._max_num_waiting:
+            raise Overloaded(
+                f"{num_waiting} requests are waiting already, the limit is "
+                f"{self._max_num_waiting}; try again in a moment"
+            )
+        seq_id = f"{request_id}-{choice}"
+        stream = TokenStream(lambda: self._close(seq_id))
+        if not self._streams:
+            self._last_progress = time.monotonic()
+        self._streams[seq_id] = stream
+        self._num_unadded += 1
+        self._command(
+            lambda: self._add(seq_id, tuple(prompt_ids), params, choice, strip_leading_space)
+        )
+        return stream
+
+    def _close(self, seq_id: str) -> None:
+        if self._streams.pop(seq_id, None) is not None:
+            self._command(lambda: self._engine.abort(seq_id))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    # Below: the engine thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                events = self._engine.step()
+                self._tick += 1
+                if events:
+                    self._last_progress = time.monotonic()
+                    self._deliver(events)
+        except BaseException as error:  # a bug: tell every stream, then let the process be replaced
+            logger.critical("the engine thread died: %s", error, exc_info=error)
+            self._is_alive = False
+            self._call(self._fail_all, GenerationFailed("the engine died; the server restarts it"))
+
+    def _wait_for_work(self) -> bool:
+        """Run the queued commands; sleep while idle. False when it is time to stop."""
+        while True:
+            with self._wake:
+                while not (self._commands or self._is_stopping or self._engine.has_work):
+                    self._wake.wait()
+                commands = list(self._commands)
+                self._commands.clear()
+            if self._is_stopping:
+                return False
+            for command in commands:
+                command()
+            if self._engine.has_work:
+                return True
+
+    def _add(
+        self,
+        seq_id: str,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        choice: int,
+        strip_leading_space: bool,
+    ) -> None:
+        try:
+            self._engine.add(
+                seq_id,
+                prompt_ids,
+                params,
+                choice=choice,
+                strip_leading_space=strip_leading_space,
+            )
+        except ChatserveError as error:
+            self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
+        finally:
+            self._call(self._count_added)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        self._call(self._dispatch, events)
+
+    def _call(
+        self, function: Callable[[Unpack[Arguments]], None], *arguments: *Arguments
+    ) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # Below: the event loop.
+
+    def _count_added(self) -> None:
+        self._num_unadded -= 1
+
+    def _dispatch(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            stream = self._streams.get(event.seq_id)
+            if stream is None:
+                continue
+            if event.is_last:
+                del self._streams[event.seq_id]
+            stream.put(event)
+
+    def _fail_all(self, error: ChatserveError) -> None:
+        for seq_id, stream in list(self._streams.items()):
+            stream.put(TokenEvent(seq_id, error=error))
+        self._streams.clear()

@@ -1,0 +1,213 @@
+"""The engine: `add`, `abort`, `step`. Synchronous; has never heard of HTTP, asyncio or threads."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence as Rows
+from typing import Protocol
+
+import torch
+
+from chatserve.engine.kv_cache import KVCache
+from chatserve.engine.output import OutputText, TokenBytes
+from chatserve.engine.runner import Model, Runner
+from chatserve.engine.sampler import SamplingRow, sample
+from chatserve.engine.scheduler import Scheduled, Scheduler
+from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from chatserve.errors import ChatserveError, GenerationFailed, OutOfMemory
+
+logger = logging.getLogger(__name__)
+
+
+class EngineTokenizer(TokenBytes, Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def masked_ids(self) -> frozenset[int]: ...
+
+    @property
+    def strips_leading_space(self) -> bool: ...
+
+
+class Engine:
+    """Generates several sequences at once."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: EngineTokenizer,
+        *,
+        num_kv_tokens: int,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        max_num_waiting: int = 64,
+        seed: int | None = None,
+    ) -> None:
+        """`num_kv_tokens`: tokens of all running sequences that memory holds."""
+        self._tokenizer = tokenizer
+        self._masked_ids = tuple(sorted(tokenizer.masked_ids))
+        self._runner = Runner(model)
+        self._kv_cache = KVCache(num_kv_tokens)
+        self._scheduler = Scheduler(
+            self._kv_cache,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_waiting=max_num_waiting,
+        )
+        self._seed = seed
+        self._live: dict[str, tuple[Sequence, OutputText]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_kv_tokens(self) -> int:
+        return self._kv_cache.num_free_tokens
+
+    def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        """Raises `ContextLengthExceeded` when memory could never hold such a sequence.
+
+        Reads constants only: safe to call from another thread.
+        """
+        self._scheduler.check(num_prompt_tokens, params)
+
+    def add(
+        self,
+        seq_id: str,
+        prompt_ids: Rows[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        strip_leading_space: bool = False,
+    ) -> None:
+        """Queue a sequence. `choice` tells the n answers of one request apart.
+
+        `strip_leading_space` drops the space that a word-start mark puts before an answer.
+
+        Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit.
+        """
+        assert seq_id not in self._live, f"sequence {seq_id} exists already"
+        seed = params.seed
+        if seed is None:
+            seed = self._seed if self._seed is not None else secrets.randbits(63)
+        sequence = Sequence(seq_id, tuple(prompt_ids), params, seed, choice)
+        self.check(sequence.num_prompt_tokens, params)
+        self._scheduler.add(sequence)
+        output = OutputText(
+            self._tokenizer,
+            params.stop,
+            strip_leading_space=strip_leading_space and self._tokenizer.strips_leading_space,
+        )
+        self._live[seq_id] = (sequence, output)
+
+    def abort(self, seq_id: str) -> None:
+        """Forget a sequence and free what it holds; unknown and finished ones are left alone."""
+        if live := self._live.pop(seq_id, None):
+            self._scheduler.remove(live[0])
+
+    def step(self) -> list[TokenEvent]:
+        """Run one batch. Returns an event for each sequence that got a token, ended or failed.
+
+        A fault in the model fails only the sequences whose own retry fails too.
+        """
+        batch = self._scheduler.schedule()
+        if not batch:
+            return []
+        try:
+            return self._run(batch)
+        except (ChatserveError, RuntimeError, ValueError) as error:
+            if len(batch) == 1:
+                return [self._fail(batch[0].sequence, error)]
+            logger.warning("a batch of %d failed, each runs alone now: %s", len(batch), error)
+        return [event for item in batch for event in self._run_alone(item)]
+
+    def _run_alone(self, item: Scheduled) -> list[TokenEvent]:
+        item.cache.truncate(item.sequence.num_computed)
+        try:
+            return self._run([item])
+        except (ChatserveError, RuntimeError, ValueError) as error:
+            return [self._fail(item.sequence, error)]
+
+    def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
+        logits = self._runner.run(batch)
+        sampled = [item.sequence for item in batch if item.is_sampled]
+        token_ids = sample(logits, [self._sampling_row(item) for item in sampled])
+        for item in batch:
+            item.sequence.num_computed += item.num_tokens
+        return [
+            self._advance(sequence, token_id)
+            for sequence, token_id in zip(sampled, token_ids, strict=True)
+        ]
+
+    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
+        masked = self._masked_ids
+        params = sequence.params
+        if sequence.num_generated_tokens < params.min_tokens:
+            masked = (*masked, *sorted(self._tokenizer.eos_ids), *params.stop_token_ids)
+        return SamplingRow(
+            params=params,
+            seed=sequence.seed,
+            choice=sequence.choice,
+            position=len(sequence.token_ids),
+            prompt_ids=sequence.prompt_ids,
+            generated_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+            masked_ids=masked,
+        )
+
+    def _advance(self, sequence: Sequence, token_id: int) -> TokenEvent:
+        """Append a sampled token and say what became of the sequence."""
+        if token_id < 0:
+            return self._fail(sequence, GenerationFailed("the model computed no finite logits"))
+        sequence.token_ids.append(token_id)
+        params, output = sequence.params, self._live[sequence.seq_id][1]
+        is_eos = token_id in self._tokenizer.eos_ids and not params.ignore_eos
+        is_end = is_eos or token_id in params.stop_token_ids
+        text, is_stop = output.add(token_id, is_hidden=is_end)
+        reason: FinishReason | None = None
+        if is_end or is_stop:
+            reason = "stop"
+        elif sequence.num_generated_tokens >= params.max_tokens:
+            reason = "length"
+        if reason and not is_stop:
+            text += output.finish()
+        event = TokenEvent(
+            seq_id=sequence.seq_id,
+            text=text,
+            token_ids=(token_id,),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=sequence.num_generated_tokens,
+            finish_reason=reason,
+        )
+        if reason:
+            self.abort(sequence.seq_id)
+        return event
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
+        self.abort(sequence.seq_id)
+        if isinstance(error, torch.OutOfMemoryError):
+            error = OutOfMemory(
+                "the device ran out of memory while it generated this answer; "
+                "shorten the conversation or ask for fewer max_tokens"
+            )
+        elif not isinstance(error, ChatserveError):
+            logger.error("sequence %s failed: %s", sequence.seq_id, error, exc_info=error)
+            error = GenerationFailed(f"the engine failed on this request: {type(error).__name__}")
+        return TokenEvent(
+            seq_id=sequence.seq_id,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=sequence.num_generated_tokens,
+            error=error,
+        )

@@ -1,0 +1,183 @@
+"""Where and how a model runs: device, dtype, attention and int8 backend, each with its reason.
+
+The one place that holds device rules. No model here. `check` compares the chosen operators with
+float32 on the CPU at start, because some of them have been silently wrong (Metal's fused attention:
+pytorch/pytorch issue 195910).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from chatserve.errors import StartupError, UsageError
+from chatserve.models.attention import AttentionBackend, attend
+from chatserve.models.quantize import MATMULS, Int8Backend, matmul_dequantise, quantise_rows
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DevicePolicy:
+    """The choices for one worker. `int8` is None without compression."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: AttentionBackend
+    int8: Int8Backend | None
+    reasons: tuple[str, ...]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of int8 scales: that of the operator's activations."""
+        if self.device.type == "cpu":
+            return torch.bfloat16
+        return self.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def describe(self) -> str:
+        """One line for the log."""
+        int8 = f" int8={self.int8}" if self.int8 else ""
+        return (
+            f"device={self.device.type} dtype={self.dtype_name} attention={self.attention}{int8} "
+            f"({'; '.join(self.reasons)})"
+        )
+
+
+def choose_policy(device: str = "auto", dtype: str = "auto", *, load_8bit: bool) -> DevicePolicy:
+    """Choose for `--device` and `--dtype`.
+
+    Raises `UsageError` when the device is asked for but not there.
+    """
+    kind, device_reason = _choose_device(device)
+    torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
+    attention, attention_reason = _choose_attention(kind)
+    reasons = [device_reason, dtype_reason, attention_reason]
+    int8: Int8Backend | None = None
+    if load_8bit:
+        int8, int8_reason = _choose_int8(kind)
+        reasons.append(int8_reason)
+    return DevicePolicy(torch.device(kind), torch_dtype, attention, int8, tuple(reasons))
+
+
+def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolicy:
+    """The backends of a device kind on whatever device is at hand.
+
+    Lets a machine without Metal or CUDA run their choices on CPU tensors.
+    """
+    attention, _ = _choose_attention(kind)
+    int8 = _choose_int8(kind)[0] if load_8bit else None
+    return DevicePolicy(torch.device("cpu"), dtype, attention, int8, (f"{kind} policy on cpu",))
+
+
+def check(policy: DevicePolicy) -> DevicePolicy:
+    """Run the chosen operators on small inputs against float32 on the CPU.
+
+    Returns the policy, each backend that fails replaced by the reference and the reason added.
+    Raises `StartupError` when the reference is wrong on this device too.
+    """
+    if policy.attention != "plain" and not _attention_agrees(policy, policy.attention):
+        reason = f"{policy.attention} attention failed its self-test, plain instead"
+        policy = dataclasses.replace(policy, attention="plain", reasons=(*policy.reasons, reason))
+    if policy.int8 not in (None, "dequantise") and not _int8_agrees(policy):
+        reason = f"{policy.int8} failed its self-test, dequantise instead"
+        policy = dataclasses.replace(policy, int8="dequantise", reasons=(*policy.reasons, reason))
+    if not _attention_agrees(policy, "plain") or not _int8_agrees(policy):
+        raise StartupError(
+            f"{policy.device.type} computes wrong results in {policy.dtype_name}: plain products "
+            "differ from the CPU's; update PyTorch and the driver, or use --device cpu"
+        )
+    return policy
+
+
+def _choose_device(asked: str) -> tuple[str, str]:
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if asked == "auto":
+        if has_cuda:
+            return "cuda", "auto: CUDA is there"
+        if has_mps:
+            return "mps", "auto: Metal is there"
+        return "cpu", "auto: no CUDA, no Metal"
+    if asked == "cuda" and not has_cuda:
+        raise UsageError(
+            "--device cuda: this PyTorch sees no CUDA device; install a CUDA build and driver, "
+            "or use --device cpu"
+        )
+    if asked == "mps" and not has_mps:
+        raise UsageError(
+            "--device mps: this PyTorch sees no Metal device (Apple silicon and macOS 14 or newer "
+            "are needed); use --device cpu"
+        )
+    return asked, f"--device {asked}"
+
+
+def _choose_dtype(kind: str, asked: str) -> tuple[torch.dtype, str]:
+    if asked != "auto":
+        return _DTYPES[asked], f"--dtype {asked}"
+    if kind == "mps":
+        return torch.float16, "float16: bfloat16 is emulated on M1 and M2"
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bfloat16: supported by this GPU"
+        return torch.float16, "float16: this GPU has no bfloat16"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_avx512_bf16_supported() or capability == "SVE256":
+        return torch.bfloat16, "bfloat16: this CPU multiplies it in hardware"
+    return torch.float32, f"float32: no bfloat16 products on this CPU ({capability})"
+
+
+def _choose_attention(kind: str) -> tuple[AttentionBackend, str]:
+    if kind == "mps":
+        return "plain", "plain attention: Metal's fused kernels have been silently wrong"
+    return "sdpa", "PyTorch's fused attention"
+
+
+def _choose_int8(kind: str) -> tuple[Int8Backend, str]:
+    if kind == "cpu":
+        return "cpu", "int8: packed operator for few rows, sliced dequantisation for many"
+    if kind == "mps":
+        return "int8pack", "int8: PyTorch's Metal kernel"
+    return "dequantise", "int8: sliced dequantisation on CUDA"
+
+
+def _attention_agrees(policy: DevicePolicy, backend: AttentionBackend) -> bool:
+    """Prefill of 45 tokens and one decode step, 4 query heads on 2 key/value heads."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 45, 64, generator=generator)
+    for num_queries in (45, 1):
+        queries = torch.randn(4, num_queries, 64, generator=generator)
+        expected = attend(queries, keys, values, backend="plain")
+        inputs = (part.to(policy.device, policy.dtype) for part in (queries, keys, values))
+        actual = attend(*inputs, backend=backend)
+        if not _is_close(actual, expected, policy.dtype):
+            return False
+    return True
+
+
+def _int8_agrees(policy: DevicePolicy) -> bool:
+    if policy.int8 is None:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    codes, scales = quantise_rows(torch.randn(96, 128, generator=generator), policy.scale_dtype)
+    matmul = MATMULS[policy.int8]
+    for num_rows in (1, 33):
+        x = torch.randn(num_rows, 128, generator=generator)
+        expected = matmul_dequantise(x, codes, scales)
+        actual = matmul(
+            x.to(policy.device, policy.dtype), codes.to(policy.device), scales.to(policy.device)
+        )
+        if not _is_close(actual, expected, policy.scale_dtype):
+            return False
+    return True
+
+
+def _is_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Within eight units of the dtype's rounding, relative to the largest value; NaN never is."""
+    error = (actual.float().cpu() - expected).abs().max()
+    return bool(error <= 8 * torch.finfo(dtype).eps * expected.abs().max())

@@ -1,0 +1,82 @@
+"""Weight-only int8: packed codes with one scale per output row. No family names, no files.
+
+A weight row w becomes codes q (int8, -127..127) and a scale s with w ≈ q * s. The scale is rounded
+*up* to the activation dtype before the codes are taken, so no code clips and the error of a weight
+is at most s / 2: the row's maximum / 254, plus the scale's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Int8Backend = Literal["cpu", "int8pack", "dequantise"]
+Int8Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_ROWS_AT_ONCE = 1024  # rows whose float copy exists at one moment
+INT8PACK_MAX_ROWS_CPU = 8
+"""Above so many activation rows PyTorch's CPU operator loses to dequantising in slices."""
+
+
+def quantise_rows(
+    weight: torch.Tensor, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (N, K) int8 and scales (N,) `scale_dtype` of a weight (N, K) of any float dtype.
+
+    Works in slices of rows, so that the float32 copy stays small. An all-zero row has scale 0.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=scale_dtype, device=weight.device)
+    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = weight[start : start + _ROWS_AT_ONCE].float()
+        scale = _round_up(rows.abs().amax(dim=1) / 127, scale_dtype)
+        divisor = torch.where(scale > 0, scale.float(), 1.0)
+        rows = rows.div_(divisor[:, None]) if rows is not weight else rows / divisor[:, None]
+        codes[start : start + _ROWS_AT_ONCE] = rows.round_().clamp_(-127, 127)
+        scales[start : start + _ROWS_AT_ONCE] = scale
+    return codes, scales
+
+
+def _round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The smallest numbers of `dtype` that are not below `values` (float32, not negative)."""
+    rounded = values.to(dtype)
+    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    return torch.where(rounded.float() < values, above, rounded)
+
+
+def matmul_dequantise(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x (M, K) times the weight's transpose -> (M, N), dequantising a slice of rows at a time.
+
+    The reference of all int8 backends, and the fast one for many rows.
+    """
+    outputs = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, codes.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        outputs[:, rows] = F.linear(x, codes[rows].to(x.dtype)) * scales[rows].to(x.dtype)
+    return outputs
+
+
+def matmul_int8pack(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x (M, K) in the scales' dtype -> (M, N) by PyTorch's operator, which reads packed codes."""
+    return torch._weight_int8pack_mm(x, codes, scales)
+
+
+def matmul_cpu(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The faster of both on a CPU, by the number of activation rows (measured: ADR 002).
+
+    Operands in float32 are computed in bfloat16: the operator's float32 path is slower than
+    an uncompressed product.
+    """
+    if x.shape[0] > INT8PACK_MAX_ROWS_CPU:
+        return matmul_dequantise(x, codes, scales)
+    return matmul_int8pack(x.to(scales.dtype), codes, scales).to(x.dtype)
+
+
+MATMULS: Mapping[Int8Backend, Int8Matmul] = {
+    "cpu": matmul_cpu,
+    "int8pack": matmul_int8pack,
+    "dequantise": matmul_dequantise,
+}

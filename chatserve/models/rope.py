@@ -1,0 +1,94 @@
+"""Rotary position embedding as a table by position. No network, no cache.
+
+Source: Su et al. 2021, arXiv 2104.09864; scalings as in transformers 5.23 modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from chatserve.models.config import RopeConfig
+
+_GROWTH = 2048  # positions
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Frequencies of the rotation, (D/2,) float32, for positions within the trained context."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inverse = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind == "factors":
+        return inverse / torch.tensor(rope.factors, dtype=torch.float32)
+    if rope.kind == "llama3":
+        return _llama3(inverse, rope)
+    return inverse
+
+
+def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Long wavelengths are divided by the factor, short ones kept, those between are blended."""
+    wavelength = 2 * math.pi / inverse
+    longest = rope.original_context / rope.low_freq_factor
+    shortest = rope.original_context / rope.high_freq_factor
+    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    between = (1 - blend) * inverse / rope.factor + blend * inverse
+    scaled = torch.where(wavelength > longest, inverse / rope.factor, inverse)
+    return torch.where((wavelength <= longest) & (wavelength >= shortest), between, scaled)
+
+
+class RotaryTable:
+    """cos and sin of every position, grown on demand; float32 until the cast to the model's dtype.
+
+    With `dynamic` scaling the base of position p follows from the length p + 1, as it does in
+    step-by-step decoding of transformers: the table depends on the position alone, so chunked
+    prefill, decode and a resumed sequence agree.
+    """
+
+    def __init__(
+        self, rope: RopeConfig, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._rope = rope
+        self._head_dim = head_dim
+        self._device = device
+        self._dtype = dtype
+        self._inverse = inverse_frequencies(rope, head_dim)
+        self._cos = torch.empty(0, head_dim, device=device, dtype=dtype)
+        self._sin = self._cos
+
+    def at(self, positions: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin for positions (N,), each (N, 1, D); every position is below `num_positions`."""
+        if num_positions > self._cos.shape[0]:
+            self._grow(-(-num_positions // _GROWTH) * _GROWTH)
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+    def _grow(self, num_positions: int) -> None:
+        positions = torch.arange(num_positions, dtype=torch.float32)
+        angles = positions[:, None] * self._inverse
+        if self._rope.kind == "dynamic" and num_positions > self._rope.original_context:
+            tail = positions[self._rope.original_context :]
+            angles[self._rope.original_context :] = tail[:, None] * self._dynamic(tail + 1)
+        angles = torch.cat((angles, angles), dim=-1)
+        self._cos = angles.cos().to(device=self._device, dtype=self._dtype)
+        # rotate_half's sign lives in the table: out = x * cos + swap(x) * sin
+        sign = torch.ones(self._head_dim)
+        sign[: self._head_dim // 2] = -1
+        self._sin = (angles.sin() * sign).to(device=self._device, dtype=self._dtype)
+
+    def _dynamic(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Frequencies for sequences of `lengths` (N,) beyond the trained context: (N, D/2)."""
+        rope, dim = self._rope, self._head_dim
+        stretch = rope.factor * lengths / rope.original_context - (rope.factor - 1)
+        theta = rope.theta * stretch ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        return 1.0 / theta[:, None] ** exponents
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads x (N, H, D) by tables (N, 1, D), halves layout; returns a new tensor."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + swapped * sin
