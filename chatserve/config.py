@@ -1,7 +1,7 @@
-"""Settings: frozen dataclasses from which flags, environment variables and TOML keys are derived.
+"""Settings: frozen dataclasses from which flags, environment variables, TOML keys derive.
 
-The only reader of `os.environ`. A setting's name, type, default and one-line description are written
-once, in its field. Precedence: flag > environment (`CHATSERVE_<FIELD>`) > TOML file > default.
+The only reader of `os.environ`. The name, type, default and one-line description of a setting are
+written once, in its field. Precedence: flag > environment (`CHATSERVE_<FIELD>`) > TOML > default.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ def setting(
     metavar: str | None = None,
     env: Sequence[str] = (),
     flag: bool = True,
+    refused: Mapping[str, str] | None = None,
 ) -> Any:
     """One field of a settings class: its default, its sentence, and further spellings of its flag.
 
     `flags` are aliases beside `--field-name`; `env` further environment variables (FastChat's);
-    `flag=False` keeps it out of the command line.
+    `flag=False` keeps it out of the command line; `refused` maps values that FastChat knows and
+    chatserve lacks to the reason.
     """
     metadata = {
         "doc": doc, "flags": tuple(flags), "choices": choices, "group": group,
-        "metavar": metavar, "env": tuple(env), "flag": flag,
+        "metavar": metavar, "env": tuple(env), "flag": flag, "refused": refused or {},
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -54,8 +56,12 @@ class ModelOptions:
     """Which weights, where, and in which form. Shared by `chat`, `serve` and `worker`."""
 
     device: str = setting(
-        "auto", "where the model runs", choices=("auto", "cpu", "cuda", "mps"), group="model"
-    )
+        "auto", "where the model runs", choices=("auto", "cpu", "cuda", "mps"), group="model",
+        refused={
+            "xpu": "there are no kernels for Intel GPUs; use --device cpu",
+            "npu": "there are no kernels for Ascend NPUs; use --device cpu",
+        },
+    )  # fmt: skip
     dtype: str = setting(
         "auto", "half-precision or full-precision weights", choices=DTYPES, group="model"
     )
@@ -160,18 +166,20 @@ class ChatConfig(ModelOptions):
         None, "join a running server instead of starting one", group="chat", metavar="URL"
     )
     model: str | None = setting(
-        None, "model name to ask for on a running server", group="chat", metavar="NAME"
-    )
+        None, "the same as WEIGHTS; with --base-url: the name of a model there", group="chat",
+        flags=("--model-path", "--model-name"), metavar="WEIGHTS",
+    )  # fmt: skip
     prompt: str | None = setting(
         None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
     )
     temperature: float | None = setting(
         None, "0 is greedy; default 0.7 in a chat, 0 with -p or a pipe", group="sampling"
     )
-    top_p: float = setting(1.0, "nucleus sampling", group="sampling")
-    repetition_penalty: float = setting(
-        1.0, "over 1 discourages repeats", group="sampling", flags=("--repetition_penalty",)
-    )
+    top_p: float | None = setting(None, "nucleus sampling; default 1", group="sampling")
+    repetition_penalty: float | None = setting(
+        None, "over 1 discourages repeats; default 1", group="sampling",
+        flags=("--repetition_penalty",),
+    )  # fmt: skip
     max_new_tokens: int | None = setting(
         None, "limit of one answer; default: the rest of the context", group="sampling"
     )
@@ -188,6 +196,13 @@ class ChatConfig(ModelOptions):
     debug: bool = setting(False, "show logs and tracebacks", group="terminal")
 
 
+COMMAND_CONFIGS: dict[str, type[Any]] = {
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "controller": ControllerConfig,
+    "worker": WorkerConfig,
+}
+
 Config = TypeVar("Config")
 
 
@@ -200,6 +215,24 @@ def home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "chatserve"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatserve"
+
+
+def settings_file() -> Path | None:
+    """The TOML file with settings, when there is one.
+
+    `CHATSERVE_CONFIG` names it; else `config.toml` in `CHATSERVE_HOME` or in the user's folder for
+    settings. Raises `UsageError` when the named file is missing.
+    """
+    if value := os.environ.get("CHATSERVE_CONFIG"):
+        if not Path(value).expanduser().is_file():
+            raise UsageError(f"CHATSERVE_CONFIG names {value}, which is not a file")
+        return Path(value).expanduser()
+    if os.environ.get("CHATSERVE_HOME") or sys.platform == "win32":
+        folder = home()
+    else:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "chatserve"
+    file = folder / "config.toml"
+    return file if file.is_file() else None
 
 
 def api_keys(api_key_file: str | None) -> tuple[str, ...]:
@@ -277,7 +310,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
             options["choices"] = meta["choices"]
             if not meta["choices"]:
                 options["metavar"] = meta["metavar"] or item.name.upper()
-            group.add_argument(*names, type=_parser_of(kind), **options)
+            group.add_argument(*names, type=_parser_of(kind, meta["refused"]), **options)
 
 
 def build(
@@ -323,10 +356,15 @@ def sources(
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
+    """One flat table for all commands; a key that none of them knows is an error."""
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        table = tomllib.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the settings file {file}: {error}") from error
+    known = {item.name for config in COMMAND_CONFIGS.values() for item in fields_of(config)}
+    if unknown := sorted(table.keys() - known):
+        raise UsageError(f"{file}: unknown setting {unknown[0]}; `chatserve config` lists them")
+    return table
 
 
 def _base_type(hint: Any) -> Any:
@@ -336,8 +374,18 @@ def _base_type(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
-def _parser_of(kind: Any) -> Any:
-    return _split if kind is tuple else kind
+def _parser_of(kind: Any, refused: Mapping[str, str]) -> Any:
+    def parse(text: str) -> Any:
+        _refuse(text, refused)
+        return _split(text) if kind is tuple else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names the type in its message
+    return parse
+
+
+def _refuse(value: Any, refused: Mapping[str, str]) -> None:
+    if reason := refused.get(str(value)):
+        raise UsageError(f"{value} is not supported: {reason}")
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -346,6 +394,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any:
     """A value of the environment (text) or TOML (typed) as the field's type."""
+    _refuse(value, meta["refused"])
     try:
         if kind is bool:
             if isinstance(value, bool):
