@@ -228,7 +228,7 @@ class AsyncEngine:
         self._call(self._dispatch, events)
 
     def _call(
-        self, function: Callable[[Unpack[Arguments]], None], *arguments: *Arguments
+        self, function: Callable[[*Arguments], None], *arguments: *Arguments
     ) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():

@@ -1,0 +1,212 @@
+"""Any causal model that transformers knows, behind the native network's interface.
+
+Slower, and said so at load: sequences run one after another, weights pass through a state dict.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from chatserve.errors import GenerationFailed, ModelLoadError
+from chatserve.models.attention import Segment, SequenceCache
+from chatserve.models.device import DevicePolicy
+from chatserve.models.linear import Int8Linear
+
+logger = logging.getLogger(__name__)
+
+
+class FallbackModel:
+    """A transformers model driven one segment at a time over the engine's own KV cache."""
+
+    def __init__(self, model: Any, policy: DevicePolicy) -> None:
+        self._model = model
+        self.policy = policy
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Sequence[Segment],
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `Llama.__call__`: logits (R, V) of `output_rows`."""
+        wanted = output_rows.tolist()
+        logits = []
+        for segment in segments:
+            rows = [row - segment.start for row in wanted if row in range(*_span(segment))]
+            cache = _cache_over(segment, self._model.config.get_text_config().num_hidden_layers)
+            output = self._model(
+                input_ids=ids[segment.rows][None],
+                position_ids=positions[segment.rows][None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(rows or [0], device=self.device),
+            )
+            if output.past_key_values is not cache or segment.num_past + segment.num_tokens != (
+                cache.get_seq_length()
+            ):
+                raise GenerationFailed(
+                    f"{type(self._model).__name__} does not keep keys and values as chatserve "
+                    "needs them; this architecture is not supported"
+                )
+            if rows:
+                logits.append(output.logits[0])
+        if not logits:
+            return torch.empty(0, self.vocab_size, device=self.device, dtype=self.policy.dtype)
+        return torch.cat(logits)
+
+
+def load_fallback(
+    config: Mapping[str, Any], state: Mapping[str, torch.Tensor], policy: DevicePolicy
+) -> FallbackModel:
+    """Build the transformers model of `config` and fill it from `state` (emptied on the way).
+
+    Raises `ModelLoadError` when transformers does not know the architecture, or names and shapes of
+    the weights do not match it.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging as hf_logging
+
+    hf_config = read_hf_config(config)
+    hf_logging.disable_progress_bar()  # the loader draws its own
+    try:
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].from_pretrained(
+            None,
+            config=hf_config,
+            state_dict=dict(state),
+            dtype=policy.dtype,
+            attn_implementation="eager" if policy.attention == "plain" else None,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"transformers cannot load this model: {_first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"the weights lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise ModelLoadError(
+            f"{type(model).__name__} keeps a running state instead of keys and values; "
+            "chatserve runs attention models only"
+        )
+    model.eval().requires_grad_(False)
+    if policy.int8:
+        replaced = _compress(model, policy)
+        logger.info("int8: %d linear layers packed", replaced)
+    model.to(policy.device)
+    return FallbackModel(model, policy)
+
+
+def read_hf_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config object of a `config.json`.
+
+    Raises `ModelLoadError` when its architecture is not a causal model that transformers knows.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    name = (config.get("architectures") or [model_type])[0]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelLoadError(
+            f"unknown architecture {name!r} (model_type {model_type!r}): chatserve runs the Llama "
+            "family natively and causal models that the installed transformers knows; "
+            "code that comes with a model is never run"
+        )
+    known = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(str(model_type), **known)
+    except (TypeError, ValueError) as error:
+        raise ModelLoadError(f"config.json of {name!r}: {_first_line(error)}") from error
+
+
+class _PackedLinear(nn.Module):
+    """`Int8Linear` in the place of an `nn.Linear`, for inputs of any leading shape."""
+
+    def __init__(self, linear: nn.Linear, policy: DevicePolicy) -> None:
+        super().__init__()
+        assert policy.int8 is not None
+        rows, columns = linear.weight.shape
+        self._packed = Int8Linear(
+            rows, columns, bias=linear.bias is not None, policy=policy, backend=policy.int8
+        )
+        self._packed.load_rows(0, linear.weight)
+        if self._packed.bias is not None:
+            self._packed.bias.load_rows(0, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._packed(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def _compress(model: nn.Module, policy: DevicePolicy) -> int:
+    """Replace every `nn.Linear` but a head that shares the embedding's matrix."""
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    tied = {id(embedding.weight) for embedding in embeddings}
+    count = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and id(child.weight) not in tied:
+                setattr(module, name, _PackedLinear(child, policy))
+                count += 1
+    return count
+
+
+def _span(segment: Segment) -> tuple[int, int]:
+    return segment.start, segment.start + segment.num_tokens
+
+
+def _cache_over(segment: Segment, num_layers: int) -> Any:
+    """A transformers `Cache` whose layers store into the segment's own cache."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    class LayerView(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+        """One layer of the segment's cache; grows by `update` alone."""
+
+        is_sliding = False
+
+        def __init__(self, layer: int, cache: SequenceCache, length: int) -> None:
+            super().__init__()
+            self.is_initialized = True
+            self._layer, self._cache, self._length = layer, cache, length
+
+        def lazy_initialization(self, *arguments: Any, **options: Any) -> None:
+            """Nothing to prepare: the buffers are the engine's."""
+
+        def update(
+            self, keys: torch.Tensor, values: torch.Tensor, *arguments: Any, **options: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            all_keys, all_values = self._cache.append(self._layer, keys[0], values[0])
+            self._length += keys.shape[-2]
+            return all_keys[None], all_values[None]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self._length + query_length, 0
+
+        def get_seq_length(self) -> int:
+            return self._length
+
+        def get_max_length(self) -> int:
+            return -1
+
+        get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    return Cache(
+        layers=[LayerView(index, segment.cache, segment.num_past) for index in range(num_layers)]
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,174 @@
+"""Checkpoint to network: tensors stream into their final dtype on their final device.
+
+One checkpoint tensor is resident at a time, so the peak stays near the final size. No network code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from chatserve.errors import DoesNotFit, ModelLoadError
+from chatserve.models.checkpoint import Checkpoint
+from chatserve.models.config import ModelConfig, is_native
+from chatserve.models.device import DevicePolicy
+from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
+from chatserve.models.llama import Destination, Llama
+from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.weights import TensorInfo, WeightSource
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+_WORKING_BYTES = 300 << 20  # the interpreter, one tensor's slices, the first KV buffers
+_IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+
+
+def load_model(
+    checkpoint: Checkpoint, policy: DevicePolicy, *, progress: Progress | None = None
+) -> Llama | FallbackModel:
+    """Load a checkpoint for `policy`.
+
+    Raises `DoesNotFit` before anything is allocated, `ModelLoadError` naming the tensor that is
+    missing, unknown or of the wrong shape.
+    """
+    report = progress or (lambda done, total: None)
+    if not is_native(checkpoint.config):
+        return _load_fallback(checkpoint, policy, report)
+    config = _native_config(checkpoint)
+    _check_memory(_native_bytes(config, policy), policy, checkpoint)
+    model = Llama(config, policy)
+    destinations = model.destinations()
+    infos = checkpoint.weights.tensors()
+    wanted = _match(destinations, infos, checkpoint)
+    with torch.inference_mode():
+        for name, tensor in _stream(checkpoint.weights, wanted, report):
+            place = destinations[name]
+            place.target.load_rows(place.start, tensor)
+    return model
+
+
+def context_length(config: Mapping[str, object]) -> int:
+    """Tokens that the model of a `config.json` holds, native or not."""
+    if is_native(config):
+        return ModelConfig.from_hf(config).context_length
+    hf_config = read_hf_config(config).get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(hf_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelLoadError("config.json does not say how long a context the model holds")
+
+
+def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> int:
+    """Keys and values of one token in all layers, native or not."""
+    if is_native(config):
+        return ModelConfig.from_hf(config).kv_bytes_per_token(bytes_per_value)
+    hf_config = read_hf_config(config).get_text_config()
+    heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+    dim = getattr(hf_config, "head_dim", None)
+    dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
+    return int(2 * hf_config.num_hidden_layers * heads * dim * bytes_per_value)
+
+
+def _native_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The config, tied when the checkpoint has no head of its own."""
+    has_head = "lm_head.weight" in checkpoint.weights.tensors()
+    content = dict(checkpoint.config)
+    content["tie_word_embeddings"] = content.get("tie_word_embeddings", False) or not has_head
+    return ModelConfig.from_hf(content)
+
+
+def _native_bytes(config: ModelConfig, policy: DevicePolicy) -> int:
+    size = policy.dtype.itemsize
+    if policy.int8 is None:
+        return config.num_parameters * size
+    embedding = config.vocab_size * config.hidden_size
+    half = 0 if config.is_tied else embedding
+    return (config.num_parameters - half) + half * size
+
+
+def _check_memory(needed: int, policy: DevicePolicy, checkpoint: Checkpoint) -> None:
+    available = available_bytes(policy.device)
+    if needed + _WORKING_BYTES <= available:
+        return
+    way_out = "use a smaller model or free memory"
+    if policy.int8 is None:
+        way_out = "use --load-8bit, a smaller model, or free memory"
+        if policy.dtype == torch.float32:
+            way_out = "use --dtype bfloat16 or --load-8bit, a smaller model, or free memory"
+    raise DoesNotFit(
+        f"{checkpoint.path} needs {in_gb(needed)} of weights in {_form(policy)} and "
+        f"{in_gb(_WORKING_BYTES)} to work in, {policy.device.type} has {in_gb(available)} free; "
+        f"{way_out}"
+    )
+
+
+def _form(policy: DevicePolicy) -> str:
+    return "int8" if policy.int8 else policy.dtype_name
+
+
+def _match(
+    destinations: Mapping[str, Destination],
+    infos: Mapping[str, TensorInfo],
+    checkpoint: Checkpoint,
+) -> list[TensorInfo]:
+    """The tensors to read, in disk order, all names and shapes checked before any is read."""
+    missing = [name for name in destinations if name not in infos]
+    if missing:
+        raise ModelLoadError(
+            f"{checkpoint.path} lacks {len(missing)} of {len(destinations)} tensors, first "
+            f"{missing[0]}; the download is incomplete or config.json is another model's"
+        )
+    extra = [
+        name for name in infos
+        if name not in destinations and name != "lm_head.weight" and not _IGNORED.match(name)
+    ]  # fmt: skip
+    if extra:
+        raise ModelLoadError(
+            f"{checkpoint.path} holds {len(extra)} tensors that config.json's architecture does "
+            f"not have, first {extra[0]}; config.json is another model's, or this is not a plain "
+            "causal language model"
+        )
+    for name, place in destinations.items():
+        if tuple(infos[name].shape) != place.shape:
+            raise ModelLoadError(
+                f"{checkpoint.path}: {name} has shape {tuple(infos[name].shape)}, config.json "
+                f"asks for {place.shape}; the files belong to different models"
+            )
+    return [info for name, info in infos.items() if name in destinations]
+
+
+def _stream(
+    source: WeightSource, wanted: list[TensorInfo], report: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    total = sum(info.num_bytes for info in wanted)
+    done = 0
+    report(done, total)
+    for info in wanted:
+        yield info.name, source.read(info.name)
+        done += info.num_bytes
+        report(done, total)
+
+
+def _load_fallback(checkpoint: Checkpoint, policy: DevicePolicy, report: Progress) -> FallbackModel:
+    read_hf_config(checkpoint.config)
+    infos = list(checkpoint.weights.tensors().values())
+    needed = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
+    _check_memory(needed, policy, checkpoint)
+    logger.warning(
+        "%s is not of the Llama family: it runs through transformers, slower than natively",
+        (checkpoint.config.get("architectures") or ["this model"])[0],
+    )
+    state = {
+        name: tensor.to(policy.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in _stream(checkpoint.weights, infos, report)
+        if not _IGNORED.match(name)
+    }
+    return load_fallback(checkpoint.config, state, policy)

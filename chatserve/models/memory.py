@@ -1,0 +1,52 @@
+"""How much memory a device has left, and what does not fit in it. No model, no files."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+GIB = 1 << 30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process may still allocate on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_available_host_bytes(), _address_space_left())
+
+
+def _available_host_bytes() -> int:
+    try:
+        import psutil
+    except ImportError:  # engine and models run without it, as on a bare GPU machine
+        return _available_from_proc()
+    return int(psutil.virtual_memory().available)
+
+
+def _available_from_proc() -> int:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        table = dict(line.split(":", 1) for line in lines)
+    return int(table["MemAvailable"].split()[0]) * 1024
+
+
+def _address_space_left() -> int:
+    """What `ulimit -v` leaves; practically unlimited without one."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or not sys.platform.startswith("linux"):
+        return sys.maxsize
+    with open("/proc/self/statm", encoding="ascii") as line:
+        used = int(line.read().split()[0]) * resource.getpagesize()
+    return max(0, limit - used)
+
+
+def in_gb(num_bytes: int) -> str:
+    """Decimal gigabytes with one digit, as memory is sold: "13.5 GB"."""
+    return f"{num_bytes / 1e9:.1f} GB"
