@@ -1,0 +1,176 @@
+"""Opening a model: a Hugging Face folder or a `.gguf` file becomes config plus a `WeightSource`.
+
+Reads headers and small JSON files only. Knows formats and folders, but no network, no device, no
+dtype policy; it never runs code that a folder brings.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatserve.errors import ModelLoadError
+from chatserve.models.gguf import GGUFFile, GGUFWeights, hf_config
+from chatserve.models.safetensors_file import SafetensorsFile
+from chatserve.models.torch_bin import TorchBinFile
+from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
+from chatserve.models.weights import TensorInfo, WeightSource
+
+__all__ = ["Checkpoint", "TensorInfo", "WeightSource", "looks_like_delta", "open_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+FINAL_NORM = "model.norm.weight"
+# A trained final norm lies around 1 and above; fine-tuning moves it by some hundredths at most.
+MAX_DELTA_NORM = 0.1
+# Other architectures may store norms as an offset from 1.
+PLAIN_NORM_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+_READERS: dict[str, Callable[[Path], WeightSource]] = {
+    "safetensors": SafetensorsFile,
+    "bin": TorchBinFile,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model on disk; `config` reads as in Hugging Face's config.json, whatever the format."""
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    weights: WeightSource
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model folder or `.gguf` file; the caller closes `weights`.
+
+    Raises `ModelLoadError` when it is missing, damaged, or not a whole model.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
+    if path.suffix.lower() != ".gguf":
+        raise ModelLoadError(
+            f"{path}: is a file but not a .gguf; pass the folder that holds config.json and weights"
+        )
+    file = GGUFFile.open(path)
+    with ExitStack() as stack:
+        stack.callback(file.close)
+        checkpoint = Checkpoint(path, hf_config(file.metadata), {}, GGUFWeights(file))
+        stack.pop_all()
+    return checkpoint
+
+
+def looks_like_delta(source: WeightSource) -> bool:
+    """Whether these are delta weights: their final norm lies near 0 instead of near 1."""
+    info = source.tensors().get(FINAL_NORM)
+    if info is None or not info.dtype.is_floating_point or not all(info.shape):
+        return False
+    return bool(source.read(FINAL_NORM).float().abs().mean() < MAX_DELTA_NORM)
+
+
+class ShardedWeights:
+    """Several files as one `WeightSource`, checked against the index that came with them."""
+
+    def __init__(self, shards: Mapping[str, WeightSource], index: Mapping[str, str]) -> None:
+        """`shards` by file name. Raises `ModelLoadError` on duplicates and on a wrong index."""
+        self._shards = shards
+        self._home: dict[str, str] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        for shard, source in shards.items():
+            for name, info in source.tensors().items():
+                if name in self._home:
+                    raise ModelLoadError(f"{name!r} lies both in {self._home[name]} and in {shard}")
+                self._home[name] = shard
+                self._tensors[name] = info
+        for name, shard in index.items():
+            if self._home.get(name) != shard:
+                where = self._home.get(name, "nowhere")
+                raise ModelLoadError(
+                    f"the index puts {name!r} into {shard}, it is {where}; index and shards are of "
+                    "different versions, download both again"
+                )
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._shards[self._home[name]].read(name)
+
+    def close(self) -> None:
+        for source in self._shards.values():
+            source.close()
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    _refuse_adapter(folder)
+    if not os.path.lexists(folder / "config.json"):
+        raise ModelLoadError(_why_no_config(folder))
+    config = read_json(folder, "config.json")
+    if "auto_map" in config:
+        logger.warning("%s: auto_map ignored, chatserve never runs a model folder's code", folder)
+    generation_config = {}
+    if os.path.lexists(folder / "generation_config.json"):
+        generation_config = read_json(folder, "generation_config.json")
+    weights = _open_weights(folder, find_weight_files(folder))
+    try:
+        _refuse_delta(folder, config, weights)
+    except ModelLoadError:
+        weights.close()
+        raise
+    return Checkpoint(folder, config, generation_config, weights)
+
+
+def _open_weights(folder: Path, files: WeightFiles) -> WeightSource:
+    open_file = _READERS[files.format]
+    if files.index is None:
+        return open_file(files.paths[0])
+    shards: dict[str, WeightSource] = {}
+    with ExitStack() as stack:
+        for path in files.paths:
+            shards[path.name] = open_file(path)
+            stack.callback(shards[path.name].close)
+        try:
+            weights = ShardedWeights(shards, files.index)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{folder}: {error}") from error
+        stack.pop_all()
+    return weights
+
+
+def _refuse_adapter(folder: Path) -> None:
+    names = os.listdir(folder)
+    if "adapter_config.json" not in names:
+        return
+    if "config.json" in names and any(name.startswith(("model", "pytorch_")) for name in names):
+        return
+    base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+    raise ModelLoadError(
+        f"{folder}: is a LoRA adapter for {base!r}, not a whole model; merge it into its base "
+        "model first (this comes with a later version of chatserve; today peft's merge_and_unload)"
+    )
+
+
+def _refuse_delta(folder: Path, config: Mapping[str, Any], weights: WeightSource) -> None:
+    """The weights decide: tools of 2023 left the delta's name in the config of merged models."""
+    if config.get("model_type") in PLAIN_NORM_TYPES and looks_like_delta(weights):
+        raise ModelLoadError(
+            f"{folder}: holds unmerged delta weights (its final norm is near 0, a model's near 1); "
+            "add them to their base model first (this comes with a later version of chatserve; "
+            "today FastChat's apply_delta)"
+        )
+
+
+def _why_no_config(folder: Path) -> str:
+    if not any(folder.iterdir()):
+        return f"{folder}: is empty; download a model into it (config.json, weights, tokenizer)"
+    return f"{folder}: has no config.json; pass a folder in Hugging Face layout or a .gguf file"

@@ -1,0 +1,74 @@
+"""One open weight file: bytes and tensors by offset, each range checked against the file's size.
+
+Plain reads into fresh buffers, never a mapping: mapped pages count as resident memory until the
+whole file is closed. Knows no file format.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from chatserve.errors import ModelLoadError
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+class WeightFile:
+    """An open file of weights. `read` and `read_tensor` may be called from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ModelLoadError` when the file cannot be opened or is a Git LFS placeholder."""
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed by close()
+        except OSError as error:
+            raise ModelLoadError(f"{path}: cannot be opened ({error.strerror})") from error
+        self.size = os.fstat(self._file.fileno()).st_size
+        if self.read(0, min(self.size, len(LFS_POINTER))) == LFS_POINTER:
+            self.close()
+            raise ModelLoadError(f"{path}: is a Git LFS placeholder; fetch it with `git lfs pull`")
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Exactly `num_bytes` from `offset`; for headers. Raises `ModelLoadError`."""
+        buffer = bytearray(self._checked(offset, num_bytes))
+        self._fill(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous CPU tensor from the bytes at `offset`. Raises `ModelLoadError`."""
+        num_bytes = self._checked(offset, math.prod(shape) * dtype.itemsize)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        self._fill(buffer.numpy().data, offset)
+        # A bool whose byte is neither 0 nor 1 behaves differently from kernel to kernel.
+        flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
+        return flat.reshape(shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _checked(self, offset: int, num_bytes: int) -> int:
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size:
+            raise ModelLoadError(
+                f"{self.path}: truncated: bytes {offset} to {offset + num_bytes} are wanted, the "
+                f"file has {self.size}; download it again"
+            )
+        return num_bytes
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        done = 0
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                while done < len(view):
+                    count = self._file.readinto(view[done:])
+                    if not count:
+                        raise ModelLoadError(f"{self.path}: became shorter while it was read")
+                    done += count
+            except OSError as error:
+                raise ModelLoadError(f"{self.path}: cannot be read ({error.strerror})") from error
