@@ -1,7 +1,7 @@
 """A GGUF model in Hugging Face's terms: `GGUFWeights` by HF names, `hf_config` as a `config.json`.
 
-Knows the architectures; the bytes are `gguf_file.py`'s. Keys and names: docs/gguf.md of ggml and
-the tensor names of llama.cpp.
+Knows the architectures; the bytes are `gguf_file.py`'s and `gguf_header.py`'s.
+Source of keys and names: docs/gguf.md of ggml, tensor names of llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.gguf_file import GGUFFile, quote
+from chatserve.models.gguf_file import GGUFFile
+from chatserve.models.gguf_header import quote
 from chatserve.models.weights import TensorInfo
 
 __all__ = ["GGUFFile", "GGUFWeights", "hf_config"]
@@ -269,8 +270,8 @@ class _Metadata:
         value = self._get(key)
         if value not in (None, expected):
             self._fail(
-                f"{self._key(key)} is {quote(value)}, only {expected} (the head size) is supported; "
-                "take the model's Hugging Face folder"
+                f"{self._key(key)} is {quote(value)}, only {expected} (the head size) is "
+                "supported; take the model's Hugging Face folder"
             )
 
     def vocab_size(self) -> int:
@@ -288,8 +289,8 @@ class _Metadata:
             key = "rope.scale_linear"  # its name in 2023
         if kind not in (None, "none", "linear"):
             self._fail(
-                f"{self._key('rope.scaling.type')} is {quote(kind)}, supported are none, linear and "
-                f"{_ROPE_FACTORS}; take the model's Hugging Face folder"
+                f"{self._key('rope.scaling.type')} is {quote(kind)}, supported are none, linear "
+                f"and {_ROPE_FACTORS}; take the model's Hugging Face folder"
             )
         if kind == "none" or self._get(key) in (None, 0, 1):  # llama.cpp: 0 means not scaled
             return None
