@@ -72,15 +72,13 @@ def _is_plain_greedy(row: SamplingRow) -> bool:
 def _sample_row(logits: torch.Tensor, row: SamplingRow) -> int:
     """`logits` (V,) float32 on the CPU."""
     params = row.params
-    if torch.isnan(logits).any():
-        return -1
     logits = penalise(logits, row)
-    if params.is_greedy:
-        best = int(logits.argmax())
-        return best if torch.isfinite(logits[best]) else -1
-    probabilities, ids = distribution(logits, params)
-    if not probabilities.numel():
+    best = int(logits.argmax())  # a NaN counts as the largest
+    if not torch.isfinite(logits[best]):
         return -1
+    if params.is_greedy:
+        return best
+    probabilities, ids = distribution(logits, params)
     cumulative = probabilities.double().cumsum(0)
     point = uniform(row.seed, row.choice, row.position) * cumulative[-1]
     index = int(torch.searchsorted(cumulative, point, right=True))

@@ -1,0 +1,155 @@
+"""Where the engine thread meets asyncio: order, cancellation, overload, death."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from chatserve.engine.async_engine import AsyncEngine
+from chatserve.engine.engine import Engine
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
+from tests.unit.engine.test_engine import GREEDY, Scripted, scripted_engine, text
+
+ENDLESS = SamplingParams(temperature=0, max_tokens=5000, ignore_eos=True)
+PROMPT = [0, 1, 2, 3]
+
+
+def run(
+    test: Callable[[AsyncEngine, Engine, Scripted], Awaitable[None]],
+    script: str = "Hello",
+    **options: int,
+) -> None:
+    async def main() -> None:
+        engine, model = scripted_engine(script, **options)
+        async_engine = AsyncEngine(engine, max_num_waiting=options.get("max_num_waiting", 64))
+        async_engine.start()
+        try:
+            async with asyncio.timeout(30):
+                await test(async_engine, engine, model)
+        finally:
+            await async_engine.stop()
+
+    asyncio.run(main())
+
+
+async def collect(events: AsyncEngine, name: str) -> list[TokenEvent]:
+    async with events.submit(name, PROMPT, GREEDY) as stream:
+        return [event async for event in stream]
+
+
+def test_many_requests_at_once_get_their_own_text() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        answers = await asyncio.gather(*(collect(events, str(index)) for index in range(40)))
+        assert {text(answer) for answer in answers} == {"Hello"}
+        stats = events.stats()
+        assert (stats.num_running, stats.num_waiting, stats.free_kv_tokens) == (0, 0, 10_000)
+        assert stats.tick >= 6 and stats.last_token_age_s == 0
+
+    run(check)
+
+
+def test_closing_the_stream_aborts_the_sequence() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        async with events.submit("a", PROMPT, ENDLESS) as stream:
+            await anext(stream)
+        # commands run in order: when this answer is there, the abort has happened
+        await collect(events, "b")
+        assert engine.num_free_kv_tokens == 10_000
+
+    run(check)
+
+
+def test_a_stream_that_was_never_read_can_be_closed() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        await events.submit("a", PROMPT, ENDLESS).aclose()
+        await collect(events, "b")
+        assert engine.num_free_kv_tokens == 10_000
+
+    run(check)
+
+
+def test_a_cancelled_reader_aborts() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        started = asyncio.Event()
+
+        async def read() -> None:
+            async with events.submit("a", PROMPT, ENDLESS) as stream:
+                async for _ in stream:
+                    started.set()
+
+        task = asyncio.create_task(read())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await collect(events, "b")
+        assert engine.num_free_kv_tokens == 10_000
+
+    run(check)
+
+
+def test_a_full_queue_is_refused_at_the_call() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        first = events.submit("a", PROMPT, ENDLESS)
+        await anext(first)
+        waiting = events.submit("b", PROMPT, ENDLESS)
+        with pytest.raises(Overloaded):
+            events.submit("c", PROMPT, ENDLESS)
+        await waiting.aclose()
+        await first.aclose()
+
+    run(check, max_num_seqs=1, max_num_waiting=1)
+
+
+def test_a_request_that_never_fits_is_refused_at_the_call() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        with pytest.raises(ContextLengthExceeded):
+            events.submit("a", [1] * 9_999, ENDLESS)
+
+    run(check)
+
+
+def test_stop_ends_open_streams_with_an_error() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        stream = events.submit("a", PROMPT, ENDLESS)
+        await anext(stream)
+        await events.stop()
+        rest = [event async for event in stream]
+        assert isinstance(rest[-1].error, GenerationFailed)
+        with pytest.raises(GenerationFailed):
+            events.submit("b", PROMPT, GREEDY)
+
+    run(check)
+
+
+def test_a_dead_engine_thread_tells_every_stream_and_the_statistics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Bug(BaseException):
+        pass
+
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        model.failures[0] = Bug("bug")  # type: ignore[assignment]
+        answer = await collect(events, "a")
+        assert isinstance(answer[-1].error, GenerationFailed)
+        assert not events.stats().is_alive
+        with pytest.raises(GenerationFailed):
+            events.submit("b", PROMPT, GREEDY)
+
+    run(check)
+    assert "the engine thread died" in caplog.text
+
+
+def test_the_thread_sleeps_while_there_is_nothing_to_do() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        await collect(events, "a")
+        tick = events.stats().tick
+        await collect(events, "b")
+        assert events.stats().tick == 2 * tick
+        assert threading.active_count() >= 2
+
+    run(check)

@@ -1,0 +1,268 @@
+"""The engine on a tiny random model: batches, limits, ends, faults. No HTTP, no asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from chatserve.engine.engine import Engine
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.errors import ContextLengthExceeded, GenerationFailed, OutOfMemory
+from chatserve.models.attention import Segment
+from chatserve.models.config import ModelConfig
+from chatserve.models.device import choose_policy
+from chatserve.models.llama import Llama
+from tests import tiny
+
+
+class ByteTokenizer:
+    """Token n is byte n; three special ids after them."""
+
+    eos_ids = frozenset({tiny.EOS_ID})
+    masked_ids = frozenset(range(tiny.EOS_ID + 1, tiny.VOCAB_SIZE))
+    strips_leading_space = True
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+class Scripted:
+    """A model that continues every sequence with a script, and fails when it is told to."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, script: str, *, eos: bool = True) -> None:
+        self.ids = [*script.encode(), *([tiny.EOS_ID] if eos else [])]
+        self.failures: dict[int, Exception] = {}
+        self.nan_first_ids: set[int] = set()
+        self.first_ids: dict[int, int] = {}
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        segments: Sequence[Segment],
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        logits = []
+        for segment in segments:
+            if segment.num_past == 0:
+                self.first_ids[id(segment.cache)] = int(ids[segment.start])
+            first = self.first_ids[id(segment.cache)]
+            if first in self.failures:
+                raise self.failures[first]
+            row = torch.zeros(tiny.VOCAB_SIZE)
+            row[self.ids[(segment.num_total - PROMPT_LEN) % len(self.ids)]] = 9.0
+            if first in self.nan_first_ids:
+                row[3] = torch.nan
+            logits.append(row)
+        rows = [row in output_rows.tolist() for row in (s.rows.stop - 1 for s in segments)]
+        return torch.stack(logits)[torch.tensor(rows)]
+
+
+PROMPT_LEN = 4
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+
+
+def scripted_engine(script: str, *, eos: bool = True, **options: Any) -> tuple[Engine, Scripted]:
+    model = Scripted(script, eos=eos)
+    return Engine(model, ByteTokenizer(), num_kv_tokens=10_000, **options), model
+
+
+def drain(engine: Engine) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = {}
+    for _ in range(5000):
+        if not engine.has_work:
+            return events
+        for event in engine.step():
+            events.setdefault(event.seq_id, []).append(event)
+    raise AssertionError("the engine never finished")
+
+
+def text(events: Iterable[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def generate(engine: Engine, **requests: SamplingParams) -> dict[str, list[TokenEvent]]:
+    for index, (seq_id, params) in enumerate(requests.items()):
+        engine.add(seq_id, [index, 1, 2, 3], params)
+    return drain(engine)
+
+
+def test_a_sequence_ends_at_its_eos_with_stop() -> None:
+    engine, _ = scripted_engine("Hello 🦙")
+    events = generate(engine, a=GREEDY)["a"]
+    assert text(events) == "Hello 🦙"
+    last = events[-1]
+    assert (last.finish_reason, last.num_prompt_tokens) == ("stop", PROMPT_LEN)
+    assert last.num_generated_tokens == len("Hello 🦙".encode()) + 1
+    assert [event.is_last for event in events].count(True) == 1
+
+
+def test_max_tokens_ends_with_length_and_exact_usage() -> None:
+    engine, _ = scripted_engine("Hello")
+    events = generate(engine, a=SamplingParams(temperature=0, max_tokens=3))["a"]
+    assert (text(events), events[-1].finish_reason) == ("Hel", "length")
+    assert events[-1].num_generated_tokens == 3
+
+
+def test_eos_as_the_last_allowed_token_is_a_stop() -> None:
+    engine, _ = scripted_engine("Hi")
+    events = generate(engine, a=SamplingParams(temperature=0, max_tokens=3))["a"]
+    assert (text(events), events[-1].finish_reason) == ("Hi", "stop")
+
+
+def test_a_stop_string_ends_the_sequence_and_is_not_shown() -> None:
+    engine, _ = scripted_engine("Hello### Human")
+    params = SamplingParams(temperature=0, max_tokens=64, stop=("###",))
+    events = generate(engine, a=params)["a"]
+    assert (text(events), events[-1].finish_reason) == ("Hello", "stop")
+    assert not any("#" in event.text for event in events)
+
+
+def test_a_half_stop_string_at_the_end_is_shown() -> None:
+    engine, _ = scripted_engine("Hello##")
+    params = SamplingParams(temperature=0, max_tokens=64, stop=("###",))
+    assert text(generate(engine, a=params)["a"]) == "Hello##"
+
+
+def test_stop_token_ids_end_the_sequence() -> None:
+    engine, _ = scripted_engine("abc")
+    params = SamplingParams(temperature=0, max_tokens=64, stop_token_ids=(ord("b"),))
+    assert text(generate(engine, a=params)["a"]) == "a"
+
+
+def test_ignore_eos_goes_on_to_max_tokens() -> None:
+    engine, _ = scripted_engine("ab")
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+    events = generate(engine, a=params)["a"]
+    assert (text(events), events[-1].finish_reason) == ("ababa", "length")
+
+
+def test_min_tokens_holds_back_the_end() -> None:
+    engine, _ = scripted_engine("")
+    params = SamplingParams(temperature=0, max_tokens=9, min_tokens=5)
+    events = generate(engine, a=params)["a"]
+    assert events[-1].num_generated_tokens == 6
+
+
+def test_leading_space_is_stripped_when_asked() -> None:
+    engine, _ = scripted_engine(" Hello")
+    engine.add("a", [0, 1, 2, 3], GREEDY, strip_leading_space=True)
+    engine.add("b", [0, 1, 2, 3], GREEDY)
+    events = drain(engine)
+    assert (text(events["a"]), text(events["b"])) == ("Hello", " Hello")
+
+
+def test_abort_frees_everything_at_every_stage() -> None:
+    engine, _ = scripted_engine("x" * 50, max_num_seqs=2, max_num_batched_tokens=4)
+    baseline = engine.num_free_kv_tokens
+    for seq_id in ("prefill", "decode", "waiting"):
+        engine.add(seq_id, [1] * (3 if seq_id == "decode" else 9), GREEDY)
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (2, 1)
+    for seq_id in ("waiting", "prefill", "decode", "never heard of"):
+        engine.abort(seq_id)
+    assert (engine.num_free_kv_tokens, engine.has_work) == (baseline, False)
+    assert engine.step() == []
+
+
+def test_one_failing_sequence_leaves_its_neighbours_unchanged() -> None:
+    engine, model = scripted_engine("Hello")
+    model.failures[1] = RuntimeError("boom")
+    events = generate(engine, a=GREEDY, b=GREEDY, c=GREEDY)
+    assert (text(events["a"]), text(events["c"])) == ("Hello", "Hello")
+    assert isinstance(events["b"][-1].error, GenerationFailed)
+    assert engine.num_free_kv_tokens == 10_000
+
+
+def test_out_of_memory_fails_that_sequence_alone() -> None:
+    engine, model = scripted_engine("Hello")
+    model.failures[0] = torch.OutOfMemoryError("CUDA out of memory")
+    events = generate(engine, a=GREEDY, b=GREEDY)
+    assert isinstance(events["a"][-1].error, OutOfMemory)
+    assert text(events["b"]) == "Hello"
+
+
+def test_nan_logits_fail_that_sequence_alone() -> None:
+    engine, model = scripted_engine("Hello")
+    model.nan_first_ids.add(0)
+    events = generate(engine, a=GREEDY, b=GREEDY)
+    assert isinstance(events["a"][-1].error, GenerationFailed)
+    assert text(events["b"]) == "Hello"
+
+
+def test_a_sequence_larger_than_the_cache_is_refused_at_once() -> None:
+    engine, _ = scripted_engine("x")
+    with pytest.raises(ContextLengthExceeded):
+        engine.add("a", [1] * 9_990, GREEDY)
+
+
+# Equalities on a real (tiny) network, float32, token for token.
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    hf_model = tiny.build_hf_model()
+    native = Llama(
+        ModelConfig.from_hf(hf_model.config.to_dict()),
+        choose_policy("cpu", "float32", load_8bit=False),
+    )
+    state = hf_model.state_dict()
+    for name, place in native.destinations().items():
+        place.target.load_rows(place.start, state[name])
+    return native
+
+
+PROMPTS = {"a": [5, 6, 7], "b": list(range(100)), "c": [9] * 17, "d": [1]}
+MIXED = {
+    "a": SamplingParams(max_tokens=20, seed=1, ignore_eos=True),
+    "b": SamplingParams(max_tokens=30, temperature=0, ignore_eos=True),
+    "c": SamplingParams(max_tokens=25, seed=2, top_p=0.9, presence_penalty=1, ignore_eos=True),
+    "d": SamplingParams(max_tokens=15, seed=3, top_k=40, temperature=1.5, ignore_eos=True),
+}
+
+
+def tokens(model: Llama, names: str, **options: Any) -> dict[str, list[int]]:
+    engine = Engine(model, ByteTokenizer(), num_kv_tokens=10_000, **options)
+    for name in names:
+        engine.add(name, PROMPTS[name], MIXED[name])
+    return {
+        name: [token_id for event in events for token_id in event.token_ids]
+        for name, events in drain(engine).items()
+    }
+
+
+def alone(model: Llama) -> dict[str, list[int]]:
+    return {name: tokens(model, name)[name] for name in PROMPTS}
+
+
+def test_batched_equals_alone(model: Llama) -> None:
+    assert tokens(model, "abcd") == alone(model)
+
+
+def test_chunked_prefill_equals_whole(model: Llama) -> None:
+    assert tokens(model, "abcd", max_num_batched_tokens=7) == alone(model)
+
+
+def test_waiting_equals_undisturbed(model: Llama) -> None:
+    assert tokens(model, "dcba", max_num_seqs=1) == alone(model)
+
+
+def test_a_seed_repeats_and_another_choice_differs(model: Llama) -> None:
+    engine = Engine(model, ByteTokenizer(), num_kv_tokens=10_000)
+    for choice in (0, 1):
+        engine.add(str(choice), PROMPTS["a"], MIXED["a"], choice=choice)
+    first, second = (
+        [event.token_ids for event in events] for _, events in sorted(drain(engine).items())
+    )
+    assert first != second
+    assert [token_id for (token_id,) in first] == tokens(model, "a")["a"]
+
+
+def test_masked_ids_are_never_produced(model: Llama) -> None:
+    produced = {token_id for ids in tokens(model, "abcd").values() for token_id in ids}
+    assert not produced & ByteTokenizer.masked_ids
