@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.gguf import GGUFFile, GGUFWeights, hf_config
+from chatserve.models.gguf import GGUFFile, GGUFWeights
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
@@ -65,7 +65,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     file = GGUFFile.open(path)
     with ExitStack() as stack:
         stack.callback(file.close)
-        checkpoint = Checkpoint(path, hf_config(file.metadata), {}, GGUFWeights(file))
+        weights = GGUFWeights(file)
+        checkpoint = Checkpoint(path, weights.config(), {}, weights)
         stack.pop_all()
     return checkpoint
 

@@ -203,8 +203,8 @@ class _Cursor:
 
 def _check_version(cursor: _Cursor) -> None:
     if cursor.size < 4 or (magic := cursor.raw(4)) != b"GGUF":
-        found = "too short" if cursor.size < 4 else f"starts with {magic!r}, not with b'GGUF'"
-        cursor.fail(f"this is no GGUF file: it is {found}", "check the path or download it again")
+        found = "is too short" if cursor.size < 4 else f"starts with {magic!r}, not b'GGUF'"
+        cursor.fail(f"this is no GGUF file: it {found}", "check the path or download it again")
     version = cursor.u32()
     if version in (2, 3):
         return

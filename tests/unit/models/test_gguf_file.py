@@ -183,7 +183,10 @@ HOSTILE = {
     "version 0": (gguf_bytes(version=u32(0)), "version 0 is unknown, supported are 2 and 3"),
     "version 1": (gguf_bytes(version=u32(1)), "version 1 is unknown"),
     "version of the future": (gguf_bytes(version=u32(4)), "version 4 is unknown"),
-    "big-endian": (gguf_bytes(version=b"\0\0\0\x03"), "big-endian; convert|big-endian"),
+    "big-endian": (
+        gguf_bytes(version=b"\0\0\0\x03"),
+        "big-endian .*convert it with --endian little",
+    ),
     "counts are missing": (b"GGUF" + u32(3) + u64(1), "cut off"),
     "too many tensors": (gguf_bytes(num_tensors=HUGE), "counts 18,446,744,073,709,551,615 tensors"),
     "tensors over the cap": (gguf_bytes(num_tensors=65_537), "65,537 tensors, allowed are 65,536"),
