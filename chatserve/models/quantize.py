@@ -34,7 +34,7 @@ def quantise_rows(
         rows = weight[start : start + _ROWS_AT_ONCE].float()
         scale = _round_up(rows.abs().amax(dim=1) / 127, scale_dtype)
         divisor = torch.where(scale > 0, scale.float(), 1.0)
-        rows = rows.div_(divisor[:, None]) if rows is not weight else rows / divisor[:, None]
+        rows = rows / divisor[:, None]
         codes[start : start + _ROWS_AT_ONCE] = rows.round_().clamp_(-127, 127)
         scales[start : start + _ROWS_AT_ONCE] = scale
     return codes, scales

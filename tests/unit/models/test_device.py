@@ -1,0 +1,162 @@
+"""Device choices, the self-test that guards them, and what can be known of Metal without a Mac."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chatserve.engine.kv_cache import SequenceKV
+from chatserve.errors import StartupError, UsageError
+from chatserve.models import attention, device, quantize
+from chatserve.models.attention import Segment
+from chatserve.models.config import ModelConfig
+from chatserve.models.device import check, choose_policy, policy_for
+from chatserve.models.llama import Llama
+from tests import tiny
+
+
+def test_auto_says_why() -> None:
+    policy = choose_policy(load_8bit=True)
+    assert policy.device.type in ("cpu", "cuda", "mps")
+    assert policy.device.type in policy.describe() and "int8" in policy.describe()
+    assert len(policy.reasons) == 4
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"--device {kind}.*--device cpu"):
+        choose_policy(kind, load_8bit=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("load_8bit", [False, True])
+def test_the_self_test_passes_here(dtype: str, load_8bit: bool) -> None:
+    policy = choose_policy("cpu", dtype, load_8bit=load_8bit)
+    assert check(policy) == policy
+
+
+def test_a_wrong_fused_attention_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaks_the_future(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
+        return attention._plain(q, k, v, None)
+
+    monkeypatch.setitem(attention._BACKENDS, "sdpa", leaks_the_future)  # type: ignore[arg-type]
+    policy = check(choose_policy("cpu", "float32", load_8bit=False))
+    assert policy.attention == "plain"
+    assert "failed its self-test" in policy.reasons[-1]
+
+
+def test_a_wrong_int8_operator_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = lambda x, codes, scales: quantize.matmul_dequantise(x, codes, scales) * 1.5  # noqa: E731
+    monkeypatch.setitem(quantize.MATMULS, "cpu", wrong)  # type: ignore[arg-type]
+    assert check(choose_policy("cpu", "bfloat16", load_8bit=True)).int8 == "dequantise"
+
+
+def test_nan_counts_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = lambda q, k, v, mask: attention._plain(q, k, v, mask) * torch.nan  # noqa: E731
+    monkeypatch.setitem(attention._BACKENDS, "sdpa", nan)  # type: ignore[arg-type]
+    assert check(choose_policy("cpu", "float32", load_8bit=False)).attention == "plain"
+
+
+def test_a_device_that_computes_plain_products_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = device.attend
+
+    def wrong(*arguments: torch.Tensor, backend: str) -> torch.Tensor:
+        result = real(*arguments, backend=backend)  # type: ignore[arg-type]
+        return result + 1 if arguments[0].dtype == torch.bfloat16 else result
+
+    monkeypatch.setattr(device, "attend", wrong)
+    with pytest.raises(StartupError, match="--device cpu"):
+        check(choose_policy("cpu", "bfloat16", load_8bit=False))
+
+
+# Metal, as far as it can be checked without a Mac: which operators run, and whether PyTorch's own
+# table of operators (it ships inside the package) gives each of them a Metal kernel.
+
+
+@cache
+def operator_table() -> Any:
+    import torchgen
+    from torchgen.gen import parse_native_yaml
+
+    folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
+    return parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))
+
+
+def has_metal_kernel(name: str) -> bool:
+    """Whether an aten operator ("mm", "add.Tensor") runs on Metal by itself or by composition."""
+    from torchgen.model import DispatchKey
+
+    table = operator_table()
+    by_name = {str(function.func.name): function for function in table.native_functions}
+    function = by_name[name]
+    composite = (
+        function.has_composite_implicit_autograd_kernel
+        or function.has_composite_explicit_autograd_kernel
+        or function.has_composite_explicit_autograd_non_functional_kernel
+    )
+    candidates = [function]
+    if function.structured_delegate is not None:
+        candidates.append(by_name[str(function.structured_delegate)])
+    metal = table.backend_indices[DispatchKey.MPS]
+    return composite or any(metal.has_kernel(candidate) for candidate in candidates)
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the names of all aten operators; implicit composites are taken apart first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name.removeprefix("aten::") + (
+            f".{func._overloadname}" if func._overloadname != "default" else ""))  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("load_8bit", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
+def test_every_operator_of_the_metal_policy_has_a_metal_kernel(
+    model_type: str, load_8bit: bool
+) -> None:
+    hf_model = tiny.build_hf_model(model_type)
+    policy = policy_for("mps", torch.float16, load_8bit=load_8bit)
+    # on the CPU the operator wants bfloat16 scales; its Metal kernel takes the activations' dtype
+    if load_8bit:
+        policy = dataclasses.replace(policy, dtype=torch.bfloat16)
+    native = Llama(ModelConfig.from_hf(hf_model.config.to_dict()), policy)
+    state = hf_model.state_dict()
+    for name, place in native.destinations().items():
+        place.target.load_rows(place.start, state[name])
+    kv = SequenceKV(32)
+    with torch.no_grad(), Recorder() as recorder:
+        native(torch.arange(20), torch.arange(20), [Segment(0, 20, 0, kv)], torch.tensor([19]))
+        one = torch.tensor([3])
+        native(one, torch.tensor([20]), [Segment(0, 1, 20, kv)], torch.tensor([0]))
+    assert "_softmax" in recorder.names and ("mm" in recorder.names) != load_8bit
+    assert ("_weight_int8pack_mm" in recorder.names) == load_8bit
+    without = sorted(name for name in recorder.names if not has_metal_kernel(name))
+    assert not without, f"no Metal kernel for {without}"
+
+
+def test_the_table_knows_an_operator_without_a_metal_kernel() -> None:
+    assert not has_metal_kernel("_int_mm")
+    assert not has_metal_kernel("_weight_int4pack_mm_for_cpu")
+    assert has_metal_kernel("mm") and has_metal_kernel("add.Tensor")
+
+
+@pytest.mark.mps
+def test_metal_agrees_with_the_cpu() -> None:
+    if not torch.backends.mps.is_available():
+        pytest.skip("needs Apple Metal")
+    check(choose_policy("mps", load_8bit=True))
