@@ -21,6 +21,7 @@ from chatserve.models.weights import TensorInfo
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
+MAX_NAME_CHARS = 1024
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -97,6 +98,8 @@ class SafetensorsFile:
         return header, 8 + num_bytes
 
     def _extent(self, name: str, entry: Any) -> _Extent:
+        if len(name) > MAX_NAME_CHARS:
+            raise self._bad(f"a tensor's name has {len(name)} characters, over {MAX_NAME_CHARS}")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"{name!r} is not described by dtype, shape and data_offsets")
         shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]

@@ -21,7 +21,7 @@ from chatserve.errors import ModelLoadError
 
 MAX_OPCODES = 2_000_000
 MAX_DIMS = 8
-MAX_TEXT_BYTES = 4096
+MAX_TEXT_BYTES = 1024
 MAX_INT_BYTES = 8
 
 _STORAGE_DTYPES = {

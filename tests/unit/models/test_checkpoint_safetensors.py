@@ -82,6 +82,7 @@ BAD_HEADERS: dict[str, tuple[Any, bytes, str]] = {
     ),
     "entry is a list": ({"a": [1]}, b"", "not described"),
     "field missing": ({"a": {"dtype": "F32", "shape": [2]}}, b"", "not described"),
+    "long name": ({"a" * 1025: entry()}, bytes(8), "1025 characters"),
     "unknown dtype": ({"a": entry(dtype="F4")}, bytes(8), "'F4'"),
     "dtype is a list": ({"a": entry(dtype=["F32"])}, bytes(8), "dtype"),
     "negative shape": ({"a": entry(shape=[-2])}, bytes(8), "impossible"),
