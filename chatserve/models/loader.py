@@ -42,7 +42,9 @@ def load_model(
     if not is_native(checkpoint.config):
         return _load_fallback(checkpoint, policy, report)
     config = _native_config(checkpoint)
-    _check_memory(_native_bytes(config, policy), policy, checkpoint)
+    packed = None if policy.int8 else _native_bytes(config, policy, is_packed=True)
+    needed = _native_bytes(config, policy, is_packed=policy.int8 is not None)
+    _check_memory(needed, packed, policy, checkpoint)
     model = Llama(config, policy)
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
@@ -85,24 +87,25 @@ def _native_config(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig.from_hf(content)
 
 
-def _native_bytes(config: ModelConfig, policy: DevicePolicy) -> int:
+def _native_bytes(config: ModelConfig, policy: DevicePolicy, *, is_packed: bool) -> int:
     size = policy.dtype.itemsize
-    if policy.int8 is None:
+    if not is_packed:
         return config.num_parameters * size
     embedding = config.vocab_size * config.hidden_size
     half = 0 if config.is_tied else embedding
     return (config.num_parameters - half) + half * size
 
 
-def _check_memory(needed: int, policy: DevicePolicy, checkpoint: Checkpoint) -> None:
+def _check_memory(
+    needed: int, packed: int | None, policy: DevicePolicy, checkpoint: Checkpoint
+) -> None:
+    """Raises `DoesNotFit`. `packed`: bytes with --load-8bit, None where it would not help."""
     available = available_bytes(policy.device)
     if needed + _WORKING_BYTES <= available:
         return
-    way_out = "use a smaller model or free memory"
-    if policy.int8 is None:
-        way_out = "use --load-8bit, a smaller model, or free memory"
-        if policy.dtype == torch.float32:
-            way_out = "use --dtype bfloat16 or --load-8bit, a smaller model, or free memory"
+    way_out = "use a smaller model or free some memory"
+    if packed is not None and packed + _WORKING_BYTES <= available:
+        way_out = f"use --load-8bit ({in_gb(packed)})"
     raise DoesNotFit(
         f"{checkpoint.path} needs {in_gb(needed)} of weights in {_form(policy)} and "
         f"{in_gb(_WORKING_BYTES)} to work in, {policy.device.type} has {in_gb(available)} free; "
@@ -161,7 +164,7 @@ def _load_fallback(checkpoint: Checkpoint, policy: DevicePolicy, report: Progres
     read_hf_config(checkpoint.config)
     infos = list(checkpoint.weights.tensors().values())
     needed = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
-    _check_memory(needed, policy, checkpoint)
+    _check_memory(needed, None, policy, checkpoint)
     logger.warning(
         "%s is not of the Llama family: it runs through transformers, slower than natively",
         (checkpoint.config.get("architectures") or ["this model"])[0],

@@ -1,0 +1,94 @@
+"""Causal models outside the Llama family run through transformers, behind the same interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from chatserve.engine.kv_cache import SequenceKV
+from chatserve.errors import ModelLoadError
+from chatserve.models.attention import Segment
+from chatserve.models.device import choose_policy
+from chatserve.models.fallback import load_fallback
+from tests import tiny
+
+FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 16}),
+    "moe": ("qwen3_moe", {"moe_intermediate_size": 32, "num_experts": 4, "head_dim": 16,
+                          "num_experts_per_tok": 2}),
+    "yarn": ("llama", {"rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+        "original_max_position_embeddings": 128}}),
+}  # fmt: skip
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("load_8bit", "tolerance"), [(False, 1e-4), (True, 0.06)])
+@torch.no_grad()
+def test_logits_equal_transformers_in_prefill_step_by_step_and_batched(
+    name: str, load_8bit: bool, tolerance: float
+) -> None:
+    model_type, changes = MODELS[name]
+    hf_model = tiny.build_hf_model(model_type, **changes)
+    policy = choose_policy("cpu", "float32", load_8bit=load_8bit)
+    fallback = load_fallback(hf_model.config.to_dict(), state_of(hf_model), policy)
+    ids = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1))
+    expected = hf_model(ids[None]).logits[0]
+    cache, other = SequenceKV(40), SequenceKV(40)
+    segments = [Segment(0, 20, 0, cache), Segment(20, 30, 0, other)]
+    positions = torch.cat((torch.arange(20), torch.arange(30)))
+    rows = torch.tensor([*range(20), 49])
+    parts = [fallback(torch.cat((ids[:20], ids[:30])), positions, segments, rows)]
+    for index in range(20, 40):
+        one = ids[index : index + 1]
+        position = torch.tensor([index])
+        parts.append(fallback(one, position, [Segment(0, 1, index, cache)], torch.tensor([0])))
+    logits = torch.cat(parts)
+    scale = expected.abs().max()
+    assert (logits[:20] - expected[:20]).abs().max() < tolerance * scale
+    assert (logits[20] - expected[29]).abs().max() < tolerance * scale
+    assert (logits[21:] - expected[20:]).abs().max() < tolerance * scale
+
+
+def test_a_step_without_sampled_rows_gives_no_logits() -> None:
+    hf_model = tiny.build_hf_model("gpt2", **MODELS["gpt2"][1])
+    fallback = load_fallback(hf_model.config.to_dict(), state_of(hf_model), FLOAT32)
+    segment = Segment(0, 3, 0, SequenceKV(9))
+    none = torch.empty(0, dtype=torch.int64)
+    assert fallback(torch.arange(3), torch.arange(3), [segment], none).shape[0] == 0
+
+
+def test_a_model_with_a_running_state_is_refused() -> None:
+    hf_model = tiny.build_hf_model("mamba")
+    with pytest.raises(ModelLoadError, match="running state"):
+        load_fallback(hf_model.config.to_dict(), state_of(hf_model), FLOAT32)
+
+
+@pytest.mark.parametrize("model_type", ["no-such-model", "bert_generation_x", "t5", None])
+def test_an_unknown_architecture_is_refused_by_name(model_type: str | None) -> None:
+    config = {"model_type": model_type, "architectures": ["FooForCausalLM"]}
+    with pytest.raises(ModelLoadError, match="FooForCausalLM"):
+        load_fallback(config, {}, FLOAT32)
+
+
+def test_code_that_comes_with_a_model_is_never_run() -> None:
+    config = {"model_type": "foo", "architectures": ["FooForCausalLM"],
+              "auto_map": {"AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}}  # fmt: skip
+    with pytest.raises(ModelLoadError, match="never run"):
+        load_fallback(config, {}, FLOAT32)
+
+
+def test_missing_weights_are_named() -> None:
+    hf_model = tiny.build_hf_model("gpt2", **MODELS["gpt2"][1])
+    state = state_of(hf_model)
+    del state["transformer.h.1.mlp.c_fc.weight"]
+    with pytest.raises(ModelLoadError, match=r"lack 1 tensors .*h\.1\.mlp\.c_fc\.weight"):
+        load_fallback(hf_model.config.to_dict(), state, FLOAT32)
