@@ -35,7 +35,7 @@ class NoTokenizer:
     """Text does not matter here."""
 
     eos_ids: frozenset[int] = frozenset()
-    masked_ids: frozenset[int] = frozenset()
+    forbidden_ids: frozenset[int] = frozenset()
     strips_leading_space = False
 
     def token_bytes(self, token_id: int) -> bytes:

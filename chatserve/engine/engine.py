@@ -27,7 +27,7 @@ class EngineTokenizer(TokenBytes, Protocol):
     def eos_ids(self) -> frozenset[int]: ...
 
     @property
-    def masked_ids(self) -> frozenset[int]: ...
+    def forbidden_ids(self) -> frozenset[int]: ...
 
     @property
     def strips_leading_space(self) -> bool: ...
@@ -49,8 +49,10 @@ class Engine:
     ) -> None:
         """`num_kv_tokens`: tokens of all running sequences that memory holds."""
         self._tokenizer = tokenizer
-        self._masked_ids = tuple(sorted(tokenizer.masked_ids))
         self._runner = Runner(model)
+        self._forbidden_ids = torch.tensor(
+            sorted(tokenizer.forbidden_ids), dtype=torch.int64, device=model.device
+        )
         self._kv_cache = KVCache(num_kv_tokens)
         self._scheduler = Scheduler(
             self._kv_cache,
@@ -143,6 +145,8 @@ class Engine:
 
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
         logits = self._runner.run(batch)
+        if self._forbidden_ids.numel():
+            logits = logits.index_fill(1, self._forbidden_ids, -torch.inf)
         sampled = [item.sequence for item in batch if item.is_sampled]
         token_ids = sample(logits, [self._sampling_row(item) for item in sampled])
         for item in batch:
@@ -153,10 +157,10 @@ class Engine:
         ]
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        masked = self._masked_ids
         params = sequence.params
+        masked: tuple[int, ...] = ()
         if sequence.num_generated_tokens < params.min_tokens:
-            masked = (*masked, *sorted(self._tokenizer.eos_ids), *params.stop_token_ids)
+            masked = (*sorted(self._tokenizer.eos_ids), *params.stop_token_ids)
         return SamplingRow(
             params=params,
             seed=sequence.seed,

@@ -22,7 +22,7 @@ class ByteTokenizer:
     """Token n is byte n; three special ids after them."""
 
     eos_ids = frozenset({tiny.EOS_ID})
-    masked_ids = frozenset(range(tiny.EOS_ID + 1, tiny.VOCAB_SIZE))
+    forbidden_ids = frozenset(range(tiny.EOS_ID + 1, tiny.VOCAB_SIZE))
     strips_leading_space = True
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -263,6 +263,6 @@ def test_a_seed_repeats_and_another_choice_differs(model: Llama) -> None:
     assert [token_id for (token_id,) in first] == tokens(model, "a")["a"]
 
 
-def test_masked_ids_are_never_produced(model: Llama) -> None:
+def test_forbidden_ids_are_never_produced(model: Llama) -> None:
     produced = {token_id for ids in tokens(model, "abcd").values() for token_id in ids}
-    assert not produced & ByteTokenizer.masked_ids
+    assert not produced & ByteTokenizer.forbidden_ids
