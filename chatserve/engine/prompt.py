@@ -1,0 +1,160 @@
+"""Messages or text to token ids that fit the context. Knows no HTTP schema.
+
+Nothing is cut away in silence: what does not fit is refused with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatserve.errors import ContextLengthExceeded, InvalidRequest
+from chatserve.models.templates import ChatTemplate
+from chatserve.models.tokenizer import Tokenizer
+
+# "developer" is OpenAI's newer name for "system".
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a chat, its content as plain text."""
+
+    role: str
+    content: str
+
+
+class PromptBuilder:
+    """Builds the prompts of one model.
+
+    system_message: put in front of chats that bring no system message of their own. stop and
+    stop_token_ids: what ends an answer beside the tokenizer's own end ids.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        context_length: int,
+        system_message: str | None = None,
+        *,
+        model_name: str = "the model",
+    ) -> None:
+        self.context_length = context_length
+        self.stop = template.stop
+        self.stop_token_ids = tuple(
+            tokenizer.special_ids[text]
+            for text in template.stop_tokens
+            if text in tokenizer.special_ids
+        )
+        self._tokenizer = tokenizer
+        self._template = template
+        self._system_message = system_message
+        self._model_name = model_name
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat that an answer of the assistant continues.
+
+        Raises `InvalidRequest`, and `ContextLengthExceeded` when no room for an answer is left.
+        """
+        turns = self._checked(messages)
+        if self._system_message is not None and turns[0].role != "system":
+            turns.insert(0, Message("system", self._system_message))
+        rendered = self._template.render(turns)
+        ids = self._tokenizer.encode(
+            rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
+        )
+        self._check_length(len(ids), "messages", "shorten the history or start over with /clear")
+        return ids
+
+    def completion(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of a prompt to be continued: text, which is never read as special tokens, or ids.
+
+        Raises `InvalidRequest`, and `ContextLengthExceeded` when no room for an answer is left.
+        """
+        if isinstance(prompt, str):
+            _check_unicode(prompt, "prompt")
+            ids = self._tokenizer.encode(prompt, add_bos=self._tokenizer.adds_bos)
+        else:
+            ids = self._checked_ids(prompt)
+        if not ids:
+            raise InvalidRequest("the prompt is empty; send text or token ids", param="prompt")
+        self._check_length(len(ids), "prompt", "shorten it")
+        return ids
+
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be generated: `asked`, or the rest of the context.
+
+        Raises `ContextLengthExceeded` when `asked` does not fit.
+        """
+        rest = self.context_length - num_prompt_tokens
+        if asked is None:
+            return rest
+        if asked < 1:
+            raise InvalidRequest(
+                f"max_tokens is {asked}; it must be at least 1", param="max_tokens"
+            )
+        if asked > rest:
+            raise ContextLengthExceeded(
+                f"prompt has {num_prompt_tokens:,} tokens and max_tokens is {asked:,}, together "
+                f"{num_prompt_tokens + asked:,}; {self._model_name} holds "
+                f"{self.context_length:,}; ask for at most {rest:,} or shorten the prompt",
+                param="max_tokens",
+            )
+        return asked
+
+    def _checked(self, messages: Sequence[Message]) -> list[Message]:
+        if not messages:
+            raise InvalidRequest("messages is empty; send at least one", param="messages")
+        turns = []
+        for index, message in enumerate(messages):
+            role = _ROLES.get(message.role)
+            if role is None:
+                raise InvalidRequest(
+                    f"messages[{index}].role is {message.role!r}; supported: {', '.join(_ROLES)}",
+                    param=f"messages[{index}].role",
+                )
+            _check_unicode(message.content, f"messages[{index}].content")
+            turns.append(Message(role, message.content))
+        if turns[-1].role == "assistant":
+            raise InvalidRequest(
+                "the last message is the assistant's, and continuing it is not supported; "
+                "end the chat with a user message",
+                param=f"messages[{len(turns) - 1}].role",
+            )
+        return turns
+
+    def _checked_ids(self, ids: Sequence[int]) -> list[int]:
+        vocab_size = self._tokenizer.vocab_size
+        for index, token_id in enumerate(ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequest(
+                    f"prompt[{index}] is {token_id!r}, not a token id", param="prompt"
+                )
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"prompt[{index}] is {token_id}; token ids of {self._model_name} go from 0 to "
+                    f"{vocab_size - 1}",
+                    param="prompt",
+                )
+        return list(ids)
+
+    def _check_length(self, num_tokens: int, param: str, way_out: str) -> None:
+        if num_tokens >= self.context_length:
+            room = ", which leaves none for an answer" * (num_tokens == self.context_length)
+            raise ContextLengthExceeded(
+                f"prompt has {num_tokens:,} tokens, {self._model_name} holds "
+                f"{self.context_length:,}{room}; {way_out}",
+                param=param,
+            )
+
+
+def _check_unicode(text: str, param: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} holds half of a surrogate pair at character {error.start}, which is not "
+            "valid Unicode",
+            param=param,
+        ) from None

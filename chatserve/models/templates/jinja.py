@@ -1,0 +1,197 @@
+"""Jinja templates that models bring along, rendered in a sandbox. jinja2 is imported on use.
+
+A template is foreign code: it sees plain strings, lists and dicts, its operators and its output are
+bounded. What a message says stays text: before rendering, every special token in it is broken by a
+character that occurs nowhere else, which is taken out again after the result has been cut at the
+special tokens that the template itself wrote.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from chatserve.errors import InvalidRequest, ModelLoadError
+from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
+from chatserve.models.templates import ChatMessage
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_SCAFFOLD_CHARS = 1 << 20
+_MAX_EXPONENT = 64
+# Noncharacters: valid in a Python string, never part of real text.
+_SENTINELS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class JinjaTemplate:
+    """The chat template of a tokenizer_config.json, chat_template.jinja or GGUF file.
+
+    `names` are `bos_token` and its like. Raises `ModelLoadError` for a template that is no Jinja.
+    """
+
+    adds_bos = False  # it writes bos_token itself, if the model wants one
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
+
+    def __init__(
+        self, name: str, source: str, special_tokens: SpecialTokens, names: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self._markers = special_tokens
+        self._names = dict(names)
+        self._template = _compile(name, source)
+        self._sentinels = [mark for mark in _SENTINELS if mark not in source]
+
+    def render(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+    ) -> Rendered:
+        sentinel = self._absent_character(messages)
+        chat = [
+            {
+                "role": message.role,
+                # An assistant's own <think> and the like are part of its turn's form.
+                "content": self._markers.shield(
+                    message.content, sentinel, control_only=message.role == "assistant"
+                ),
+            }
+            for message in messages
+        ]
+        text = self._run(
+            MAX_SCAFFOLD_CHARS + 2 * sum(len(message["content"]) for message in chat),
+            messages=chat,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._names,
+        )
+        return [
+            part if isinstance(part, Special) else clean
+            for part in self._markers.split(text)
+            if (clean := part.replace(sentinel, ""))
+        ]
+
+    def _absent_character(self, messages: Sequence[ChatMessage]) -> str:
+        for sentinel in self._sentinels:
+            if not any(sentinel in message.content for message in messages):
+                return sentinel
+        raise InvalidRequest(
+            "the messages hold every Unicode noncharacter from U+FDD0 to U+FDEF; remove them",
+            param="messages",
+        )
+
+    def _run(self, limit: int, **variables: Any) -> str:
+        import jinja2
+
+        pieces: list[str] = []
+        length = 0
+        try:
+            for piece in self._template.generate(**variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > limit:
+                    raise jinja2.exceptions.SecurityError(
+                        f"it writes more than {limit:,} characters"
+                    )
+        except (
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+            RecursionError, TypeError, ValueError,
+        ) as error:  # fmt: skip
+            reason = " ".join(str(error).split())[:300]
+            for mark in self._sentinels:
+                reason = reason.replace(mark, "")
+            raise InvalidRequest(
+                f"the model's own chat template cannot render this chat: {reason}",
+                param="messages",
+            ) from error
+        return "".join(pieces)
+
+
+def _compile(name: str, source: str) -> Any:
+    import jinja2
+
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise ModelLoadError(
+            f"the chat template {name!r} has {len(source):,} characters, over the limit of "
+            f"{MAX_TEMPLATE_CHARS:,}; choose another with --conv-template"
+        )
+    try:
+        return _environment().from_string(source)
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ModelLoadError(
+            f"the chat template {name!r} is not valid Jinja ({error}); "
+            "choose another with --conv-template"
+        ) from error
+
+
+def _environment() -> Any:
+    """Jinja as transformers sets it up for chat templates, with bounded operators."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks training targets; its body is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012, the base class declares it so
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_operands(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    del environment.globals["lipsum"]
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    from jinja2.exceptions import SecurityError
+
+    if operator == "**":
+        if not isinstance(right, (int, float)) or abs(right) > _MAX_EXPONENT:
+            raise SecurityError(f"exponents over {_MAX_EXPONENT} are not allowed")
+        return
+    for sequence, times in ((left, right), (right, left)):
+        if (
+            isinstance(sequence, (str, list, tuple))
+            and isinstance(times, int)
+            and len(sequence) * times > MAX_SCAFFOLD_CHARS
+        ):
+            raise SecurityError(f"repeating to over {MAX_SCAFFOLD_CHARS:,} items is not allowed")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which models have not been trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)

@@ -1,0 +1,156 @@
+"""Text to token ids and ids to bytes. Knows no roles and no templates.
+
+A prompt is a list of special tokens and ordinary text. Ordinary text is encoded by a vocabulary
+from which the special tokens have been taken away, so whatever it says, it never yields one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from chatserve.errors import InvalidRequest, ModelLoadError
+from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
+from chatserve.models.tokenizer_gguf import read_gguf_tokenizer
+from chatserve.models.tokenizer_json import read_tokenizer_json
+from chatserve.models.tokenizer_model import read_tokenizer_model
+from chatserve.models.tokenizer_parts import PAD_TOKENS, TokenizerParts
+from chatserve.models.tokenizer_settings import TokenizerSettings
+from chatserve.models.weight_files import member
+
+__all__ = ["Rendered", "Special", "Tokenizer", "load_tokenizer"]
+
+
+class Tokenizer:
+    """One vocabulary and its special tokens.
+
+    special_ids: text -> id of every token that is matched as a whole. forbidden_ids: padding, which
+    must never be sampled. adds_bos: whether a prompt starts with `bos_id` by this model's custom.
+    strips_leading_space: the first piece of an answer carries a word-start mark that is not text.
+    """
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self.special_tokens = SpecialTokens(parts.added)
+        self.special_ids: Mapping[str, int] = {
+            text: token.id for text, token in self.special_tokens.by_text.items()
+        }
+        self.names = parts.names
+        self.vocab_size = parts.vocab_size
+        self.bos_id = parts.bos_id
+        self.eos_ids = parts.eos_ids
+        self.adds_bos = parts.adds_bos and parts.bos_id is not None
+        self.strips_leading_space = parts.strips_leading_space
+        padding = {self.special_ids[text] for text in PAD_TOKENS if text in self.special_ids}
+        self.forbidden_ids = frozenset(padding) - parts.eos_ids
+        self._first = parts.first
+        self._later = parts.later
+        self._piece_bytes = parts.piece_bytes
+        self._bytes_of = {
+            token.id: b"" if token.special else token.text.encode("utf-8")
+            for token in self.special_tokens.by_id.values()
+        }
+
+    def encode(self, rendered: Rendered | str, *, add_bos: bool) -> list[int]:
+        """Token ids of a prompt.
+
+        Plain `str` parts never yield a special id. With `add_bos` the prompt starts with `bos_id`,
+        once, if there is one. Raises `InvalidRequest` for a special token that the vocabulary lacks
+        and for text that is not Unicode (a lone surrogate).
+        """
+        parts = [rendered] if isinstance(rendered, str) else rendered
+        ids: list[int] = []
+        if add_bos and self.bos_id is not None and not self._starts_with_bos(parts):
+            ids.append(self.bos_id)
+        encoder = self._first
+        for part in self._joined(parts):
+            if isinstance(part, Special):
+                ids.append(self._special_id(part))
+            else:
+                ids += encode_text(encoder, part)
+            encoder = self._later
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; empty for control tokens and for ids without a token.
+
+        The bytes of an answer's tokens, joined, are its text; one token may be part of a character.
+        """
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            piece = self._first.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            known = b"" if piece is None else self._piece_bytes(piece)
+            self._bytes_of[token_id] = known
+        return known
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of whole ids; bytes that are no character become U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips_leading_space else text
+
+    def _starts_with_bos(self, parts: Rendered) -> bool:
+        first = next((part for part in parts if part), "")
+        return isinstance(first, Special) and self.special_ids.get(first) == self.bos_id
+
+    def _special_id(self, token: Special) -> int:
+        try:
+            return self.special_ids[token]
+        except KeyError:
+            raise InvalidRequest(f"this model has no special token {str(token)!r}") from None
+
+    def _joined(self, parts: Rendered) -> Rendered:
+        """Neighbouring texts joined, white space given to the special tokens that swallow it."""
+        joined: Rendered = []
+        text: list[str] = []
+        swallow = False
+        for part in [*parts, Special("")]:
+            if not isinstance(part, Special):
+                text.append(part)
+                continue
+            token = self.special_tokens.by_text.get(part)
+            run = "".join(text)
+            run = run.lstrip() if swallow else run
+            run = run.rstrip() if token is not None and token.lstrip else run
+            joined += [run] if run else []
+            joined += [part] if part else []
+            text.clear()
+            swallow = token is not None and token.rstrip
+        return joined
+
+
+def encode_text(encoder: Any, text: str) -> list[int]:
+    """Ids of ordinary text. Raises `InvalidRequest` for a lone surrogate."""
+    try:
+        return list(encoder.encode(text, add_special_tokens=False).ids)
+    except (TypeError, UnicodeEncodeError):
+        raise InvalidRequest(
+            "the text holds half of a surrogate pair, which is not valid Unicode"
+        ) from None
+
+
+def load_tokenizer(path: Path, metadata: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer of a model folder (tokenizer.json, else tokenizer.model) or a `.gguf` file.
+
+    metadata: of the `.gguf` file, when it has been read already. Raises `ModelLoadError` when there
+    is no tokenizer or it is damaged.
+    """
+    if not path.is_dir():
+        return Tokenizer(read_gguf_tokenizer(_metadata(path) if metadata is None else metadata))
+    settings = TokenizerSettings.read(path)
+    if (path / "tokenizer.json").exists():
+        return Tokenizer(read_tokenizer_json(member(path, "tokenizer.json"), settings))
+    if (path / "tokenizer.model").exists():
+        return Tokenizer(read_tokenizer_model(member(path, "tokenizer.model"), settings))
+    raise ModelLoadError(
+        f"{path}: no tokenizer: neither tokenizer.json nor tokenizer.model; "
+        "copy it from the model's own repository"
+    )
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    # Here because only this way to a tokenizer needs torch, which the GGUF reader imports.
+    from chatserve.models.gguf_file import GGUFFile
+
+    file = GGUFFile.open(path)
+    file.close()
+    return file.metadata
