@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 from chatserve.errors import UsageError
 
 DEFAULT_PORT = 8000
+DEFAULT_WEIGHTS = "smollm2-135m"
+MAX_NAME_LEN = 200
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -108,6 +110,7 @@ class EngineConfig:
 class WorkerConfig(ModelOptions, EngineConfig):
     """One worker process: one model, one engine."""
 
+    weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
     host: str = setting("127.0.0.1", "address to listen on", group="network")
     port: int = setting(0, "port to listen on; 0 takes a free one", group="network")
     controller: str | None = setting(
@@ -118,9 +121,13 @@ class WorkerConfig(ModelOptions, EngineConfig):
     model_names: tuple[str, ...] = setting(
         (), "names in the API, comma-separated", group="network", metavar="A,B"
     )
+    worker_id: str | None = setting(
+        None, "by which name a supervisor knows this worker", flag=False
+    )
     parent_pipe: int | None = setting(
         None, "file descriptor that closes when the supervisor dies", flag=False
     )
+    debug: bool = setting(False, "show more logs, and tracebacks", group="logging")
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,7 @@ class ControllerConfig:
         10.0, "seconds of silence after which a worker is gone", group="network",
         env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",),
     )  # fmt: skip
+    debug: bool = setting(False, "show more logs, and tracebacks", group="logging")
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,9 @@ class ServeConfig(ControllerConfig, ModelOptions, EngineConfig):
 
     model_names: tuple[str, ...] = setting(
         (), "names in the API, comma-separated, one per WEIGHTS", group="network", metavar="A,B"
+    )
+    parent_pipe: int | None = setting(
+        None, "file descriptor that closes when the process that started this one dies", flag=False
     )
 
 
@@ -409,6 +420,36 @@ def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any
     if meta["choices"] and converted not in meta["choices"]:
         raise UsageError(f"{source}: {converted!r} is not one of {', '.join(meta['choices'])}")
     return converted
+
+
+def served_names(weights: str, model_names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names in the API: those given, else that of the folder, file, alias or hub id.
+
+    Raises `UsageError` for a name that no terminal or log should have to show.
+    """
+    path = Path(weights).expanduser()
+    # `.` and `..` have no name of their own
+    path = path if path.name not in ("", "..") else path.resolve()
+    names = tuple(model_names) or (path.name.removesuffix(".gguf") or "model",)
+    for name in names:
+        if not name.isprintable() or len(name) > MAX_NAME_LEN:
+            raise UsageError(f"{name[:40]!r} cannot be a model's name; choose --model-names")
+    return names
+
+
+def flags_of(config: Any, *kinds: type[Any]) -> list[str]:
+    """The command line that repeats the settings of `kinds` in `config` for a child process."""
+    flags = []
+    for item in dict.fromkeys(item.name for kind in kinds for item in fields_of(kind)):
+        value = getattr(config, item)
+        flag = "--" + item.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, tuple):
+            flags += [f"{flag}={','.join(value)}"] if value else []
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]

@@ -1,0 +1,131 @@
+"""The wire between controller and worker: registration, heartbeat, leave, proof of identity.
+
+JSON only. Knows no registry, no clock and no socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from chatserve.errors import InvalidRequest
+
+REGISTER_PATH = "/control/register"
+HEARTBEAT_PATH = "/control/heartbeat"
+LEAVE_PATH = "/control/leave"
+NONCE_HEADER = "X-Chatserve-Nonce"
+MAX_NONCE_LEN = 64
+
+WorkerState = Literal["loading", "ready", "draining"]
+
+# no control characters: names are drawn in terminals and logs
+ModelName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}$")]
+WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=500)]
+
+
+class ControlMessage(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self.model_dump(mode="json"))
+
+
+class ModelCard(ControlMessage):
+    """One entry of `/v1/models`. `description` says device, dtype, 8 bits and the reasons."""
+
+    name: ModelName
+    created: Count
+    context_length: Count | None = None
+    description: Annotated[dict[str, JsonValue], Field(max_length=50)] = Field(default_factory=dict)
+
+    def to_openai(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "chatserve",
+            "chatserve": {"context_length": self.context_length, **self.description},
+        }
+
+
+class WorkerStatus(ControlMessage):
+    """What a worker says of itself in every message: state, progress, room.
+
+    `tick` counts engine steps, `last_token_age_s` is 0 while nothing runs: a worker that has work
+    and does not move is alive and yet not decoding.
+    """
+
+    state: WorkerState
+    models: Annotated[list[ModelCard], Field(min_length=1, max_length=50)]
+    fingerprint: Text = ""
+    tick: Count = 0
+    last_token_age_s: Seconds = 0.0
+    num_running: Count = 0
+    num_waiting: Count = 0
+    free_kv_tokens: Count = 0
+    loaded_bytes: Count = 0
+    total_bytes: Count = 0
+
+
+class Registration(ControlMessage):
+    """A worker's first message. The controller takes its host from the socket, never from here."""
+
+    worker_id: WorkerId
+    port: Annotated[int, Field(ge=1, le=65535)]
+    status: WorkerStatus
+
+
+class Registered(ControlMessage):
+    """The controller's consent, and how often it wants to hear from the worker."""
+
+    heartbeat_interval_s: Seconds
+
+
+class Heartbeat(ControlMessage):
+    worker_id: WorkerId
+    status: WorkerStatus
+
+
+class HeartbeatReply(ControlMessage):
+    """`is_known` False makes the worker register again: the controller has forgotten it."""
+
+    is_known: bool
+
+
+class Leave(ControlMessage):
+    worker_id: WorkerId
+
+
+Message = TypeVar("Message", bound=ControlMessage)
+
+
+def parse(kind: type[Message], body: bytes) -> Message:
+    """Read one message. Raises `InvalidRequest` naming the field at fault."""
+    try:
+        return kind.model_validate(orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the control message is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"control message: {field}: {first['msg']}", param=field) from error
+
+
+def bearer(token: str) -> Mapping[str, str]:
+    """The header by which controller and worker show each other the control token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def proof_of(token: str, nonce: str) -> str:
+    """What a worker answers to the controller's call-back: it holds the token, and it is live."""
+    return hmac.new(
+        token.encode(), b"chatserve-worker:" + nonce.encode(), hashlib.sha256
+    ).hexdigest()

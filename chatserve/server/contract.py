@@ -1,0 +1,99 @@
+"""What a worker asks of an engine and of a model: the seams that tests fake.
+
+Structural types only; whoever fits is served. Imports no engine, so the HTTP side of a worker is up
+before torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic import JsonValue
+
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+
+
+class TokenStream(Protocol):
+    """The events of one sequence. Closing it early aborts, also before the first event."""
+
+    def __aiter__(self) -> TokenStream: ...
+    async def __anext__(self) -> TokenEvent: ...
+    async def aclose(self) -> None: ...
+
+
+class Stats(Protocol):
+    """A snapshot of the engine's progress."""
+
+    @property
+    def tick(self) -> int: ...
+    @property
+    def last_token_age_s(self) -> float: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def free_kv_tokens(self) -> int: ...
+    @property
+    def is_alive(self) -> bool: ...
+
+
+class Engine(Protocol):
+    """`chatserve.engine.async_engine.AsyncEngine`, as the server uses it."""
+
+    def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    def stats(self) -> Stats: ...
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        strip_leading_space: bool = False,
+    ) -> TokenStream: ...
+
+
+class Prompts(Protocol):
+    """`chatserve.engine.prompt.PromptBuilder`, as the server uses it.
+
+    Messages are whatever has `role` and `content`.
+    """
+
+    def chat(self, messages: Sequence[Any]) -> list[int]: ...
+    def completion(self, prompt: str | Sequence[int]) -> list[int]: ...
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int: ...
+
+
+class ServedModel(Protocol):
+    """What the server knows of the model behind the engine.
+
+    `names` are its names in the API. `stop` are the chat template's own stop strings,
+    `stop_token_ids` ids beside the end-of-sequence ids. `strip_leading_space`: an answer in a chat
+    begins with a space that belongs to the template (LLaMA's tokenizer). `defaults` are values for
+    fields that a request leaves out (`--use-generation-config`), by their OpenAI names.
+    `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def prompts(self) -> Prompts: ...
+    @property
+    def stop(self) -> Sequence[str]: ...
+    @property
+    def stop_token_ids(self) -> Sequence[int]: ...
+    @property
+    def strip_leading_space(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def description(self) -> Mapping[str, JsonValue]: ...
+    @property
+    def defaults(self) -> Mapping[str, float]: ...

@@ -1,0 +1,231 @@
+"""create_controller_app: the public API over registered workers, and the control plane they use.
+
+Holds no model, no template, no torch. The process around it is `controller_process.py`, or
+`launch.py` when it supervises its own workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import aiohttp
+import orjson
+from fastapi import APIRouter, FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from chatserve.errors import ModelNotFound, RegistrationRefused
+from chatserve.protocol.control import (
+    HEARTBEAT_PATH,
+    LEAVE_PATH,
+    NONCE_HEADER,
+    REGISTER_PATH,
+    ControlMessage,
+    Heartbeat,
+    HeartbeatReply,
+    Leave,
+    Registered,
+    Registration,
+    parse,
+    proof_of,
+)
+from chatserve.protocol.openai import model_of
+from chatserve.server.edge import AccessPolicy, Edge
+from chatserve.server.error_response import install_error_handlers
+from chatserve.server.json_response import json_response
+from chatserve.server.registry import WorkerRegistry
+from chatserve.server.relay import Relay, open_session
+
+CALL_BACK_TIMEOUT_S = 3.0
+MAX_CALL_BACK_BYTES = 64 * 1024
+CLIENT_CLOSED_REQUEST = 499
+# parsing a larger body takes longer than a stream should wait for its next token
+MAX_INLINE_BODY_BYTES = 64 * 1024
+
+
+def create_controller_app(
+    registry: WorkerRegistry,
+    *,
+    control_token: str,
+    policy: AccessPolicy | None = None,
+    heartbeat_interval_s: float = 2.0,
+) -> Edge:
+    """The ASGI app of a controller. Without a `policy` it is open to loopback names."""
+    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s)
+    app = FastAPI(
+        lifespan=controller.lifespan, redirect_slashes=False,
+        openapi_url=None, docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.include_router(controller.router())
+    install_error_handlers(app)
+    if policy is None:
+        policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
+    controller.edge = Edge(app, policy)
+    return controller.edge
+
+
+class ControllerRoutes:
+    """The routes of one controller and what they share."""
+
+    edge: Edge
+
+    def __init__(
+        self, registry: WorkerRegistry, control_token: str, heartbeat_interval_s: float
+    ) -> None:
+        self._registry = registry
+        self._token = control_token
+        self._heartbeat_interval_s = heartbeat_interval_s
+        self._session: aiohttp.ClientSession
+        self._relay: Relay
+
+    @asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        async with open_session() as self._session:
+            self._relay = Relay(self._registry, self._session, self._token)
+            yield
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/v1/models", self.models)
+        router.add_api_route("/v1/models/{name:path}", self.model)
+        router.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
+        router.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        router.add_api_route("/health/live", self.live)
+        router.add_api_route("/health/ready", self.ready)
+        router.add_api_route("/health/decode", self.decode)
+        router.add_api_route(REGISTER_PATH, self.register, methods=["POST"])
+        router.add_api_route(HEARTBEAT_PATH, self.heartbeat, methods=["POST"])
+        router.add_api_route(LEAVE_PATH, self.leave, methods=["POST"])
+        return router
+
+    async def forward(self, request: Request) -> Response:
+        """Any completion: to a worker as it came, and back as it comes."""
+        try:
+            body = await request.body()
+            if len(body) <= MAX_INLINE_BODY_BYTES:
+                model = model_of(body)
+            else:
+                model = await asyncio.to_thread(model_of, body)
+            return await self._relay.forward(request, model, body)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def models(self) -> Response:
+        cards = [card.to_openai() for card in self._registry.cards()]
+        return json_response({"object": "list", "data": cards})
+
+    async def model(self, name: str) -> Response:
+        cards = {card.name: card for card in self._registry.cards()}
+        if name not in cards:
+            raise ModelNotFound(
+                f"model {name[:100]!r} is not served here; there is "
+                f"{', '.join(cards) or 'none yet'}"
+            )
+        return json_response(cards[name].to_openai())
+
+    async def live(self) -> Response:
+        return json_response({"status": "live"})
+
+    async def ready(self) -> Response:
+        """200 once every expected model has a ready worker; the body says how far each is."""
+        is_ready = self._registry.is_ready() and not self.edge.is_draining
+        status = "ready" if is_ready else "draining" if self.edge.is_draining else "loading"
+        models = [
+            {
+                "name": model.name,
+                "state": model.state,
+                "loaded_bytes": model.loaded_bytes,
+                "total_bytes": model.total_bytes,
+            }
+            for model in self._registry.readiness()
+        ]
+        return json_response({"status": status, "models": models}, 200 if is_ready else 503)
+
+    async def decode(self) -> Response:
+        """Whether tokens come: 503 while a worker has work and makes no step."""
+        stalled = [worker.worker_id for worker in self._registry.stalled()]
+        reply = {"status": "stalled" if stalled else "decoding", "stalled": stalled}
+        return json_response(reply, 503 if stalled else 200)
+
+    async def register(self, request: Request) -> Response:
+        """List a worker, once a call back to where it says it listens has proved that it is one."""
+        message = parse(Registration, await request.body())
+        # the host comes from the socket: nobody can be named who did not call
+        host = request.client.host if request.client else ""
+        base_url = f"http://{f'[{host}]' if ':' in host else host}:{message.port}"
+        await self._call_back(base_url)
+        self._registry.register(message.worker_id, base_url, message.status)
+        return control_response(Registered(heartbeat_interval_s=self._heartbeat_interval_s))
+
+    async def heartbeat(self, request: Request) -> Response:
+        message = parse(Heartbeat, await request.body())
+        is_known = self._registry.heartbeat(message.worker_id, message.status)
+        await self._probe(message.worker_id)
+        return control_response(HeartbeatReply(is_known=is_known))
+
+    async def leave(self, request: Request) -> Response:
+        message = parse(Leave, await request.body())
+        self._registry.leave(message.worker_id)
+        return control_response(HeartbeatReply(is_known=False))
+
+    async def _probe(self, worker_id: str) -> None:
+        """Give an ejected worker that beats again its way back."""
+        worker = self._registry.worker_to_probe(worker_id)
+        if worker is None:
+            return
+        try:
+            await self._call_back(worker.base_url)
+        except RegistrationRefused:
+            self._registry.eject(worker_id)
+        else:
+            self._registry.readmit(worker_id)
+
+    async def _call_back(self, base_url: str) -> None:
+        """Raises `RegistrationRefused` unless a worker with our token listens there."""
+        nonce = secrets.token_hex(16)
+        try:
+            async with (
+                asyncio.timeout(CALL_BACK_TIMEOUT_S),
+                self._session.get(
+                    base_url + "/health/live", headers={NONCE_HEADER: nonce}, allow_redirects=False
+                ) as response,
+            ):
+                body = await response.content.read(MAX_CALL_BACK_BYTES)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise RegistrationRefused(
+                f"the controller cannot reach the worker at {base_url}: "
+                f"{str(error) or type(error).__name__}; check --host and the firewall"
+            ) from error
+        if not _is_proof(body, proof_of(self._token, nonce)):
+            raise RegistrationRefused(
+                f"whoever listens at {base_url} does not know the control token; check --port"
+            )
+
+
+def _is_proof(body: bytes, expected: str) -> bool:
+    try:
+        reply = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    proof = reply.get("proof") if isinstance(reply, dict) else None
+    return isinstance(proof, str) and hmac.compare_digest(proof.encode(), expected.encode())
+
+
+def control_response(message: ControlMessage) -> Response:
+    return json_response(message.model_dump(mode="json"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`chatserve controller`: wait for workers of any machine, and serve what they bring."""
+    from chatserve.server.controller_process import run_controller
+
+    return run_controller(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

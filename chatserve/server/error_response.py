@@ -1,0 +1,125 @@
+"""Exception -> (status, OpenAI error). The only table of statuses, for controller and worker."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from chatserve import errors
+from chatserve.errors import ChatserveError
+from chatserve.protocol.sse import encode_event
+from chatserve.server.json_response import JSON_TYPE
+
+logger = logging.getLogger(__name__)
+
+ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+
+STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
+    errors.InvalidRequest: (400, "invalid_request_error"),
+    errors.ContextLengthExceeded: (400, "invalid_request_error"),
+    errors.UnsupportedParameter: (400, "invalid_request_error"),
+    errors.InvalidAPIKey: (401, "invalid_request_error"),
+    errors.HostNotAllowed: (403, "invalid_request_error"),
+    errors.RegistrationRefused: (403, "invalid_request_error"),
+    errors.ModelNotFound: (404, "invalid_request_error"),
+    errors.RouteNotFound: (404, "invalid_request_error"),
+    errors.MethodNotAllowed: (405, "invalid_request_error"),
+    errors.BodyTooLarge: (413, "invalid_request_error"),
+    errors.UnsupportedMediaType: (415, "invalid_request_error"),
+    errors.Overloaded: (429, "rate_limit_error"),
+    errors.GenerationFailed: (500, "server_error"),
+    errors.WorkerLost: (502, "server_error"),
+    errors.BadStream: (502, "server_error"),
+    errors.OutOfMemory: (503, "server_error"),
+    errors.NoWorkerAvailable: (503, "server_error"),
+    errors.ShuttingDown: (503, "server_error"),
+}
+INTERNAL: tuple[int, ErrorType] = (500, "server_error")
+INTERNAL_MESSAGE = "internal error; the server's log says more"
+
+
+def status_of(error: ChatserveError) -> tuple[int, ErrorType]:
+    """The row of the nearest class above `error`'s own."""
+    rows = (STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+    return next(rows, INTERNAL)
+
+
+def error_body(error: Exception) -> bytes:
+    """`{"error": {...}}`; what is not a ChatserveError is a bug and stays in the log."""
+    if isinstance(error, ChatserveError):
+        fields = {
+            "message": error.message,
+            "type": status_of(error)[1],
+            "param": error.param,
+            "code": error.code,
+        }
+    else:
+        fields = {
+            "message": INTERNAL_MESSAGE,
+            "type": INTERNAL[1],
+            "param": None,
+            "code": ChatserveError.code,
+        }
+    # a message may quote a lone surrogate of a path or header, which UTF-8 cannot hold
+    fields["message"] = str(fields["message"]).encode("utf-8", "replace").decode()
+    return orjson.dumps({"error": fields})
+
+
+def error_event(error: Exception) -> bytes:
+    """The last event of a stream that fails after its first byte; no `[DONE]` follows it."""
+    return encode_event(error_body(error))
+
+
+def error_response(error: ChatserveError) -> Response:
+    """The whole answer to a request that fails before its first byte."""
+    headers = {}
+    if isinstance(error, (errors.Overloaded, errors.ShuttingDown)):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.InvalidAPIKey):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(error_body(error), status_of(error)[0], headers=headers, media_type=JSON_TYPE)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error of `app` the one shape: ours, the router's, FastAPI's 422, and bugs."""
+
+    async def on_chatserve_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, ChatserveError)
+        return error_response(error)
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _router_error(request, error)
+
+    async def on_validation_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(errors.InvalidRequest(f"{param}: {first['msg']}", param=param))
+
+    async def on_bug(_request: Request, error: Exception) -> Response:
+        return Response(error_body(error), INTERNAL[0], media_type=JSON_TYPE)
+
+    app.add_exception_handler(ChatserveError, on_chatserve_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def _router_error(request: Request, error: HTTPException) -> Response:
+    what = f"{request.method} {request.url.path}"[:200]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        response = error_response(
+            errors.MethodNotAllowed(f"no {what} here; use {allowed or 'another method'}")
+        )
+        response.headers["Allow"] = allowed
+        return response
+    if error.status_code == 404:
+        return error_response(errors.RouteNotFound(f"no route {what}; see /v1/models"))
+    return error_response(errors.InvalidRequest(f"{what}: {error.detail}"))

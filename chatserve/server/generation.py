@@ -1,0 +1,152 @@
+"""The sequences of one request, from submission to their last event; closing it aborts them all.
+
+Knows no JSON: it hands on `(index, TokenEvent)` for whoever streams or folds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+
+import anyio
+
+from chatserve.engine.sequence import TokenEvent
+from chatserve.errors import GenerationFailed
+from chatserve.server.contract import Engine, TokenStream
+from chatserve.server.preparation import Prepared
+
+logger = logging.getLogger(__name__)
+
+# further events wait in the engine, where they are bounded per sequence
+MAX_QUEUED_EVENTS = 16
+
+
+class Generation:
+    """Submits every choice of every prompt at once.
+
+    Raises what the engine raises at submission (`Overloaded`); nothing is left running then.
+    """
+
+    def __init__(self, engine: Engine, request_id: str, prepared: Prepared) -> None:
+        self.request_id = request_id
+        self.prepared = prepared
+        self._streams: list[TokenStream] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        self._started_at = time.monotonic()
+        self._first_at: float | None = None
+        self._last_at = self._started_at
+        self._num_tokens: dict[int, int] = {}
+        self._outcomes: dict[int, str] = {}
+
+    @classmethod
+    async def submit(cls, engine: Engine, request_id: str, prepared: Prepared) -> Generation:
+        generation = cls(engine, request_id, prepared)
+        try:
+            for i, prompt in enumerate(prepared.prompts):
+                for choice in range(prepared.num_choices):
+                    stream = engine.submit(
+                        request_id if len(prepared.prompts) == 1 else f"{request_id}-{i}",
+                        prompt.ids,
+                        prompt.params,
+                        choice=choice,
+                        strip_leading_space=prepared.strip_leading_space,
+                    )
+                    generation._streams.append(stream)
+        except BaseException:
+            await generation.aclose()
+            raise
+        return generation
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._streams)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(self._num_tokens.values())
+
+    def events(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
+        """All events in the order they come, each with the index of its choice.
+
+        Raises `GenerationFailed` when a sequence ends without saying why.
+        """
+        return self._only() if len(self._streams) == 1 else self._merged()
+
+    async def aclose(self) -> None:
+        """Abort what still runs, and log the request in one line. Safe to call at any time."""
+        for pump in self._pumps:
+            pump.cancel()
+        # the scope around a response is cancelled when its client leaves: cleaning up must not be
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*self._pumps, return_exceptions=True)
+            for stream in self._streams:
+                await stream.aclose()
+        self._pumps.clear()
+
+    def log_summary(self) -> None:
+        """One line for a request that has ended, without a word of what it said."""
+        ttft = "-" if self._first_at is None else f"{(self._first_at - self._started_at) * 1e3:.0f}"
+        tpot = "-"
+        if self._first_at is not None and self.num_generated_tokens > self.num_sequences:
+            num_steps = self.num_generated_tokens / self.num_sequences - 1
+            tpot = f"{(self._last_at - self._first_at) / num_steps * 1e3:.1f}"
+        outcomes = [self._outcomes.get(i, "abort") for i in range(self.num_sequences)]
+        logger.info(
+            "%s model=%s prompt_tokens=%d completion_tokens=%d ttft_ms=%s tpot_ms=%s finish=%s",
+            self.request_id,
+            self.prepared.model,
+            self.prepared.num_prompt_tokens,
+            self.num_generated_tokens,
+            ttft,
+            tpot,
+            ",".join(outcomes),
+        )
+
+    def _note(self, index: int, event: TokenEvent) -> None:
+        self._last_at = time.monotonic()
+        if self._first_at is None:
+            self._first_at = self._last_at
+        self._num_tokens[index] = event.num_generated_tokens
+        if event.is_last:
+            self._outcomes[index] = event.finish_reason or "error"
+
+    async def _only(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
+        async for event in self._streams[0]:
+            self._note(0, event)
+            yield 0, event
+            if event.is_last:
+                return
+        raise _unfinished()
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
+        queue: asyncio.Queue[tuple[int, TokenEvent | Exception]] = asyncio.Queue(MAX_QUEUED_EVENTS)
+        self._pumps = [
+            asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)
+        ]
+        num_open = len(self._streams)
+        while num_open:
+            index, event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            num_open -= event.is_last
+            self._note(index, event)
+            yield index, event
+
+
+async def _pump(
+    index: int, stream: TokenStream, queue: asyncio.Queue[tuple[int, TokenEvent | Exception]]
+) -> None:
+    try:
+        async for event in stream:
+            await queue.put((index, event))
+            if event.is_last:
+                return
+        raise _unfinished()
+    except Exception as error:  # a task must not die unheard: the reader of the queue raises it
+        await queue.put((index, error))
+
+
+def _unfinished() -> GenerationFailed:
+    return GenerationFailed("the engine ended a sequence without a reason; try again")

@@ -1,0 +1,219 @@
+"""run_server: a controller in this process and one supervised worker per WEIGHTS.
+
+Processes, ports, readiness, signals; no routes. Nothing is left behind, however this process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+
+from chatserve import config as settings
+from chatserve.config import EngineConfig, ModelOptions, ServeConfig
+from chatserve.errors import UsageError
+from chatserve.flags import CommandParser
+from chatserve.server.controller import create_controller_app
+from chatserve.server.controller_process import access_policy
+from chatserve.server.lifeline import tie_to_parent
+from chatserve.server.listener import Listener, bind, url_of
+from chatserve.server.process import (
+    EXIT_INTERRUPTED,
+    StopSignals,
+    add_weights,
+    configure_logging,
+    print_error,
+    run_process,
+    run_until,
+)
+from chatserve.server.registry import WorkerRegistry
+from chatserve.server.supervisor import RestartPolicy, Supervisor
+
+logger = logging.getLogger(__name__)
+
+WORKER_COMMAND = (sys.executable, "-m", "chatserve.server.worker")
+DRAIN_S = 30.0
+WORKER_STOP_S = 5.0
+# workers listen on 127.0.0.1 and are called back where they call from
+REACHED_OVER_IPV4_LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`chatserve serve [WEIGHTS ...]`. Returns the exit code."""
+    parser = CommandParser(
+        "chatserve serve",
+        "Serve models behind the OpenAI API: a controller and one worker per WEIGHTS.",
+        ServeConfig,
+    )
+    add_weights(parser)
+    try:
+        flags = parser.flags(sys.argv[1:] if argv is None else argv)
+        weights = flags.pop("weights") + flags.pop("model_path")
+        config = settings.build(ServeConfig, flags, file=settings.settings_file())
+    except UsageError as error:
+        print_error(error.message)
+        return error.exit_code
+    return run_server(config, weights or [settings.DEFAULT_WEIGHTS])
+
+
+def run_server(
+    config: ServeConfig,
+    weights: Sequence[str],
+    *,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+    policy: Callable[[], RestartPolicy] = lambda: RestartPolicy(time.monotonic),
+) -> int:
+    """Serve `weights` until a signal comes, and return the exit code.
+
+    Prints `ready: URL (names)` on stdout once every model is ready; one line on stderr says why it
+    failed. `worker_command` gets WEIGHTS and the flags of a worker.
+    """
+    if config.parent_pipe is not None:
+        tie_to_parent(config.parent_pipe)
+    configure_logging("server", debug=config.debug)
+
+    async def serve() -> int:
+        return await _Server(config, weights, worker_command, policy).serve()
+
+    return run_process(serve, debug=config.debug)
+
+
+class _Server:
+    """One run of `chatserve serve`."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        weights: Sequence[str],
+        worker_command: Sequence[str],
+        policy: Callable[[], RestartPolicy],
+    ) -> None:
+        self._config = config
+        self._models = named(weights, config.model_names)
+        self._worker_command = tuple(worker_command)
+        self._policy = policy
+        self._token = secrets.token_urlsafe(32)
+        self._stop = StopSignals()
+        self._has_changed = asyncio.Event()
+        self._registry = WorkerRegistry(
+            time.monotonic,
+            expiry_s=config.heartbeat_expiry_s,
+            expected=[name for name, _ in self._models],
+            on_change=self._has_changed.set,
+        )
+
+    async def serve(self) -> int:
+        """Raises `StartupError` when the address is taken or a worker is no use."""
+        config = self._config
+        edge = create_controller_app(
+            self._registry,
+            control_token=self._token,
+            policy=access_policy(config, self._token),
+            heartbeat_interval_s=config.heartbeat_interval_s,
+        )
+        # before the workers: who finds the port taken should not load a model first
+        public = bind(config.host, config.port)
+        control = public if config.host in REACHED_OVER_IPV4_LOOPBACK else bind("127.0.0.1", 0)
+        listener = Listener(edge, *dict.fromkeys((public, control)))
+        control_url = url_of("127.0.0.1", control)
+        workers = [self._supervisor(control_url, *model) for model in self._models]
+        with self._stop.installed():
+            await listener.start()
+            running = [asyncio.create_task(worker.run()) for worker in workers]
+            announcement = self._announce(url_of(config.host, public))
+            if config.parent_pipe is not None:
+                # who started us wants to ask how far the model is, before it is ready
+                _tell(f"listening: {url_of(config.host, public)}/v1")
+            try:
+                await run_until(self._stop.asked, *map(_outlive, running), announcement)
+            finally:
+                await self._shut_down(listener, workers)
+                await _cancelled(running)
+        return EXIT_INTERRUPTED if self._stop.is_interrupted else 0
+
+    async def _shut_down(self, listener: Listener, workers: Sequence[Supervisor]) -> None:
+        async def hurry() -> None:
+            for worker in workers:
+                worker.hurry()
+
+        for worker in workers:
+            worker.retire()
+        await listener.stop(drain_s=DRAIN_S, hurry=self._stop.insisted, abort=hurry)
+        await asyncio.gather(*(w.stop(kill_after_s=WORKER_STOP_S) for w in workers))
+
+    async def _announce(self, url: str) -> None:
+        while not self._registry.is_ready():
+            self._has_changed.clear()
+            await self._has_changed.wait()
+        names = ", ".join(name for name, _ in self._models)
+        _tell(f"ready: {url}/v1 ({names})")
+
+    def _supervisor(self, control_url: str, name: str, weights: str) -> Supervisor:
+        worker_id = ""
+
+        def environment(lifeline_fd: int) -> Mapping[str, str]:
+            nonlocal worker_id
+            worker_id = uuid.uuid4().hex
+            return settings.child_environment(
+                CHATSERVE_CONTROL_TOKEN=self._token,
+                CHATSERVE_WORKER_ID=worker_id,
+                CHATSERVE_PARENT_PIPE=str(lifeline_fd),
+                # the clients' keys are none of a worker's business
+                CHATSERVE_API_KEYS="",
+            )
+
+        command = [
+            *self._worker_command,
+            *settings.flags_of(self._config, ModelOptions, EngineConfig),
+            *("--host=127.0.0.1", "--port=0", f"--controller={control_url}"),
+            f"--model-names={name}",
+            *(["--debug"] if self._config.debug else []),
+            "--",
+            weights,
+        ]
+        return Supervisor(
+            name,
+            command,
+            environment,
+            self._policy(),
+            on_exit=lambda: self._registry.remove(worker_id),
+        )
+
+
+def named(weights: Sequence[str], model_names: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, WEIGHTS) of each model. Raises `UsageError` when names and WEIGHTS do not pair up."""
+    if not weights:
+        raise UsageError("nothing to serve; name at least one WEIGHTS")
+    if model_names and len(model_names) != len(weights):
+        raise UsageError(
+            f"--model-names has {len(model_names)} names for {len(weights)} WEIGHTS; give one each"
+        )
+    names = [
+        settings.served_names(path, model_names[i : i + 1])[0] for i, path in enumerate(weights)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two models would be called {name}; tell them apart by --model-names")
+    return list(zip(names, weights, strict=True))
+
+
+def _tell(line: str) -> None:
+    # whoever started us may not listen any more
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
+
+
+async def _outlive(task: asyncio.Task[None]) -> None:
+    """Wait for `task` without cancelling it: a worker must live until its streams have ended."""
+    await asyncio.shield(task)
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

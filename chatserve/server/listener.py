@@ -1,0 +1,141 @@
+"""Listener: bound sockets with uvicorn behind it, starting and stopping when it is told to.
+
+uvicorn's own signal handling is left out: whoever runs the process decides what a signal means.
+Knows no routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import uvicorn
+
+from chatserve.errors import CannotBind
+from chatserve.server.edge import Edge
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEPALIVE_S = 5
+ABORT_S = 2
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Listen on `host:port` at once, so that nobody else can; port 0 takes a free one.
+
+    Raises `CannotBind`.
+    """
+    try:
+        # localhost may also be ::1, and half of the clients try only one of them
+        name = "127.0.0.1" if host == "localhost" else host
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CannotBind(
+            f"cannot listen on {host}: {_reason(error)}; choose another --host"
+        ) from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        hint = "choose another --port, or 0 for a free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            hint = "this machine does not have that address; choose another --host"
+        raise CannotBind(f"cannot listen on {host}:{port}: {_reason(error)}; {hint}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def url_of(host: str, sock: socket.socket) -> str:
+    """The URL by which this machine reaches `sock`; a wildcard address is reached over loopback."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://{f'[{name}]' if ':' in name else name}:{sock.getsockname()[1]}"
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_up.set()
+
+
+class Listener:
+    """Serves `edge` on `socks` between `start` and `stop`."""
+
+    def __init__(self, edge: Edge, *socks: socket.socket) -> None:
+        self._edge = edge
+        self._socks = list(socks)
+        config = uvicorn.Config(
+            edge,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=KEEPALIVE_S,
+            timeout_graceful_shutdown=ABORT_S,
+        )
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return once requests are answered."""
+        self._task = asyncio.create_task(self._server.serve(self._socks))
+        up = asyncio.create_task(self._server.is_up.wait())
+        await asyncio.wait({self._task, up}, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def stop(
+        self,
+        *,
+        drain_s: float,
+        hurry: asyncio.Event,
+        abort: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Refuse new requests, let those under way finish, then close.
+
+        After `drain_s`, or when `hurry` is set, `abort` is called to end what still runs with an
+        error that its client can read; a moment later connections are cut.
+        """
+        self._edge.drain()
+        if self._edge.num_in_flight:
+            logger.info("finishing %d requests", self._edge.num_in_flight)
+        if not await self._is_idle_within(drain_s, hurry):
+            logger.warning("cutting %d requests short", self._edge.num_in_flight)
+            if abort is not None:
+                await abort()
+                await self._is_idle_within(ABORT_S, asyncio.Event())
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+    async def _is_idle_within(self, seconds: float, hurry: asyncio.Event) -> bool:
+        idle = asyncio.create_task(self._edge.idle())
+        insisted = asyncio.create_task(hurry.wait())
+        await asyncio.wait({idle, insisted}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        is_idle = idle.done()
+        for waiter in (idle, insisted):
+            waiter.cancel()
+        return is_idle

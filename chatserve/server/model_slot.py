@@ -1,0 +1,94 @@
+"""ModelSlot: empty while the weights load, then holds the engine and the model it serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from chatserve.errors import NoWorkerAvailable
+from chatserve.protocol.control import ModelCard, WorkerState, WorkerStatus
+from chatserve.server.contract import Engine, ServedModel
+
+
+class ModelSlot:
+    """What this worker serves, and how far it is. Lives on the event loop; `progress` may be called
+    from the loading thread."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.is_draining = False
+        self.created = int(time.time())
+        self.loaded_bytes = 0
+        self.total_bytes = 0
+        self._names = tuple(names)
+        self._served: tuple[Engine, ServedModel] | None = None
+
+    @classmethod
+    def filled(cls, engine: Engine, model: ServedModel) -> ModelSlot:
+        slot = cls(model.names)
+        slot.fill(engine, model)
+        return slot
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def state(self) -> WorkerState:
+        if self.is_draining:
+            return "draining"
+        return "ready" if self._served else "loading"
+
+    def progress(self, loaded_bytes: int, total_bytes: int) -> None:
+        """Note how much of the weights has been read."""
+        self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
+
+    def fill(self, engine: Engine, model: ServedModel) -> None:
+        """The model is loaded and the engine runs: from now on requests are served."""
+        self._names = tuple(model.names)
+        self._served = (engine, model)
+
+    @property
+    def engine(self) -> Engine | None:
+        return self._served[0] if self._served else None
+
+    def served(self) -> tuple[Engine, ServedModel]:
+        """Raises `NoWorkerAvailable` while the weights are still loading."""
+        if self._served is None:
+            percent = f" ({100 * self.loaded_bytes // self.total_bytes} %)" * bool(self.total_bytes)
+            raise NoWorkerAvailable(f"{self.names[0]} is still loading{percent}; try again soon")
+        return self._served
+
+    def cards(self) -> list[ModelCard]:
+        model = self._served[1] if self._served else None
+        return [
+            ModelCard(
+                name=name,
+                created=self.created,
+                context_length=model.context_length if model else None,
+                description=dict(model.description) if model else {},
+            )
+            for name in self.names
+        ]
+
+    def status(self) -> WorkerStatus:
+        """What the next heartbeat says."""
+        progress: dict[str, Any] = {}
+        if self._served is not None:
+            engine, model = self._served
+            stats = engine.stats()
+            progress = {
+                "fingerprint": model.fingerprint,
+                "tick": stats.tick,
+                "last_token_age_s": stats.last_token_age_s,
+                "num_running": stats.num_running,
+                "num_waiting": stats.num_waiting,
+                "free_kv_tokens": stats.free_kv_tokens,
+            }
+        return WorkerStatus(
+            state=self.state,
+            models=self.cards(),
+            loaded_bytes=self.loaded_bytes,
+            total_bytes=self.total_bytes,
+            **progress,
+        )

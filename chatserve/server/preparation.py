@@ -1,0 +1,166 @@
+"""From the bytes of a request to prompt ids and sampling params: the CPU work before the engine.
+
+Pure and synchronous, to be run off the event loop. Knows no engine and no response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatserve.engine.sequence import SamplingParams
+from chatserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from chatserve.protocol.openai import (
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    parse_chat,
+    parse_completion,
+)
+from chatserve.server.contract import ServedModel
+
+MAX_BYTES_PER_TOKEN = 16
+COMPLETION_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, to be continued `num_choices` times with the same params."""
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be submitted. Choice k of prompt p has index p * num_choices + k."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    num_choices: int
+    is_chat: bool
+    is_stream: bool
+    includes_usage: bool
+    strip_leading_space: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
+    """Validate a chat request, render its template, encode it.
+
+    Raises `InvalidRequest` and its children, `ModelNotFound`.
+    """
+    request = parse_chat(body)
+    _check_common(request, model)
+    _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
+    ids = model.prompts.chat(request.messages)
+    prompt = _prompt(ids, request, model, stop=(*request.stop, *model.stop), unlimited=True)
+    return _prepared(request, [prompt], is_chat=True, strip=model.strip_leading_space)
+
+
+def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
+    """Validate a text completion request and encode its prompts. Raises as `prepare_chat` does."""
+    request = parse_completion(body)
+    _check_common(request, model)
+    prompts = []
+    for prompt in request.prompt:
+        _check_prompt(prompt, model)
+        ids = model.prompts.completion(prompt)
+        if not ids:
+            raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
+        prompts.append(_prompt(ids, request, model, stop=request.stop, unlimited=False))
+    return _prepared(request, prompts, is_chat=False, strip=False)
+
+
+def _prepared(
+    request: ChatRequest | CompletionRequest, prompts: list[Prompt], *, is_chat: bool, strip: bool
+) -> Prepared:
+    return Prepared(
+        model=request.model,
+        prompts=tuple(prompts),
+        num_choices=request.num_choices,
+        is_chat=is_chat,
+        is_stream=request.is_stream,
+        includes_usage=request.includes_usage,
+        strip_leading_space=strip,
+    )
+
+
+def _check_common(request: SamplingRequest, model: ServedModel) -> None:
+    if request.model not in model.names:
+        raise ModelNotFound(
+            f"model {request.model[:100]!r} is not served here; there is {', '.join(model.names)}",
+            param="model",
+        )
+    for token_id in request.logit_bias:
+        if token_id >= model.vocab_size:
+            raise InvalidRequest(
+                f"logit_bias: there is no token {token_id}, the vocabulary has {model.vocab_size}",
+                param=f"logit_bias.{token_id}",
+            )
+
+
+def _check_prompt(prompt: str | list[int], model: ServedModel) -> None:
+    if isinstance(prompt, str):
+        _check_num_bytes(len(prompt.encode()), model, "prompt")
+        return
+    for token_id in (min(prompt), max(prompt)):
+        if not 0 <= token_id < model.vocab_size:
+            raise InvalidRequest(
+                f"prompt: there is no token {token_id}, the vocabulary has {model.vocab_size}",
+                param="prompt",
+            )
+
+
+def _check_num_bytes(num_bytes: int, model: ServedModel, param: str) -> None:
+    # cheaper than the tokenizer, whose time grows with the text
+    limit = model.context_length * MAX_BYTES_PER_TOKEN
+    if num_bytes > limit:
+        raise ContextLengthExceeded(
+            f"{param} has {num_bytes:,} bytes, which cannot fit into the {model.context_length:,} "
+            f"tokens of {model.names[0]}; shorten it",
+            param=param,
+        )
+
+
+def _prompt(
+    ids: Sequence[int],
+    request: SamplingRequest,
+    model: ServedModel,
+    *,
+    stop: tuple[str, ...],
+    unlimited: bool,
+) -> Prompt:
+    asked = request.asked_tokens
+    max_tokens = model.prompts.max_tokens(len(ids), asked)
+    if asked is None and not unlimited:
+        max_tokens = min(max_tokens, COMPLETION_MAX_TOKENS)
+    return Prompt(tuple(ids), _sampling_params(request, model, max_tokens, stop))
+
+
+def _sampling_params(
+    request: SamplingRequest, model: ServedModel, max_tokens: int, stop: tuple[str, ...]
+) -> SamplingParams:
+    usual = SamplingParams()
+
+    def value(name: str) -> float:
+        asked: float | None = getattr(request, name)
+        return asked if asked is not None else model.defaults.get(name, getattr(usual, name))
+
+    return SamplingParams(
+        temperature=value("temperature"),
+        top_p=value("top_p"),
+        top_k=max(0, int(value("top_k"))),
+        min_p=value("min_p"),
+        repetition_penalty=value("repetition_penalty"),
+        presence_penalty=value("presence_penalty"),
+        frequency_penalty=value("frequency_penalty"),
+        logit_bias=request.logit_bias,
+        max_tokens=max_tokens,
+        stop=stop,
+        stop_token_ids=tuple(model.stop_token_ids),
+        seed=request.seed,
+    )

@@ -1,0 +1,128 @@
+"""What every server process has around its work: logs, event loop, signals, last line, WEIGHTS.
+
+Knows no routes and no models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from chatserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
+
+
+def configure_logging(name: str, *, debug: bool) -> None:
+    """Logs to stderr; other libraries only from WARNING on, and never what a stream carries."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format=f"%(asctime)s %(levelname)-7s {name}: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    logging.getLogger("chatserve").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def print_error(message: str) -> None:
+    """The one line on stderr that says why a command failed."""
+    print(f"chatserve: {message}", file=sys.stderr, flush=True)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """WEIGHTS, and FastChat's spelling of it."""
+    parser.add_argument("weights", nargs="*", metavar="WEIGHTS", help="folder, .gguf file or name")
+    parser.add_argument(
+        "--model-path", action="append", default=[], metavar="WEIGHTS", help="the same"
+    )
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as events: the first asks to stop, the second insists."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+        self.is_interrupted = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        for kind in kinds:
+            loop.add_signal_handler(kind, self._receive, kind)
+        try:
+            yield
+        finally:
+            for kind in kinds:
+                loop.remove_signal_handler(kind)
+
+    def _receive(self, kind: signal.Signals) -> None:
+        if self.asked.is_set():
+            self.insisted.set()
+            return
+        logger.info("stopping (%s); once more to stop at once", kind.name)
+        self.is_interrupted = kind == signal.SIGINT
+        self.asked.set()
+
+
+async def run_until(stop: asyncio.Event, *jobs: Coroutine[Any, Any, None]) -> None:
+    """Run `jobs` side by side until `stop` is set; then cancel them and wait for their end.
+
+    A job may end by itself. Raises the first exception of a job.
+    """
+    waiter = asyncio.create_task(stop.wait())
+    pending: set[asyncio.Task[Any]] = {waiter, *(asyncio.create_task(job) for job in jobs)}
+    everything = set(pending)
+    try:
+        while not waiter.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in everything:
+            task.cancel()
+        await asyncio.gather(*everything, return_exceptions=True)
+
+
+def run_process(
+    main: Callable[[], Coroutine[Any, Any, int]],
+    *,
+    debug: bool = False,
+    report: Callable[[str], None] = print_error,
+) -> int:
+    """Run `main` on uvloop where there is one. Returns the exit code.
+
+    Whatever ends it becomes one line for `report`; a traceback only with `debug`.
+    """
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(main())
+    except StartupError as error:
+        logger.debug("startup failed", exc_info=debug)
+        report(error.message)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # the boundary of the process: a bug ends it with one line
+        logger.debug("internal error", exc_info=debug)
+        report(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+        return StartupError.exit_code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

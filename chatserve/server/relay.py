@@ -1,0 +1,197 @@
+"""One request to one worker: bytes through, cancelled upstream when the client leaves.
+
+Knows nothing of the JSON it carries. A stream is passed on in whole frames, so that an error event
+can follow when the worker dies in the middle of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+
+import aiohttp
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from chatserve.errors import BadStream, ChatserveError, WorkerLost
+from chatserve.protocol.control import bearer
+from chatserve.protocol.sse import MAX_EVENT_BYTES
+from chatserve.server.disconnect import disconnected, until_disconnect
+from chatserve.server.error_response import error_event
+from chatserve.server.registry import Lease, WorkerRegistry
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+# under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
+KEEPALIVE_S = 2.0
+FRAME_ENDS = (b"\n\n", b"\r\n\r\n")
+PASSED_HEADERS = ("content-type", "cache-control", "x-accel-buffering", "retry-after")
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The controller's HTTP client: no limit on time or number, no redirects, no proxies."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+    )
+
+
+class NotSent(Exception):
+    """The worker could not be reached: nothing of the request has left this process."""
+
+
+class Relay:
+    """Dispatches requests to the workers of `registry`."""
+
+    def __init__(
+        self, registry: WorkerRegistry, session: aiohttp.ClientSession, control_token: str
+    ) -> None:
+        self._registry = registry
+        self._session = session
+        self._headers = {"Content-Type": "application/json", **bearer(control_token)}
+
+    async def forward(self, request: Request, model: str, body: bytes) -> Response:
+        """Send `body` to a worker for `model` and pass its answer on.
+
+        Raises `ModelNotFound`, `NoWorkerAvailable`, or `WorkerLost` when the worker died before the
+        first byte of its answer; `ClientDisconnect` when the client left before it.
+        """
+        while True:
+            lease = self._registry.pick(model)
+            try:
+                return await until_disconnect(request.receive, self._open(request, body, lease))
+            except NotSent:
+                # another worker may take the request as if it were the first
+                lease.release()
+            except BaseException:
+                lease.release()
+                raise
+
+    async def _open(self, request: Request, body: bytes, lease: Lease) -> Response:
+        worker = lease.worker
+        try:
+            upstream = await self._session.post(
+                worker.base_url + request.url.path,
+                data=body,
+                headers=self._headers,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            self._note_loss(worker.worker_id, error)
+            raise NotSent from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(worker.worker_id, error) from error
+        try:
+            return await self._answer(upstream, lease)
+        except BaseException:
+            upstream.close()
+            raise
+
+    async def _answer(self, upstream: aiohttp.ClientResponse, lease: Lease) -> Response:
+        headers = {n: upstream.headers[n] for n in PASSED_HEADERS if n in upstream.headers}
+        try:
+            if not upstream.content_type.startswith("text/event-stream"):
+                content = await upstream.read()
+                lease.release()
+                return Response(content, upstream.status, headers)
+            frames = whole_frames(upstream.content.iter_any())
+            # the headers go out with the first frame, so that until then a status can tell of death
+            first = await anext(frames, b"")
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(lease.worker.worker_id, error) from error
+        return RelayedStream(upstream, headers, first, frames, lease, on_loss=self._lost)
+
+    def _lost(self, worker_id: str, error: Exception) -> WorkerLost:
+        self._note_loss(worker_id, error)
+        return WorkerLost("the worker died while it was answering; send the request again")
+
+    def _note_loss(self, worker_id: str, error: Exception) -> None:
+        logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
+        self._registry.eject(worker_id)
+
+
+class RelayedStream(Response):
+    """A worker's stream on its way to the client."""
+
+    def __init__(
+        self,
+        upstream: aiohttp.ClientResponse,
+        headers: Mapping[str, str],
+        first: bytes,
+        frames: AsyncGenerator[bytes],
+        lease: Lease,
+        *,
+        on_loss: Callable[[str, Exception], ChatserveError],
+    ) -> None:
+        self.status_code = upstream.status
+        self.background = None
+        self.init_headers(headers)
+        self._upstream = upstream
+        self._first = first
+        self._frames = frames
+        self._lease = lease
+        self._on_loss = on_loss
+        self._is_client_gone = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.ensure_future(self._close_on_disconnect(receive))
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            await self._pass_on(lambda data: send(_body(data)))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            watch.cancel()
+            # does nothing when the answer has been read to its end: the connection is kept then
+            self._upstream.close()
+            self._lease.release()
+            await self._frames.aclose()
+
+    async def _pass_on(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        try:
+            await write(self._first)
+            async for frames in self._frames:
+                await write(frames)
+        except (aiohttp.ClientError, BadStream, OSError) as error:
+            if not self._is_client_gone:
+                await write(error_event(self._on_loss(self._lease.worker.worker_id, error)))
+
+    async def _close_on_disconnect(self, receive: Receive) -> None:
+        await disconnected(receive)
+        self._is_client_gone = True
+        self._upstream.close()
+
+
+def _body(data: bytes) -> dict[str, object]:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+async def whole_frames(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The same bytes, cut only where a frame ends; a frame that is never finished is dropped.
+
+    Raises `BadStream` when a frame grows over the limit.
+    """
+    tail = b""
+    async for chunk in chunks:
+        data = tail + chunk if tail else chunk
+        if data.endswith(FRAME_ENDS):
+            tail = b""
+            yield data
+            continue
+        end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in FRAME_ENDS)
+        tail = data[end:]
+        if len(tail) > MAX_EVENT_BYTES:
+            raise BadStream(f"the worker sent a frame over {MAX_EVENT_BYTES} bytes")
+        if end:
+            yield data[:end]

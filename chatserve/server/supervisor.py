@@ -1,0 +1,166 @@
+"""Supervisor: keeps one child process running until it is told to stop, or it is no use.
+
+Knows processes, back-off and exit codes; no HTTP and no models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from chatserve.errors import (
+    CrashLoop,
+    DoesNotFit,
+    ModelLoadError,
+    RegistrationFailed,
+    StartupError,
+    UsageError,
+)
+from chatserve.server.lifeline import Lifeline
+
+logger = logging.getLogger(__name__)
+
+# what these say does not change by trying again
+FINAL_ERRORS: Mapping[int, type[StartupError]] = {
+    kind.exit_code: kind for kind in (UsageError, ModelLoadError, DoesNotFit, RegistrationFailed)
+}
+
+
+class RestartPolicy:
+    """When to start a crashed process again: after a pause that doubles, and not for ever."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        first_pause_s: float = 0.5,
+        max_pause_s: float = 8.0,
+        max_restarts: int = 5,
+        period_s: float = 60.0,
+    ) -> None:
+        self._clock = clock
+        self._first_pause_s = first_pause_s
+        self._max_pause_s = max_pause_s
+        self._max_restarts = max_restarts
+        self._period_s = period_s
+        self._restarts: deque[float] = deque()
+
+    def pause_s(self) -> float | None:
+        """After a crash: seconds to wait before the restart; None when it is time to give up."""
+        now = self._clock()
+        while self._restarts and self._restarts[0] <= now - self._period_s:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._max_restarts:
+            return None
+        pause_s = min(self._first_pause_s * 2.0 ** len(self._restarts), self._max_pause_s)
+        self._restarts.append(now)
+        return pause_s
+
+
+class Supervisor:
+    """One child: `spawn` says how to start it, given its lifeline's file descriptor.
+
+    `on_exit` is called after each end, also of a child that was told to stop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Callable[[int], Mapping[str, str]],
+        policy: RestartPolicy,
+        *,
+        on_exit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self._command = tuple(command)
+        self._environment = environment
+        self._policy = policy
+        self._on_exit = on_exit
+        self._process: asyncio.subprocess.Process | None = None
+        self._is_stopping = False
+
+    async def run(self) -> None:
+        """Keep the child running until cancelled or `stop`.
+
+        Raises the `StartupError` that a child ended with, or `CrashLoop`; its message is the
+        child's last line.
+        """
+        while True:
+            exit_code, line = await self._run_once()
+            if self._is_stopping:
+                return
+            reason = line or describe_exit(exit_code)
+            if kind := FINAL_ERRORS.get(exit_code):
+                raise kind(reason)
+            pause_s = self._policy.pause_s()
+            if pause_s is None:
+                raise CrashLoop(f"worker {self.name} keeps crashing; its last error: {reason}")
+            logger.warning(
+                "worker %s ended (%s); starting it again in %.1f s", self.name, reason, pause_s
+            )
+            await asyncio.sleep(pause_s)
+
+    def retire(self) -> None:
+        """Let the child go on, but do not start it again."""
+        self._is_stopping = True
+
+    async def stop(self, *, kill_after_s: float) -> None:
+        """Ask the child to end; kill it when it does not within `kill_after_s`."""
+        self.retire()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        _signal(process, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), kill_after_s)
+        except TimeoutError:
+            logger.warning("worker %s does not stop; killing it", self.name)
+            _signal(process, signal.SIGKILL)
+            await process.wait()
+
+    def hurry(self) -> None:
+        """Tell the child to end its answers now, with an error each."""
+        if self._process is not None:
+            _signal(self._process, signal.SIGTERM)
+            _signal(self._process, signal.SIGTERM)
+
+    async def _run_once(self) -> tuple[int, str | None]:
+        """Start the child and wait for its end. Returns its exit code and its last line."""
+        lifeline = Lifeline()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                env=self._environment(lifeline.child_fd),
+                pass_fds=(lifeline.child_fd,),
+                stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C is for the server, which lets the child finish first
+                start_new_session=True,
+            )
+            lifeline.close_child_end()
+            exit_code = await self._process.wait()
+            self._on_exit()
+            return exit_code, lifeline.last_line()
+        finally:
+            # a child that is still there ends when its lifeline does
+            lifeline.close()
+
+
+def describe_exit(exit_code: int) -> str:
+    """`exit code 1`, or the name of the signal."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
+def _signal(process: asyncio.subprocess.Process, kind: signal.Signals) -> None:
+    try:
+        process.send_signal(kind)
+    except ProcessLookupError:
+        return

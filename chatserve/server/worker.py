@@ -1,0 +1,222 @@
+"""create_worker_app: the OpenAI API over one engine and one model.
+
+A complete server by itself. Knows no other worker and no dispatch; the process around it is
+`worker_process.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import anyio
+from fastapi import APIRouter, FastAPI
+from sse_starlette.event import ServerSentEvent as OutgoingEvent
+from sse_starlette.sse import EventSourceResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from chatserve.errors import ModelNotFound
+from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
+from chatserve.server.contract import Engine, ServedModel
+from chatserve.server.disconnect import until_disconnect
+from chatserve.server.edge import AccessPolicy, Edge
+from chatserve.server.error_response import install_error_handlers
+from chatserve.server.generation import Generation
+from chatserve.server.json_response import json_response
+from chatserve.server.model_slot import ModelSlot
+from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
+from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
+
+PING_INTERVAL_S = 15
+STALL_S = 30.0
+NUM_PREPARATION_THREADS = 2
+CLIENT_CLOSED_REQUEST = 499
+
+Prepare = Callable[[bytes, ServedModel], Prepared]
+
+
+def create_worker_app(
+    engine: Engine,
+    model: ServedModel,
+    *,
+    policy: AccessPolicy | None = None,
+    control_token: str | None = None,
+    ping_interval_s: float = PING_INTERVAL_S,
+) -> Edge:
+    """The ASGI app of a worker whose model is loaded and whose engine runs.
+
+    Without a `policy` it is open to whoever speaks to a loopback name. With a `control_token` it
+    can prove to a controller that it holds the token.
+    """
+    slot = ModelSlot.filled(engine, model)
+    return create_slot_app(
+        slot, policy=policy, control_token=control_token, ping_interval_s=ping_interval_s
+    )
+
+
+def create_slot_app(
+    slot: ModelSlot,
+    *,
+    policy: AccessPolicy | None = None,
+    control_token: str | None = None,
+    ping_interval_s: float = PING_INTERVAL_S,
+) -> Edge:
+    """The same for a slot that may still be empty: requests get 503 until it is filled."""
+    worker = WorkerRoutes(slot, control_token, ping_interval_s)
+    app = FastAPI(
+        lifespan=worker.lifespan, redirect_slashes=False,
+        openapi_url=None, docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.include_router(worker.router())
+    install_error_handlers(app)
+    return Edge(app, policy or AccessPolicy())
+
+
+class EventStream(EventSourceResponse):
+    """A generation on its way out: pinged while it is silent, aborted when the client leaves."""
+
+    def __init__(
+        self, generation: Generation, frames: AsyncGenerator[bytes], ping_s: float
+    ) -> None:
+        super().__init__(
+            frames,
+            ping=ping_s,
+            sep="\n",
+            ping_message_factory=lambda: OutgoingEvent(comment="ping", sep="\n"),
+        )
+        self._generation = generation
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._frames.aclose()
+                await self._generation.aclose()
+            self._generation.log_summary()
+
+
+class WorkerRoutes:
+    """The routes of one worker and what they share."""
+
+    def __init__(self, slot: ModelSlot, control_token: str | None, ping_interval_s: float) -> None:
+        self._slot = slot
+        self._control_token = control_token
+        self._ping_interval_s = ping_interval_s
+        self._pool: ThreadPoolExecutor | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        with ThreadPoolExecutor(NUM_PREPARATION_THREADS, "prepare") as self._pool:
+            yield
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/v1/models", self.models)
+        router.add_api_route("/v1/models/{name:path}", self.model)
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        router.add_api_route("/health/live", self.live)
+        router.add_api_route("/health/ready", self.ready)
+        router.add_api_route("/health/decode", self.decode)
+        return router
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, prepare_chat, "chatcmpl-")
+
+    async def complete(self, request: Request) -> Response:
+        return await self._answer(request, prepare_completion, "cmpl-")
+
+    async def models(self) -> Response:
+        cards = [card.to_openai() for card in self._slot.cards()]
+        return json_response({"object": "list", "data": cards})
+
+    async def model(self, name: str) -> Response:
+        for card in self._slot.cards():
+            if card.name == name:
+                return json_response(card.to_openai())
+        names = ", ".join(self._slot.names)
+        raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}")
+
+    async def live(self, request: Request) -> Response:
+        """The process answers. To a controller's nonce it also proves that it holds the token."""
+        reply = {"status": "live"}
+        nonce = request.headers.get(NONCE_HEADER)
+        if self._control_token and nonce and len(nonce) <= MAX_NONCE_LEN:
+            reply["proof"] = proof_of(self._control_token, nonce)
+        return json_response(reply)
+
+    async def ready(self) -> Response:
+        state = self._slot.state
+        models = [
+            {
+                "name": name,
+                "state": state,
+                "loaded_bytes": self._slot.loaded_bytes,
+                "total_bytes": self._slot.total_bytes,
+            }
+            for name in self._slot.names
+        ]
+        return json_response({"status": state, "models": models}, 200 if state == "ready" else 503)
+
+    async def decode(self) -> Response:
+        """Whether tokens come: an engine that has work and makes none is not healthy."""
+        engine = self._slot.engine
+        if engine is None:
+            return json_response({"status": "loading"}, 503)
+        stats = engine.stats()
+        is_decoding = stats.is_alive and stats.last_token_age_s <= STALL_S
+        reply = {
+            "status": "decoding" if is_decoding else "stalled",
+            "tick": stats.tick,
+            "last_token_age_s": round(stats.last_token_age_s, 3),
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+        }
+        return json_response(reply, 200 if is_decoding else 503)
+
+    async def _answer(self, request: Request, prepare: Prepare, prefix: str) -> Response:
+        engine, model = self._slot.served()
+        body = await request.body()
+        # templates and tokenizers take their time: not on the loop that serves every stream
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._pool, prepare, body, model)
+        request_id = prefix + uuid.uuid4().hex
+        head = ReplyHead(
+            request_id, int(time.time()), prepared.model, model.fingerprint, prepared.is_chat
+        )
+        generation = await Generation.submit(engine, request_id, prepared)
+        if prepared.is_stream:
+            return self._stream(generation, head)
+        try:
+            return json_response(await until_disconnect(request.receive, fold(generation, head)))
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        finally:
+            await generation.aclose()
+            generation.log_summary()
+
+    def _stream(self, generation: Generation, head: ReplyHead) -> EventStream:
+        includes_usage = generation.prepared.includes_usage
+        encoder = ChunkEncoder(head, generation.num_sequences, includes_usage=includes_usage)
+        frames = stream_frames(generation, encoder, includes_usage=includes_usage)
+        return EventStream(generation, frames, self._ping_interval_s)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`chatserve worker WEIGHTS`: load the model, serve it, register with a controller."""
+    from chatserve.server.worker_process import run_worker
+
+    return run_worker(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""The process around a worker: HTTP first, then the model, then the controller; and the way out.
+
+Composes; the routes are in `worker.py`. Imports no torch before the model loads, so that health and
+load progress can be asked for at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from chatserve import config as settings
+from chatserve.config import WorkerConfig
+from chatserve.errors import GenerationFailed, UsageError
+from chatserve.flags import CommandParser
+from chatserve.server.contract import Engine, ServedModel
+from chatserve.server.control_token import shared_token
+from chatserve.server.edge import AccessPolicy, check_exposure
+from chatserve.server.heartbeat import HeartbeatSender
+from chatserve.server.lifeline import report_to_parent, tie_to_parent
+from chatserve.server.listener import Listener, bind, url_of
+from chatserve.server.model_slot import ModelSlot
+from chatserve.server.process import (
+    EXIT_INTERRUPTED,
+    StopSignals,
+    add_weights,
+    configure_logging,
+    print_error,
+    run_process,
+    run_until,
+)
+from chatserve.server.worker import create_slot_app
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 30.0
+ENGINE_CHECK_S = 0.5
+LOAD_THREAD = "load"
+
+Progress = Callable[[int, int], None]
+Load = Callable[[WorkerConfig, Progress], tuple[Engine, ServedModel]]
+
+
+def run_worker(argv: Sequence[str], load: Load | None = None) -> int:
+    """`chatserve worker WEIGHTS`. Returns the exit code."""
+    parser = CommandParser("chatserve worker", "One model behind the OpenAI API.", WorkerConfig)
+    add_weights(parser)
+    try:
+        flags = parser.flags(argv)
+        weights = flags.pop("weights") + flags.pop("model_path")
+        if len(weights) > 1:
+            raise UsageError(f"one worker serves one model, not {len(weights)}; start one for each")
+        config = settings.build(WorkerConfig, flags, file=settings.settings_file())
+    except UsageError as error:
+        print_error(error.message)
+        return error.exit_code
+    config = dataclasses.replace(config, weights=(weights or [config.weights])[0])
+    return serve_worker(config, load or _load)
+
+
+def serve_worker(config: WorkerConfig, load: Load) -> int:
+    """Serve the model that `load` returns until a signal comes. Returns the exit code.
+
+    `load` runs in a thread of its own and reports `(loaded_bytes, total_bytes)`.
+    """
+    names = settings.served_names(config.weights, config.model_names)
+    configure_logging(f"worker {names[0]}", debug=config.debug)
+    report = print_error
+    if config.parent_pipe is not None:
+        tie_to_parent(config.parent_pipe)
+        report = partial(report_to_parent, config.parent_pipe)
+    exit_code = run_process(partial(_serve, config, load), debug=config.debug, report=report)
+    if any(thread.name == LOAD_THREAD for thread in threading.enumerate()):
+        # told to stop in the middle of loading: native code must not outlive the interpreter
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
+
+
+def _load(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]:
+    # here and not above: this is where torch comes in
+    from chatserve.engine.serving import load
+
+    return load(config, progress)
+
+
+async def _serve(config: WorkerConfig, load: Load) -> int:
+    stop = StopSignals()
+    slot = ModelSlot(settings.served_names(config.weights, config.model_names))
+    token = shared_token() if config.controller and not config.no_register else None
+    policy = _policy(config, token)
+    edge = create_slot_app(slot, policy=policy, control_token=token)
+    sock = bind(config.host, config.port)
+    listener = Listener(edge, sock)
+    with stop.installed():
+        await listener.start()
+        url = url_of(config.host, sock)
+        logger.info("listening on %s", url)
+        heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
+        jobs = [_fill(slot, config, load, on_ready=partial(_announce, heartbeat, slot, url))]
+        if heartbeat is not None:
+            jobs.append(heartbeat.run())
+        try:
+            await run_until(stop.asked, *jobs, _watch_engine(slot))
+        finally:
+            slot.is_draining = True
+            await listener.stop(
+                drain_s=DRAIN_S, hurry=stop.insisted, abort=partial(_stop_engine, slot)
+            )
+            await _stop_engine(slot)
+    return EXIT_INTERRUPTED if stop.is_interrupted else 0
+
+
+def _policy(config: WorkerConfig, token: str | None) -> AccessPolicy:
+    """Behind a controller only its token opens; alone, the rules of a controller hold."""
+    if token is not None:
+        return AccessPolicy.build(config.host, api_keys=(token,))
+    keys = settings.api_keys(None)
+    check_exposure(config.host, has_key=bool(keys))
+    return AccessPolicy.build(config.host, api_keys=keys)
+
+
+def _heartbeat(
+    config: WorkerConfig, token: str | None, slot: ModelSlot, port: int
+) -> HeartbeatSender | None:
+    if token is None or config.controller is None:
+        return None
+    worker_id = config.worker_id or uuid.uuid4().hex
+    return HeartbeatSender(
+        config.controller, token, worker_id=worker_id, port=port, status=slot.status
+    )
+
+
+def _announce(heartbeat: HeartbeatSender | None, slot: ModelSlot, url: str) -> None:
+    if heartbeat is not None:
+        heartbeat.announce()
+    else:
+        print(f"ready: {url}/v1 ({', '.join(slot.names)})", flush=True)
+
+
+async def _fill(
+    slot: ModelSlot, config: WorkerConfig, load: Load, *, on_ready: Callable[[], None]
+) -> None:
+    config = dataclasses.replace(config, model_names=slot.names)
+    engine, model = await _in_daemon_thread(lambda: load(config, slot.progress))
+    engine.start()
+    slot.fill(engine, model)
+    logger.info("%s is ready", slot.names[0])
+    on_ready()
+
+
+async def _in_daemon_thread(
+    work: Callable[[], tuple[Engine, ServedModel]],
+) -> tuple[Engine, ServedModel]:
+    """As `asyncio.to_thread`, but a process that is told to stop does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[tuple[Engine, ServedModel]] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # it is raised where the future is awaited
+            outcome: tuple[Callable[[Any], None], Any] = (future.set_exception, error)
+        else:
+            outcome = (future.set_result, result)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name=LOAD_THREAD, daemon=True).start()
+    return await future
+
+
+async def _watch_engine(slot: ModelSlot) -> None:
+    """Raises `GenerationFailed` when the engine thread has died: a new process is the only cure."""
+    while slot.engine is None or slot.engine.stats().is_alive:
+        await asyncio.sleep(ENGINE_CHECK_S)
+    raise GenerationFailed("the engine has died")
+
+
+async def _stop_engine(slot: ModelSlot) -> None:
+    if slot.engine is not None:
+        await slot.engine.stop()
