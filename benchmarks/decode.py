@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from chatserve.hub import resolve_weights
 
 from benchmarks.machine import describe
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams
+from chatserve.hub import resolve_weights
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import choose_policy

@@ -1,0 +1,83 @@
+# `make` alone lists the targets. CI calls the same ones.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned; override to choose another build, e.g. PyTorch's CPU-only one (see README, Install)
+TORCH_PIP_ARGS ?= torch==2.13.0
+WEIGHTS ?=
+ARGS ?=
+PROMPT ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# the text as typed: make must not expand a dollar sign in a prompt
+export CHAT_PROMPT := $(value PROMPT)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev format check chat test unit integration e2e weights bench \
+	gpu-check docs build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("chatserve needs Python 3.11 or newer, this is " \
+		+ sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH_PIP_ARGS)
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.runtime ## make .venv and install chatserve into it
+install-dev: $(VENV)/.dev ## the same with everything that tests and checks need
+
+chat: $(VENV)/.runtime ## chat in the terminal; PROMPT="…" answers once, WEIGHTS=… another model
+	@$(if $(WEIGHTS),,$(PY) -m chatserve pull smollm2-135m --quiet)
+	@$(PY) -m chatserve.cli $(WEIGHTS) $(ARGS) $${CHAT_PROMPT:+--prompt "$$CHAT_PROMPT"}
+
+weights: $(VENV)/.runtime
+	@$(PY) -m chatserve pull smollm2-135m --quiet
+
+test: $(VENV)/.dev weights ## unit, integration and e2e tests
+	$(PY) -m pytest
+
+unit: $(VENV)/.dev ## tests without sockets, in seconds
+	$(PY) -m pytest tests/unit
+
+integration: $(VENV)/.dev weights ## tests against real servers on loopback
+	$(PY) -m pytest tests/integration
+
+e2e: $(VENV)/.dev weights ## whole programs: processes, terminals
+	$(PY) -m pytest tests/e2e
+
+format: $(VENV)/.dev ## put all code into its form
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+check: $(VENV)/.dev ## form, lint, strict types, layering, stale docs
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/unit/test_layering.py
+	$(PY) docs/generate.py --check
+
+bench: $(VENV)/.dev weights ## one JSON line per benchmark
+	$(PY) -m benchmarks.decode
+	$(PY) -m benchmarks.startup
+
+gpu-check: ## tests and figures on a CUDA device; PYTHON=python3 is used as it is, no venv
+	$(PYTHON) -m benchmarks.gpu_check
+
+docs: $(VENV)/.dev ## write docs/reference from the code
+	$(PY) docs/generate.py
+
+build: $(VENV)/.dev ## wheel and sdist in dist/
+	$(PIP) install --quiet --constraint constraints.txt build
+	$(PY) -m build
+
+clean: ## remove everything that was made here, also .venv
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

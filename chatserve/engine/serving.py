@@ -1,0 +1,209 @@
+"""From WEIGHTS to a running engine: tokenizer, template, device, network, KV budget, fingerprint.
+
+The composition of one worker's inside. Knows no HTTP; the cheap checks come before the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chatserve
+from chatserve import config as settings
+from chatserve.config import WorkerConfig
+from chatserve.engine.async_engine import AsyncEngine
+from chatserve.engine.engine import Engine
+from chatserve.engine.prompt import PromptBuilder
+from chatserve.errors import DoesNotFit
+from chatserve.hub import resolve_weights
+from chatserve.models.chat_template import (
+    TemplateChoice,
+    WeightsFacts,
+    choose_template,
+    load_template_sources,
+)
+from chatserve.models.checkpoint import Checkpoint, open_checkpoint
+from chatserve.models.device import DevicePolicy, check, choose_policy
+from chatserve.models.fallback import FallbackModel
+from chatserve.models.llama import Llama
+from chatserve.models.loader import context_length, kv_bytes_per_token, load_model
+from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+_KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of the memory left beside the weights
+_RESERVED_BYTES = 512 << 20  # activations and the rest of the process
+_MIN_CONTEXT = 256  # tokens; below it a chat is not worth starting
+# fields of a generation_config.json that are sampling defaults
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server needs to know of a loaded model; see `chatserve.server.contract`."""
+
+    names: Sequence[str]
+    context_length: int
+    vocab_size: int
+    prompts: PromptBuilder
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    strip_leading_space: bool
+    fingerprint: str
+    description: Mapping[str, Any]
+    defaults: Mapping[str, float]
+
+
+def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncEngine, ServedModel]:
+    """Load what `config` asks for; the caller starts the engine inside its event loop.
+
+    Raises a `StartupError` whose exit code says what kind of thing is wrong.
+    """
+    start = time.perf_counter()
+    names = settings.served_names(config.weights, config.model_names)
+    path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
+    policy = check(choose_policy(config.device, config.dtype, load_8bit=config.load_8bit))
+    logger.info("%s", policy.describe())
+    checkpoint = open_checkpoint(path)
+    with closing(checkpoint.weights):
+        metadata = _gguf_metadata(path)
+        tokenizer = load_tokenizer(path, metadata)
+        choice = choose_template(
+            config.conv_template,
+            WeightsFacts(path.name, checkpoint.config),
+            tokenizer,
+            load_template_sources(path, metadata),
+        )
+        logger.info("chat template %s: %s", choice.template.name, choice.reason)
+        model = load_model(checkpoint, policy, progress=progress)
+        fingerprint = _fingerprint(checkpoint, policy, choice)
+    limits = _Limits.of(config, checkpoint, policy)
+    engine = Engine(
+        model,
+        tokenizer,
+        num_kv_tokens=limits.num_kv_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_waiting=config.max_num_waiting,
+        seed=config.seed,
+    )
+    prompts = PromptBuilder(
+        tokenizer,
+        choice.template,
+        limits.context_length,
+        config.conv_system_msg,
+        model_name=names[0],
+    )
+    served = ServedModel(
+        names=names,
+        context_length=limits.context_length,
+        vocab_size=_vocab_size(model),
+        prompts=prompts,
+        stop=prompts.stop,
+        stop_token_ids=prompts.stop_token_ids,
+        strip_leading_space=tokenizer.strips_leading_space,
+        fingerprint=fingerprint,
+        description={
+            "device": policy.device.type,
+            "dtype": policy.dtype_name,
+            "load_8bit": policy.int8 is not None,
+            "reasons": list(policy.reasons),
+            "template": choice.template.name,
+            "native": isinstance(model, Llama),
+            "kv_tokens": limits.num_kv_tokens,
+        },
+        defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
+    )
+    elapsed = time.perf_counter() - start
+    logger.info("%s loaded in %.1f s, context %d tokens", names[0], elapsed, served.context_length)
+    return AsyncEngine(engine, max_num_waiting=config.max_num_waiting), served
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How long a sequence may get, and how many tokens all running ones may hold."""
+
+    context_length: int
+    num_kv_tokens: int
+
+    @staticmethod
+    def of(config: WorkerConfig, checkpoint: Checkpoint, policy: DevicePolicy) -> _Limits:
+        """From the model, `--context-length` and the memory that the weights have left.
+
+        Raises `DoesNotFit` when not even a short context fits.
+        """
+        context = context_length(checkpoint.config)
+        if config.context_length is not None:
+            context = min(context, config.context_length)
+        per_token = kv_bytes_per_token(checkpoint.config, policy.dtype.itemsize)
+        left = max(0, available_bytes(policy.device) - _RESERVED_BYTES)
+        fits = int(left * _KV_SHARE[policy.device.type]) // per_token
+        if fits < min(_MIN_CONTEXT, context):
+            raise DoesNotFit(
+                f"beside the weights {in_gb(left)} are left on {policy.device.type}, too little "
+                f"for {min(_MIN_CONTEXT, context)} tokens of context at {per_token:,} bytes each; "
+                "use --load-8bit, a smaller model, or free some memory"
+            )
+        if fits < context:
+            logger.warning(
+                "context limited to %d of %d tokens by memory (%d bytes a token)",
+                fits, context, per_token,
+            )  # fmt: skip
+        return _Limits(min(context, fits), min(fits, context * config.max_num_seqs))
+
+
+def _gguf_metadata(path: Path) -> Mapping[str, Any] | None:
+    if path.is_dir():
+        return None
+    from chatserve.models.gguf import GGUFFile
+
+    with closing(GGUFFile.open(path)) as file:
+        return file.metadata
+
+
+def _vocab_size(model: Llama | FallbackModel) -> int:
+    return model.config.vocab_size if isinstance(model, Llama) else model.vocab_size
+
+
+def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
+    table = checkpoint.generation_config
+    if table.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {
+        name: float(table[name])
+        for name in _GENERATION_DEFAULTS
+        if isinstance(table.get(name), int | float) and not isinstance(table[name], bool)
+    }
+
+
+def _fingerprint(checkpoint: Checkpoint, policy: DevicePolicy, choice: TemplateChoice) -> str:
+    """Two workers with the same fingerprint continue a text alike.
+
+    Covers config, tensor names, shapes and dtypes, the smallest tensors' content, dtype,
+    quantisation, template and engine version; not every weight, which would cost a full read.
+    """
+    digest = hashlib.sha256()
+    infos = checkpoint.weights.tensors()
+    digest.update(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    for info in infos.values():
+        digest.update(f"{info.name} {info.shape} {info.dtype}\n".encode())
+    norms = [name for name, info in infos.items() if len(info.shape) == 1]
+    for name in norms[:8] + norms[-8:]:
+        digest.update(checkpoint.weights.read(name).view(torch.uint8).numpy().tobytes())
+    digest.update(
+        f"{policy.dtype_name} {policy.int8} {choice.template.name} {chatserve.__version__}".encode()
+    )
+    return f"fp_{digest.hexdigest()[:16]}"

@@ -1,0 +1,129 @@
+"""The default model against transformers, loaded from the same GGUF file."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import pytest
+import torch
+
+from chatserve.engine.engine import Engine
+from chatserve.engine.prompt import Message, PromptBuilder
+from chatserve.engine.sequence import SamplingParams
+from chatserve.models.chat_template import WeightsFacts, choose_template, load_template_sources
+from chatserve.models.checkpoint import open_checkpoint
+from chatserve.models.device import choose_policy
+from chatserve.models.gguf import GGUFFile
+from chatserve.models.linear import Int8Linear
+from chatserve.models.llama import Llama
+from chatserve.models.loader import load_model
+from chatserve.models.tokenizer import load_tokenizer
+from tests.weights import default_model
+
+pytestmark = pytest.mark.weights
+
+QUESTIONS = (
+    "Who are you?",
+    "What is the capital of France?",
+    "Write a haiku about llamas.",
+    "What is 17 + 25?",
+    "Explain gravity to a child.",
+    "def fibonacci(n):",
+    "Translate 'good morning' into Spanish.",
+    "你好，你是谁？",
+    "List three uses of 🧂 salt.",
+    "Why is the sky blue? Answer in one sentence.",
+)
+NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    path = default_model()
+    with closing(GGUFFile.open(path)) as file:
+        metadata = file.metadata
+    tokenizer = load_tokenizer(path, metadata)
+    sources = load_template_sources(path, metadata)
+    choice = choose_template(None, WeightsFacts(path.name), tokenizer, sources)
+    builder = PromptBuilder(tokenizer, choice.template, 8192)
+    return [builder.chat([Message("user", question)]) for question in QUESTIONS]
+
+
+def load(*, load_8bit: bool) -> Llama:
+    checkpoint = open_checkpoint(default_model())
+    with closing(checkpoint.weights):
+        model = load_model(checkpoint, choose_policy("cpu", "float32", load_8bit=load_8bit))
+    assert isinstance(model, Llama)
+    return model
+
+
+def generate(model: Llama, prompts: list[list[int]]) -> list[list[int]]:
+    """64 greedy tokens of each prompt, all in one batch."""
+    tokenizer = load_tokenizer(default_model())
+    engine = Engine(model, tokenizer, num_kv_tokens=10_000)
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        engine.add(str(index), prompt, params)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for event in engine.step():
+            tokens[int(event.seq_id)] += event.token_ids
+    return tokens
+
+
+def load_judge() -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    path = default_model()
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+@torch.no_grad()
+def test_64_greedy_tokens_of_10_prompts_are_those_of_transformers(
+    prompts: list[list[int]],
+) -> None:
+    answers = generate(load(load_8bit=False), prompts)
+    judge = load_judge()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == NUM_TOKENS
+        # fed with our tokens, transformers picks each of them too: the texts are identical
+        logits = judge(torch.tensor([prompt + answer])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_8_bits_stay_close_and_take_half(prompts: list[list[int]]) -> None:
+    half, packed = load(load_8bit=False), load(load_8bit=True)
+    answers = generate(half, prompts[:4])
+    matches = total = 0
+    for prompt, answer in zip(prompts, answers, strict=False):
+        logits = _teacher_forced(packed, prompt + answer)[len(prompt) - 1 : -1]
+        matches += sum(a == b for a, b in zip(logits.argmax(-1).tolist(), answer, strict=True))
+        total += len(answer)
+    assert matches / total > 0.9
+    matrices = [packed.head] + [
+        matrix
+        for block in packed.blocks
+        for matrix in (
+            block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down,
+        )
+    ]  # fmt: skip
+    assert all(isinstance(matrix, Int8Linear) for matrix in matrices)
+    packed_bytes = sum(m.codes.nbytes + m.scales.nbytes for m in matrices)  # type: ignore[union-attr]
+    weights = sum(m.codes.numel() for m in matrices)  # type: ignore[union-attr]
+    assert packed_bytes <= 0.53 * 2 * weights
+    assert packed.embedding is packed.head
+
+
+@torch.inference_mode()
+def _teacher_forced(model: Llama, ids: list[int]) -> torch.Tensor:
+    from chatserve.engine.kv_cache import SequenceKV
+    from chatserve.models.attention import Segment
+
+    rows = torch.arange(len(ids))
+    segment = Segment(0, len(ids), 0, SequenceKV(len(ids)))
+    return model(torch.tensor(ids), rows, [segment], rows)

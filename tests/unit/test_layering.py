@@ -1,0 +1,138 @@
+"""Who may import whom, read from the sources; and who must never pull in torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import chatserve
+
+PACKAGE = Path(chatserve.__file__).parent
+SHARED = {"errors", "config"}
+# package -> the chatserve packages it may import besides itself and the shared ones
+ARROWS = {
+    "errors": set(),
+    "config": set(),
+    "protocol": set(),
+    "models": {"kernels"},
+    "engine": {"models", "hub"},
+    "server": {"engine", "models", "protocol", "flags"},
+    "cli": {"protocol"},
+}
+LIGHT = {"cli", "protocol", "errors", "config", "flags"}
+# the composition root starts everything, lazily
+ROOT = ("cli/main.py", "cli/commands/", "cli/private_server.py", "cli/__main__.py", "__main__.py")
+NO_ENGINE = ("controller", "registry", "relay", "edge", "launch", "supervisor")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text("utf-8"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all chatserve modules imported anywhere, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "chatserve":
+            names = [f"chatserve.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("chatserve."))
+
+
+def wrong_arrows() -> Iterator[str]:
+    for file, tree in sources():
+        if file.startswith(ROOT):
+            continue
+        package = file.removesuffix(".py").partition("/")[0]
+        allowed = ARROWS.get(package)
+        if allowed is None:
+            continue
+        for name in imports(tree):
+            target = name.split(".")[1]
+            if target not in allowed | SHARED | {package}:
+                yield f"{file} imports {name}"
+
+
+def test_no_wrong_arrow() -> None:
+    assert not list(wrong_arrows())
+
+
+def test_a_wrong_arrow_is_found() -> None:
+    tree = ast.parse("def f():\n    from chatserve.server import relay")
+    assert list(imports(tree)) == ["chatserve.server"]
+
+
+def test_only_config_reads_the_environment() -> None:
+    readers = [
+        file
+        for file, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        and isinstance(node.value, ast.Name) and node.value.id == "os"
+    ]  # fmt: skip
+    assert set(readers) == {"config.py"}
+
+
+@pytest.mark.parametrize("word", ["trust_remote_code", "torch.load", "import pickle5", "dill"])
+def test_nothing_runs_code_from_model_files(word: str) -> None:
+    """`trust_remote_code` and `torch.load` may stand in prose, never in code."""
+    for file, tree in sources():
+        names = {
+            ast.unparse(node) for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute | ast.Name | ast.Import)
+        } | {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}  # fmt: skip
+        assert word not in names, file
+
+
+def modules_after(code: str) -> set[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cli.main", "cli.chat", "cli.client", "cli.render", "cli.commands.chat", "hub",
+        "server.controller", "server.registry", "server.relay", "server.edge", "server.launch",
+    ],
+)  # fmt: skip
+def test_controller_and_client_never_import_torch(module: str) -> None:
+    loaded = modules_after(f"import chatserve.{module}")
+    assert not loaded & {"torch", "transformers", "tokenizers", "numpy"}
+
+
+def test_help_and_version_load_next_to_nothing() -> None:
+    loaded = modules_after(
+        "import contextlib, chatserve.cli.main as m\n"
+        "with contextlib.suppress(SystemExit): m.main(['--version'])"
+    )
+    assert not loaded & {"torch", "httpx", "prompt_toolkit", "rich", "pydantic", "fastapi"}
+
+
+def test_engine_and_models_import_without_web_packages() -> None:
+    """As on a GPU machine that has torch and transformers but nothing of the web side."""
+    blocked = ["fastapi", "uvicorn", "pydantic", "jinja2", "psutil", "orjson", "aiohttp", "httpx",
+               "rich", "prompt_toolkit", "starlette", "sse_starlette", "gguf"]  # fmt: skip
+    modules = [
+        f"chatserve.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}"
+        for file, _ in sources()
+        if file.startswith(("engine/", "models/"))
+    ]
+    # transformers itself may use some of them where they are: only our own imports are blocked
+    code = "import transformers, torch, sys\n"
+    code += f"for name in {blocked}: sys.modules[name] = None\n"
+    code += "import " + ", ".join(modules)
+    modules_after(code)
