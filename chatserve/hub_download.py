@@ -26,7 +26,6 @@ RECORD = "chatserve-hub.json"
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
-_CHUNK_BYTES = 1 << 20
 _MAX_STALLS = 3
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _SMALL_FILES = frozenset(
@@ -103,7 +102,8 @@ class HubClient:
             with open(part, "r+b") as target:
                 target.seek(done)
                 target.truncate()
-                for chunk in response.iter_bytes(_CHUNK_BYTES):
+                # No chunk size: what httpx gathers for one is lost when the connection breaks.
+                for chunk in response.iter_bytes():
                     done += len(chunk)
                     if done > file.num_bytes:
                         raise HubError(

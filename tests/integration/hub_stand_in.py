@@ -1,0 +1,139 @@
+"""A stand-in for the model hub on a loopback port: one repository, and every way to misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Request:
+    """One request as it came."""
+
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+@dataclass
+class HubStandIn:
+    """What the hub holds and how it behaves; tests change the fields between requests."""
+
+    model_id: str
+    files: dict[str, bytes]
+    commit: str = "a" * 40
+    revision: str = "main"
+    status: int = 200
+    listing: Any = None  # answered instead of the true listing
+    wrong_sha256: set[str] = field(default_factory=set)
+    extra_bytes: dict[str, bytes] = field(default_factory=dict)
+    drop_after: int = 0  # bytes of a file after which the connection breaks
+    num_drops: int = 0  # how often it still does so
+    range_status: int = 200  # answered to the rest of a file
+    has_ranges: bool = True
+    cdn: str | None = None  # where large files are redirected to
+    url: str = ""
+    requests: list[Request] = field(default_factory=list)
+
+    def fetched(self) -> list[str]:
+        """Names of the files that were asked for, in order."""
+        marker = f"/resolve/{self.commit}/"
+        paths = [request.path for request in self.requests]
+        return [unquote(path.split(marker)[1]) for path in paths if marker in path]
+
+    def ranges(self, name: str) -> list[str | None]:
+        """The Range headers of the requests for one file."""
+        return [request.range for request in self.requests if request.path.endswith(f"/{name}")]
+
+    def true_listing(self) -> dict[str, Any]:
+        """As the hub answers with `blobs=true`: large files carry their SHA-256."""
+        siblings = []
+        for name, content in self.files.items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "b" * 40}
+            if name.endswith((".safetensors", ".bin")):
+                sha256 = hashlib.sha256(content).hexdigest()
+                if name in self.wrong_sha256:
+                    sha256 = "0" * 64
+                entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+            siblings.append(entry)
+        return {"id": self.model_id, "sha": self.commit, "siblings": siblings}
+
+
+@contextmanager
+def serve(hub: HubStandIn) -> Iterator[HubStandIn]:
+    """Run the stand-in on a free port; `hub.url` is its endpoint."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubStandIn
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: the requests are kept instead."""
+
+    def do_GET(self) -> None:
+        hub, url = self.hub, urlsplit(self.path)
+        headers = self.headers
+        hub.requests.append(Request(self.path, headers["Range"], headers["Authorization"]))
+        path = unquote(url.path)
+        resolve = f"/{hub.model_id}/resolve/{hub.commit}/"
+        if hub.status != 200:
+            self._answer(hub.status, b"no")
+        elif path == f"/api/models/{hub.model_id}/revision/{hub.revision}":
+            listing = hub.true_listing() if hub.listing is None else hub.listing
+            self._answer(200, json.dumps(listing).encode())
+        elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
+            self._send_file(path.removeprefix(resolve))
+        else:
+            self._answer(404, b"not found")
+
+    def _send_file(self, name: str) -> None:
+        hub = self.hub
+        if hub.cdn and name.endswith(".safetensors"):
+            self._answer(302, b"", {"Location": f"{hub.cdn}{self.path}"})
+            return
+        content, status, headers = hub.files[name] + hub.extra_bytes.get(name, b""), 200, {}
+        asked = self.headers["Range"]
+        if asked and hub.range_status != 200:
+            self._answer(hub.range_status, b"no")
+            return
+        if asked and hub.has_ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            content, status = content[start:], 206
+        self._answer(status, content, headers, is_file=True)
+
+    def _answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        is_file: bool = False,
+    ) -> None:
+        hub = self.hub
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if is_file and hub.num_drops and len(body) > hub.drop_after:
+            hub.num_drops -= 1
+            body = body[: hub.drop_after]
+        self.wfile.write(body)
