@@ -1,0 +1,64 @@
+"""An answer and the model that gives it, as plain data: what client, chat and drawing share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """What one event adds to an answer."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    num_completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One entry of `/v1/models`; what the server does not say is None."""
+
+    name: str
+    device: str | None = None
+    dtype: str | None = None
+    load_8bit: bool = False
+    context_length: int | None = None
+    template_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a server is that is not ready: bytes of its model in memory, or zeros."""
+
+    name: str = ""
+    state: str = ""
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass
+class Answer:
+    """What has come of one answer so far."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    num_tokens: int | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def take(self, delta: ChatDelta, now: float) -> None:
+        if delta.text:
+            self.text += delta.text
+            if self.first_token_at is None:
+                self.first_token_at = now
+            self.last_token_at = now
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.num_tokens = delta.num_completion_tokens or self.num_tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode speed: the first token's wait is prefill and does not count."""
+        if not self.num_tokens or self.first_token_at is None or self.last_token_at is None:
+            return None
+        duration_s = self.last_token_at - self.first_token_at
+        return (self.num_tokens - 1) / duration_s if duration_s > 0 else None

@@ -1,0 +1,315 @@
+"""The HTTP client of any OpenAI-compatible server: models, readiness, streamed chat answers.
+
+Knows URLs, keys and events; no terminal and no server code. Whatever the server does, callers see
+text deltas or one of the errors in `chatserve.errors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
+from chatserve.errors import (
+    BadStream,
+    ChatserveError,
+    GenerationFailed,
+    InvalidAPIKey,
+    InvalidRequest,
+    ModelNotFound,
+    NoWorkerAvailable,
+    Overloaded,
+    ShuttingDown,
+    StartupError,
+    UsageError,
+    WorkerLost,
+)
+from chatserve.protocol.sse import DONE, SSEDecoder
+
+CONNECT_TIMEOUT_S = 5.0
+CONTROL_TIMEOUT_S = 10.0
+MAX_EVENT_BYTES = 1024 * 1024
+MAX_BODY_BYTES = 4 * 1024 * 1024
+RETRY_DELAYS_S = (0.1, 0.4)
+
+
+class ChatClient:
+    """Talks to one server. `base_url` may end in `/v1` or stop before it."""
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Raises `UsageError` when `base_url` is not an http or https address."""
+        self.base_url = _normalise(base_url)
+        self._sleep = sleep
+        headers = {"accept-encoding": "identity"}
+        if api_key:
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise UsageError("the API key has characters that no HTTP header can hold")
+            headers["authorization"] = f"Bearer {api_key}"
+        self._http = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # a proxy of the environment never stands between two processes of this machine
+            trust_env=not _is_loopback(self.base_url),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def models(self) -> list[ModelInfo]:
+        """What the server serves. Raises `ChatserveError`."""
+        with self._request("GET", "/models") as response:
+            self._check(response)
+            table = self._json(response)
+        entries = table.get("data") if isinstance(table, dict) else None
+        if not isinstance(entries, list):
+            raise BadStream(f"{self.base_url} does not list its models; is it an OpenAI API?")
+        return [_model_info(entry) for entry in entries if isinstance(entry, dict)]
+
+    def progress(self) -> Progress | None:
+        """How far the server is; None when it is ready. Raises `ChatserveError`."""
+        root = self.base_url.removesuffix("/v1")
+        with self._request("GET", "/health/ready", root=root) as response:
+            if response.status_code == 200:
+                return None
+            if response.status_code != 503:
+                self._check(response)
+            return _progress(self._json(response))
+
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], model: str, **sampling: Any
+    ) -> Generator[ChatDelta, None, None]:
+        """Ask for an answer and yield it as it comes; closing the generator cancels the request.
+
+        A connection that fails before the first delta is tried again. Raises `WorkerLost` when the
+        stream ends before the answer is complete, `BadStream` when it is no stream of OpenAI
+        events, else the error that the server names.
+        """
+        body = {
+            "model": model, "messages": list(messages), "stream": True,
+            "stream_options": {"include_usage": True}, **sampling,
+        }  # fmt: skip
+        for delay_s in (*RETRY_DELAYS_S, None):
+            has_begun = False
+            try:
+                for delta in self._stream_once(body):
+                    has_begun = has_begun or bool(delta.text)
+                    yield delta
+                return
+            except (NoWorkerAvailable, WorkerLost) as error:
+                is_broken_connection = isinstance(error.__cause__, httpx.TransportError)
+                if has_begun or delay_s is None or not is_broken_connection:
+                    raise
+                self._sleep(delay_s)
+
+    def _stream_once(self, body: dict[str, Any]) -> Iterator[ChatDelta]:
+        # no limit on the time between two events: the server decides when a worker is stalled
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        decoder = SSEDecoder(max_event_bytes=MAX_EVENT_BYTES)
+        with self._request("POST", "/chat/completions", json=body, timeout=timeout) as response:
+            self._check(response)
+            content_type = response.headers.get("content-type", "")
+            if not content_type.startswith("text/event-stream"):
+                raise BadStream(
+                    f"{self.base_url} answered {content_type or 'nothing'}, not a stream"
+                )
+            for chunk in response.iter_raw():
+                for event in decoder.feed(chunk):
+                    if event.data == DONE:
+                        return
+                    yield _delta(event.data)
+        raise WorkerLost(
+            f"the answer broke off: {self.base_url} closed the connection before its end"
+        ) from httpx.RemoteProtocolError(f"no {DONE}")
+
+    @contextlib.contextmanager
+    def _request(
+        self, method: str, path: str, *, root: str | None = None, **options: Any
+    ) -> Iterator[httpx.Response]:
+        """One request with httpx's failures told in our words."""
+        url = (root if root is not None else self.base_url) + path
+        try:
+            with self._http.stream(method, url, **options) as response:
+                if "content-encoding" in response.headers:
+                    raise BadStream(
+                        f"{self.base_url} sends compressed answers, which were not asked for"
+                    )
+                yield response
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise NoWorkerAvailable(
+                f"cannot reach {self.base_url} ({_cause(error)}); is the server running? "
+                f"`chatserve serve` starts one"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise NoWorkerAvailable(
+                f"{self.base_url} did not answer in {CONTROL_TIMEOUT_S:.0f} s"
+            ) from error
+        except httpx.TransportError as error:
+            raise WorkerLost(f"lost the connection to {self.base_url} ({_cause(error)})") from error
+        except httpx.InvalidURL as error:
+            raise UsageError(f"{self.base_url} is not a URL: {error}") from error
+
+    def _check(self, response: httpx.Response) -> None:
+        """Raise what an answer other than 200 says."""
+        if response.status_code == 200:
+            return
+        try:
+            table = self._json(response)
+        except BadStream:
+            table = None
+        error = table.get("error") if isinstance(table, dict) else None
+        raise _error(error, response, self.base_url)
+
+    def _json(self, response: httpx.Response) -> Any:
+        body = bytearray()
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise BadStream(f"{self.base_url} sent an answer over {MAX_BODY_BYTES} bytes")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadStream(f"{self.base_url} sent an answer that is not JSON") from None
+
+
+def _normalise(base_url: str) -> str:
+    try:
+        parts = urlsplit(base_url)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_valid = False
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid:
+        raise UsageError(f"{base_url!r} is not a server's URL, such as http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc:
+        raise UsageError("a URL must not hold a secret; put the key into CHATSERVE_API_KEY")
+    path = parts.path.rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _cause(error: Exception) -> str:
+    return (
+        str(error).removeprefix("[Errno ").partition("] ")[2] or str(error) or type(error).__name__
+    )
+
+
+def _model_info(entry: dict[str, Any]) -> ModelInfo:
+    extra = entry.get("chatserve")
+    extra = extra if isinstance(extra, dict) else {}
+
+    def text(key: str) -> str | None:
+        value = extra.get(key)
+        return value if isinstance(value, str) else None
+
+    context_length = extra.get("context_length")
+    return ModelInfo(
+        name=str(entry.get("id", "")),
+        device=text("device"),
+        dtype=text("dtype"),
+        load_8bit=extra.get("load_8bit") is True,
+        context_length=context_length if isinstance(context_length, int) else None,
+        template_name=text("template_name"),
+    )
+
+
+def _progress(table: Any) -> Progress:
+    """The first model that is not ready; a body of another shape says only "not ready"."""
+    models = table.get("models") if isinstance(table, dict) else None
+    for model in models if isinstance(models, list) else []:
+        if isinstance(model, dict) and model.get("state") != "ready":
+            return Progress(
+                name=str(model.get("name", "")),
+                state=str(model.get("state", "")),
+                loaded_bytes=_count(model.get("loaded_bytes")) or 0,
+                total_bytes=_count(model.get("total_bytes")) or 0,
+            )
+    return Progress()
+
+
+def _delta(data: str) -> ChatDelta:
+    """One event of a chat stream. Raises what it reports."""
+    try:
+        event = json.loads(data)
+        if not isinstance(event, dict):
+            raise ValueError
+        if event.get("error"):
+            raise _error(event["error"], None, "")
+        choice = (event.get("choices") or [{}])[0]
+        text = choice.get("delta", {}).get("content") or ""
+        finish_reason = choice.get("finish_reason")
+        num_tokens = _count((event.get("usage") or {}).get("completion_tokens"))
+        if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+        raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
+    return ChatDelta(_scalar_values(text), finish_reason, num_tokens)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _scalar_values(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no terminal, file or request can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+_STATUS_ERRORS: dict[int, type[ChatserveError]] = {
+    401: InvalidAPIKey, 403: InvalidAPIKey, 404: ModelNotFound,
+    429: Overloaded, 502: WorkerLost, 503: NoWorkerAvailable,
+}  # fmt: skip
+
+
+def _error(body: Any, response: httpx.Response | None, base_url: str) -> ChatserveError:
+    """The error class for the `error` object of an event or of an answer other than 200."""
+    body = body if isinstance(body, dict) else {"message": body}
+    status = response.status_code if response else 500
+    message = body.get("message")
+    if not isinstance(message, str) or not message:
+        message = f"{base_url} answered with status {status}" if response else "the server failed"
+    code = body.get("code")
+    kind = _error_classes().get(code) if isinstance(code, str) else None
+    if kind is None:
+        default = InvalidRequest if 400 <= status < 500 else GenerationFailed
+        kind = _STATUS_ERRORS.get(status, default)
+    if kind in (Overloaded, ShuttingDown):
+        retry_after = response.headers.get("retry-after", "") if response else ""
+        return kind(message, retry_after_s=int(retry_after) if retry_after.isdecimal() else 1)
+    if kind is InvalidAPIKey:
+        message += " (the key is read from the environment variable CHATSERVE_API_KEY)"
+    param = body.get("param")
+    return kind(message, param=param if isinstance(param, str) else None)
+
+
+def _error_classes() -> dict[str, type[ChatserveError]]:
+    """`code` on the wire -> class, for all errors that a server may name."""
+    classes: dict[str, type[ChatserveError]] = {}
+    waiting = [ChatserveError]
+    while waiting:
+        kind = waiting.pop()
+        if not issubclass(kind, StartupError):
+            classes.setdefault(kind.code, kind)
+            waiting += kind.__subclasses__()
+    return classes

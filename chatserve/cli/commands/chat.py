@@ -1,0 +1,234 @@
+"""`chatserve chat [WEIGHTS]`: flags to a chat on a private or a running server.
+
+The composition root of the terminal client; what it puts together is in `chatserve.cli`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from chatserve import config as settings
+from chatserve.cli.chat import Chat, ChatOptions, Server, answer_once
+from chatserve.cli.lines import ProgramLines, spellings
+from chatserve.cli.private_server import PrivateServer
+from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, PlainDrawer
+from chatserve.cli.terminal import exits_on_signals, keys_unseen
+from chatserve.cli.transcript import Transcript
+from chatserve.config import ChatConfig, ModelOptions
+from chatserve.errors import UsageError
+from chatserve.flags import CommandParser
+
+if TYPE_CHECKING:
+    from chatserve.cli.line_editor import LineEditor
+
+CHAT_TEMPERATURE = 0.7
+MAX_STDIN_BYTES = 16 * 1024 * 1024
+STDIN_HINT_S = 1.0
+HISTORY_FILE = "lines.jsonl"
+
+ServerCommand = Callable[[ChatConfig], Sequence[str]]
+
+
+def server_command(config: ChatConfig) -> list[str]:
+    """The command line of the private server for the weights that `config` names."""
+    # the system message travels in each request, so that /system can change it
+    model_options = dataclasses.replace(config, conv_system_msg=None)
+    weights = [] if config.model is None else [config.model]
+    debug = ["--debug"] if config.debug else []
+    flags = settings.flags_of(model_options, ModelOptions)
+    return [
+        sys.executable, "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
+        *flags, *debug, "--", *weights,
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str], *, server_command: ServerCommand = server_command) -> int:
+    """Chat until the user leaves, or answer once. Raises `ChatserveError`, `KeyboardInterrupt`."""
+    parser = CommandParser(
+        "chatserve chat",
+        "Chat in the terminal; with -p or piped input answer once. Starts a private server, "
+        "or joins one with --base-url. Without WEIGHTS: the embedded default model.",
+        ChatConfig,
+    )
+    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="folder, .gguf, alias or id")
+    flags = _with_weights(parser.flags(argv))
+    config = settings.build(ChatConfig, flags, file=settings.settings_file())
+    _check(config, flags)
+    with exits_on_signals(), _server(config, server_command) as server:
+        if config.prompt is None and config.style == "programmatic":
+            _chat_with_program(server, config)
+        elif config.prompt is None and _is_terminal(sys.stdin) and sys.stdout.isatty():
+            _chat_with_person(server, config)
+        else:
+            _answer_once(server, config)
+    return 0
+
+
+def _with_weights(flags: dict[str, Any]) -> dict[str, Any]:
+    """The positional WEIGHTS is another spelling of `--model`."""
+    weights = flags.pop("weights")
+    if weights is None:
+        return flags
+    if "model" in flags:
+        raise UsageError(f"weights are given twice: {weights} and --model-path {flags['model']}")
+    return {**flags, "model": weights}
+
+
+def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
+    """Refuse at once what the server would only refuse after it has loaded the model."""
+    if config.base_url is not None:
+        here = {field.name for field in settings.fields_of(ModelOptions)} - {"conv_system_msg"}
+        if unused := sorted(here & flags.keys()):
+            name = unused[0].replace("_", "-")
+            raise UsageError(
+                f"--{name} is a matter of the server that --base-url joins; set it there"
+            )
+    ranges = (
+        ("temperature", config.temperature, 0.0, 2.0),
+        ("top-p", config.top_p, 0.0, 1.0),
+        ("max-new-tokens", config.max_new_tokens, 1, sys.maxsize),
+    )
+    for name, value, low, high in ranges:
+        if value is not None and not low <= value <= high:
+            limit = f"from {low} to {high}" if high != sys.maxsize else f"at least {low}"
+            raise UsageError(f"--{name} {value} is out of range: it goes {limit}")
+    if config.raw and config.style == "rich":
+        raise UsageError("--style rich owns the cursor and cannot show --raw escapes; use simple")
+
+
+@contextlib.contextmanager
+def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Server]:
+    server: Server
+    if config.base_url is None:
+        server = PrivateServer(server_command(config), sys.stderr, debug=config.debug)
+    else:
+        from chatserve.cli.client import ChatClient
+        from chatserve.cli.joined_server import JoinedServer
+
+        client = ChatClient(config.base_url, settings.client_api_key())
+        server = JoinedServer(client, config.model)
+    with contextlib.closing(server):
+        yield server
+
+
+def _chat_with_person(server: Server, config: ChatConfig) -> None:
+    drawer: AnswerDrawer = PlainDrawer(sys.stdout, blank_line_after=True)
+    if _is_rich(config):
+        drawer = MarkdownDrawer(
+            sys.stdout, _terminal_size, has_color=settings.is_color_wanted(), blank_line_after=True
+        )
+    display = _display(drawer, config)
+    chat = Chat(
+        server, display, _transcript(config), _options(config, CHAT_TEMPERATURE),
+        hush=lambda: keys_unseen(sys.stdin),
+    )  # fmt: skip
+    display.note("/help lists commands, Ctrl-D leaves")
+    chat.run(_line_editor(chat, display, config))
+
+
+def _line_editor(chat: Chat, display: Display, config: ChatConfig) -> LineEditor:
+    # late: prompt_toolkit takes a seventh of a second to import, and only people need it
+    from prompt_toolkit.history import History, InMemoryHistory
+
+    from chatserve.cli.history import HistoryFile
+    from chatserve.cli.line_editor import LineEditor
+
+    history: History = InMemoryHistory()
+    if not config.no_save:
+        history = HistoryFile(settings.home() / HISTORY_FILE, display.note)
+    return LineEditor(
+        chat.status, history, spellings(), is_multiline=config.multiline, has_mouse=config.mouse
+    )
+
+
+def _chat_with_program(server: Server, config: ChatConfig) -> None:
+    transcript = _transcript(config)
+    question_role, answer_role = transcript.roles
+    drawer = PlainDrawer(sys.stdout, prefix=f"[!OP:{answer_role}]: ")
+    options = dataclasses.replace(_options(config, CHAT_TEMPERATURE), is_typed=False)
+    chat = Chat(server, _display(drawer, config), transcript, options)
+    chat.run(ProgramLines(sys.stdin, sys.stdout, question_role))
+
+
+def _answer_once(server: Server, config: ChatConfig) -> None:
+    drawer: AnswerDrawer = PlainDrawer(sys.stdout)
+    if config.style == "programmatic":
+        drawer = PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
+    elif _is_rich(config):
+        drawer = MarkdownDrawer(sys.stdout, _terminal_size, has_color=settings.is_color_wanted())
+    display = _display(drawer, config)
+    transcript = _transcript(config)
+    transcript.ask(_question(config, display))
+    is_watched = sys.stdout.isatty() and sys.stderr.isatty()
+    answer_once(server, display, transcript, _options(config, 0.0), show_status=is_watched)
+
+
+def _question(config: ChatConfig, display: Display) -> str:
+    """`--prompt` and what is piped in, one after the other."""
+    piped = ""
+    if sys.stdin is not None and (config.prompt is None or not sys.stdin.isatty()):
+        if not select.select([sys.stdin], [], [], STDIN_HINT_S)[0]:
+            display.note("reading the prompt from standard input; its end is Ctrl-D")
+        data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+        if len(data) > MAX_STDIN_BYTES:
+            raise UsageError(f"standard input is over {MAX_STDIN_BYTES} bytes")
+        try:
+            piped = data.decode("utf-8-sig").strip("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text (byte {error.start})") from error
+    question = "\n\n".join(part for part in (config.prompt, piped) if part)
+    if not question.strip():
+        raise UsageError("there is no prompt: -p is empty and so is standard input")
+    return question
+
+
+def _display(drawer: AnswerDrawer, config: ChatConfig) -> Display:
+    is_terminal = sys.stderr.isatty() and settings.is_color_wanted()
+    return Display(drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal)
+
+
+def _is_rich(config: ChatConfig) -> bool:
+    """Markdown is drawn where there is a terminal to draw on, unless colours are unwanted."""
+    if config.style == "auto":
+        return sys.stdout.isatty() and settings.is_color_wanted() and not config.raw
+    return config.style == "rich"
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    # a process may be started without a standard input
+    return stream is not None and stream.isatty()
+
+
+def _terminal_size() -> tuple[int, int]:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        return 80, 24
+
+
+def _transcript(config: ChatConfig) -> Transcript:
+    return Transcript(system=config.conv_system_msg, template_name=config.conv_template or "")
+
+
+def _options(config: ChatConfig, temperature: float) -> ChatOptions:
+    """What requests carry: settings that were made, and a default where the API's is another."""
+    if config.temperature is not None:
+        sampling: dict[str, Any] = {"temperature": config.temperature}
+    elif config.use_generation_config:
+        sampling = {}
+    else:
+        sampling = {"temperature": temperature}
+    asked = {
+        "top_p": config.top_p,
+        "repetition_penalty": config.repetition_penalty,
+        "max_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    sampling |= {name: value for name, value in asked.items() if value is not None}
+    return ChatOptions(sampling, with_history=not config.no_history)

@@ -1,0 +1,50 @@
+"""A running server that a chat joins. Knows the HTTP client; starts nothing, stops nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
+from chatserve.cli.client import ChatClient
+from chatserve.errors import NoWorkerAvailable, UsageError
+
+
+class JoinedServer:
+    """A server that somebody else started: ready, or an error."""
+
+    def __init__(self, client: ChatClient, model_name: str | None) -> None:
+        """Raises `ChatserveError` when it cannot be asked, or a model must be named."""
+        self._client = client
+        self._model = _choose(client, model_name)
+
+    def progress(self) -> Progress | None:
+        return None
+
+    def wait(self, timeout_s: float) -> None:
+        return
+
+    def model(self) -> ModelInfo:
+        return self._model
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
+    ) -> Generator[ChatDelta, None, None]:
+        return self._client.stream(messages, self._model.name, **sampling)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _choose(client: ChatClient, model_name: str | None) -> ModelInfo:
+    """The model of that name; without a name the only one there is."""
+    models = client.models()
+    if model_name is not None:
+        # a server may serve names that it does not list: aliases, adapters
+        return next((m for m in models if m.name == model_name), ModelInfo(model_name))
+    if not models:
+        raise NoWorkerAvailable(f"{client.base_url} serves no model now; try again soon")
+    if len(models) > 1:
+        names = ", ".join(model.name for model in models)
+        raise UsageError(f"{client.base_url} serves {names}; choose one with --model NAME")
+    return models[0]

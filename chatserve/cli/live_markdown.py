@@ -1,0 +1,161 @@
+"""Markdown that grows, drawn on a terminal without flicker.
+
+Turns text into terminal output and keeps track of what is on the screen; owns no stream and no
+thread. Imports rich, which takes a tenth of a second: import this module late.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.theme import Theme
+
+from chatserve.cli.escapes import strip_escapes
+
+_ERASE_TO_LINE_END = "\x1b[K"
+_ERASE_BELOW = "\x1b[J"
+_MIN_LIVE_LINES = 3
+_PADDING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$")
+# rich's own code style has a black background, a bar across a light terminal
+_THEME = Theme({"markdown.code": "bold cyan", "markdown.code_block": "cyan"})
+
+
+class LiveMarkdown:
+    """One answer on the screen.
+
+    Only the last block of the text can still change, so only its lines are ever redrawn, and of
+    those only the changed ones. Lines that would leave the screen at its top are final: a table
+    that is higher than the screen keeps the column widths it had when its first rows went by.
+    """
+
+    def __init__(self, *, has_color: bool = True) -> None:
+        self._parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+        self._console = Console(
+            file=io.StringIO(), force_terminal=True, color_system="standard", theme=_THEME,
+            no_color=not has_color, legacy_windows=False, highlight=False,
+        )  # fmt: skip
+        self._columns = 0
+        self._tail = ""  # the last block, and what may follow it on an unfinished line
+        self._num_final = 0  # lines of the last block that are out of reach
+        self._is_first = True
+        self._shown: list[str] = []  # lines within reach; the cursor is at the end of the last
+
+    def feed(self, text: str, columns: int, rows: int) -> str:
+        """Take more text; return what to write to a terminal of this size."""
+        start = self._begin_frame(columns)
+        *finished, self._tail = self._blocks(self._tail + text)
+        final = [line for block in finished for line in self._finish_block(block)]
+        live = self._lines(self._tail)[self._num_final :]
+        num_over = max(0, len(live) - max(rows - 2, _MIN_LIVE_LINES))
+        self._num_final += num_over
+        return start + self._redraw(final + live[:num_over], live[num_over:])
+
+    def finish(self, columns: int) -> str:
+        """Return what draws the rest and leaves the cursor on the line below it."""
+        start = self._begin_frame(columns)
+        lines = self._finish_block(self._tail)
+        self._tail = ""
+        return start + self._redraw(lines, [])
+
+    def _begin_frame(self, columns: int) -> str:
+        """After a change of width nobody knows where the old lines are: begin the block anew."""
+        has_moved = columns != self._columns and bool(self._shown)
+        self._columns = columns
+        # one column stays free: at the very edge terminals disagree on where the cursor is
+        self._console.width = max(columns - 1, 1)
+        if not has_moved:
+            return ""
+        self._shown, self._num_final = [], 0
+        return "\r\n"
+
+    def _blocks(self, text: str) -> list[str]:
+        """Cut before each top-level block; an unfinished line belongs to the block before it."""
+        whole_lines = text[: text.rfind("\n") + 1]
+        starts = sorted(
+            {t.map[0] for t in self._parser.parse(whole_lines) if t.level == 0 and t.map}
+        )
+        lines = text.split("\n")
+        cuts = [0, *starts[1:], len(lines)]
+        blocks = ["\n".join(lines[a:b]) + "\n" for a, b in pairwise(cuts)]
+        return [*blocks[:-1], blocks[-1][:-1]]
+
+    def _finish_block(self, block: str) -> list[str]:
+        """The lines of a block that are not final yet; the next block begins a new count."""
+        lines = self._lines(block)
+        rest = lines[self._num_final :]
+        self._num_final = 0
+        self._is_first = self._is_first and not lines
+        return rest
+
+    def _lines(self, block: str) -> list[str]:
+        """A block as lines of text and colour codes, a blank line first unless it is the first."""
+        markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
+        markdown.parsed = [_safe(token) for token in self._parser.parse(block)]
+        with self._console.capture() as capture:
+            self._console.print(markdown)
+        lines = [_PADDING.sub(r"\1", line) for line in capture.get().split("\n")]
+        while lines and not strip_escapes(lines[-1]).strip():
+            lines.pop()
+        while lines and not strip_escapes(lines[0]).strip():
+            lines.pop(0)
+        return ["", *lines] if lines and not self._is_first else lines
+
+    def _redraw(self, final: list[str], live: list[str]) -> str:
+        """From the first line that differs from the screen; `final` lines leave our reach."""
+        frame, shown = final + live, self._shown
+        self._shown = live
+        if frame == shown:
+            return "\r\n" if frame and not live else ""
+        same = 0
+        while same < min(len(frame), len(shown)) and frame[same] == shown[same]:
+            same += 1
+        out = []
+        if same == len(shown):
+            out.append("\r\n" if shown else "")
+        else:
+            same = min(same, max(len(frame) - 1, 0))
+            num_up = len(shown) - 1 - same
+            out.append((f"\x1b[{num_up}A" if num_up else "") + "\r")
+        out.append("\r\n".join(line + _ERASE_TO_LINE_END for line in frame[same:]))
+        if len(frame) < len(shown):
+            out.append(_ERASE_BELOW)
+        if frame and not live:
+            out.append("\r\n")
+        return "".join(out)
+
+
+def _safe(token: Token) -> Token:
+    """A token without terminal escapes: `&#x202e;` becomes a control only when it is parsed."""
+    token.content = strip_escapes(token.content)
+    token.info = strip_escapes(token.info)
+    if token.children:
+        token.children = [_safe(child) for child in _flat(token.children)]
+    return token
+
+
+def _flat(children: list[Token]) -> Iterator[Token]:
+    """Inline tokens with line breaks kept, and links and images as text with their address.
+
+    rich would join lines, and its links are escape sequences that hide where they lead.
+    """
+    links: list[tuple[str, list[str]]] = []
+    for child in children:
+        if child.type == "link_open":
+            links.append((str(child.attrs.get("href", "")), []))
+        elif child.type == "link_close":
+            href, shown = links.pop()
+            if href not in ("".join(shown), "mailto:" + "".join(shown)):
+                yield Token("text", "", 0, content=f" ({href})")
+        elif child.type == "image":
+            yield Token("text", "", 0, content=f"{child.content} ({child.attrs.get('src', '')})")
+        else:
+            for _, shown in links:
+                shown.append(child.content)
+            yield Token("hardbreak", "br", 0) if child.type == "softbreak" else child

@@ -1,0 +1,104 @@
+"""`chatserve COMMAND …`: the table of subcommands and the boundary of the process.
+
+Imports a command only when it runs. Every failure ends here: one line on stderr and an exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatserve import __version__
+from chatserve.cli.escapes import one_line
+from chatserve.errors import ChatserveError, StartupError, UsageError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class CommandEntry:
+    """One row of the table: the module has `main(argv) -> int`."""
+
+    module: str
+    does: str
+
+
+COMMANDS = {
+    "chat": CommandEntry("chatserve.cli.commands.chat", "chat in the terminal, or answer once"),
+    "serve": CommandEntry("chatserve.cli.commands.serve", "serve models over the OpenAI API"),
+    "controller": CommandEntry("chatserve.cli.commands.controller", "only the API's front door"),
+    "worker": CommandEntry("chatserve.cli.commands.worker", "only one model, for a controller"),
+    "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
+    "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
+    "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
+    "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return the exit code."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    try:
+        code = _run(name, rest)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has left; the interpreter must not try to flush the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:  # the boundary of the process: a bug, too, is one line
+        if "--debug" in rest:
+            traceback.print_exc()
+        _print_error(error)
+        return error.exit_code if isinstance(error, StartupError) else EXIT_FAILED
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"chatserve {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name].module)
+    code = module.main(argv)
+    assert isinstance(code, int)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {entry.does}" for name, entry in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: chatserve COMMAND [ARGUMENT ...]",
+            "",
+            "Chat with local language models, and serve them over the OpenAI API.",
+            "",
+            *rows,
+            "",
+            "`chatserve COMMAND --help` lists a command's flags; --version prints the version.",
+        ]
+    )
+
+
+def _print_error(error: Exception) -> None:
+    if isinstance(error, ChatserveError):
+        message = error.message
+    elif isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    else:
+        kind = type(error).__name__
+        message = f"internal error: {kind}: {error}; --debug shows where (please report it)"
+    with contextlib.suppress(OSError):
+        print(f"chatserve: {one_line(message)}", file=sys.stderr, flush=True)

@@ -1,0 +1,219 @@
+"""Drawing: answers on one stream as they come, everything else on another.
+
+Knows text streams and colours; no HTTP, no line editor. Whatever others wrote (answers, names,
+error messages, loaded turns) passes the escape filter here, the last place before the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, TextIO
+
+from chatserve.cli.answer import Progress
+from chatserve.cli.escapes import EscapeFilter, one_line, strip_escapes
+
+_DIM = "\x1b[2m"
+_RED = "\x1b[31m"
+_RESET = "\x1b[0m"
+_ERASE_LINE = "\r\x1b[2K"
+_BAR_WIDTH = 20
+_MIN_FRAME_S = 0.05
+_MAX_DRAWING_SHARE = 0.1
+
+
+class AnswerDrawer(Protocol):
+    """Draws one answer after the other; always `begin`, any number of `draw`, `end`."""
+
+    def begin(self) -> None: ...
+    def draw(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+class PlainDrawer:
+    """Writes text as it comes and ends it with one newline."""
+
+    def __init__(self, out: TextIO, prefix: str = "", *, blank_line_after: bool = False) -> None:
+        self._out = out
+        self._prefix = prefix
+        self._blank_line_after = blank_line_after
+        self._ends_line = True
+
+    def begin(self) -> None:
+        self._ends_line = not self._prefix
+        self._write(self._prefix)
+
+    def draw(self, text: str) -> None:
+        if text:
+            self._ends_line = text.endswith("\n")
+            self._write(text)
+
+    def end(self) -> None:
+        self._write(("" if self._ends_line else "\n") + ("\n" if self._blank_line_after else ""))
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class MarkdownDrawer:
+    """Draws Markdown on a terminal, in a thread of its own.
+
+    Text is taken without waiting for the terminal, and Ctrl-C, which hits the main thread, never
+    tears a frame. Drawing takes at most a tenth of the time: the model may run on the same cores.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        size: Callable[[], tuple[int, int]],
+        *,
+        has_color: bool = True,
+        blank_line_after: bool = False,
+    ) -> None:
+        """`size` returns the terminal's columns and rows."""
+        self._out = out
+        self._size = size
+        self._has_color = has_color
+        self._blank_line_after = blank_line_after
+        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def begin(self) -> None:
+        self._waiting = queue.SimpleQueue()
+        self._ending.clear()
+        self._thread = threading.Thread(target=self._run, name="draw", daemon=True)
+        self._thread.start()
+
+    def draw(self, text: str) -> None:
+        self._waiting.put(text)
+
+    def end(self) -> None:
+        """Wait until all is drawn. Raises what went wrong in the thread, such as `OSError`."""
+        self._waiting.put(None)
+        self._ending.set()
+        if self._thread is not None:
+            try:
+                self._thread.join()
+            finally:
+                self._thread.join()  # a Ctrl-C must not leave a thread that goes on drawing
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _run(self) -> None:
+        try:
+            self._draw_all()
+        except Exception as failure:  # raised again in `end`, in the main thread
+            self._failure = failure
+
+    def _draw_all(self) -> None:
+        from chatserve.cli.live_markdown import LiveMarkdown  # late: rich takes 0.1 s to import
+
+        markdown = LiveMarkdown(has_color=self._has_color)
+        is_open = True
+        while is_open:
+            text, is_open = self._take()
+            started = time.perf_counter()
+            if text:
+                self._write(markdown.feed(text, *self._size()))
+            drawing_s = time.perf_counter() - started
+            self._ending.wait(max(_MIN_FRAME_S, drawing_s / _MAX_DRAWING_SHARE))
+        self._write(markdown.finish(self._size()[0]) + ("\r\n" if self._blank_line_after else ""))
+
+    def _take(self) -> tuple[str, bool]:
+        """All text that waits, at least one piece; False after the last."""
+        pieces = []
+        piece = self._waiting.get()
+        while piece is not None:
+            pieces.append(piece)
+            try:
+                piece = self._waiting.get_nowait()
+            except queue.Empty:
+                return "".join(pieces), True
+        return "".join(pieces), False
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class Display:
+    """All that a chat shows: answers through `drawer`, notes, errors and progress on `err`.
+
+    `is_terminal` says that `err` has colours and can redraw a line.
+    """
+
+    def __init__(
+        self,
+        drawer: AnswerDrawer,
+        err: TextIO,
+        *,
+        is_raw: bool = False,
+        is_terminal: bool = False,
+    ) -> None:
+        self._drawer = drawer
+        self._err = err
+        self._is_raw = is_raw
+        self._is_terminal = is_terminal
+        self._has_progress = False
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[Callable[[str], None]]:
+        """Draw one answer with the function that this gives; its end is drawn in any case."""
+        escape_filter = EscapeFilter()
+
+        def draw(text: str) -> None:
+            self._drawer.draw(text if self._is_raw else escape_filter.feed(text))
+
+        self._drawer.begin()
+        try:
+            yield draw
+        finally:
+            self._drawer.end()
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that is not part of an answer."""
+        self._write(_DIM, strip_escapes(text))
+
+    def error(self, text: str) -> None:
+        """What went wrong, on one line."""
+        self._write(_RED, "error: " + one_line(text))
+
+    def turn(self, role: str, text: str) -> None:
+        """A turn of a loaded conversation."""
+        self._write("", f"{one_line(role)}: {strip_escapes(text)}")
+
+    def progress(self, progress: Progress | None) -> None:
+        """Redraw the line that says how far the server is; None takes it away."""
+        if not self._is_terminal:
+            return
+        if progress is not None:
+            self._err.write(_ERASE_LINE + progress_text(progress))
+        elif self._has_progress:
+            self._err.write(_ERASE_LINE)
+        self._has_progress = progress is not None
+        self._err.flush()
+
+    def _write(self, color: str, text: str) -> None:
+        colored = f"{color}{text}{_RESET}" if self._is_terminal and color else text
+        self._err.write(colored + "\n")
+        self._err.flush()
+
+
+def progress_text(progress: Progress) -> str:
+    """`loading NAME ███████░░░ 70%  189 / 270 MB`; before the bytes are known, the state alone."""
+    name = one_line(progress.name) or "the server"
+    if not progress.total_bytes:
+        return f"{one_line(progress.state) or 'starting'} {name} …"
+    done = min(progress.loaded_bytes / progress.total_bytes, 1.0)
+    bar = "█" * int(done * _BAR_WIDTH)
+    return (
+        f"{one_line(progress.state) or 'loading'} {name} {bar:░<{_BAR_WIDTH}} {done:4.0%}  "
+        f"{progress.loaded_bytes / 1e6:,.0f} / {progress.total_bytes / 1e6:,.0f} MB"
+    )

@@ -1,0 +1,68 @@
+"""The terminal while an answer runs: keys wait unseen, the first Ctrl-C stops the answer.
+
+Knows file descriptors and signals; no text, no server. Every change is undone on the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn, TextIO
+
+if sys.platform != "win32":
+    import termios
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises `KeyboardInterrupt` once; further ones wait until what it stopped is tidy."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def keys_unseen(keyboard: TextIO) -> Iterator[None]:
+    """Keep keys that are typed during an answer off the screen; they wait for the next prompt.
+
+    Does nothing when `keyboard` is no terminal.
+    """
+    if sys.platform == "win32" or not keyboard.isatty():
+        yield
+        return
+    before = termios.tcgetattr(keyboard)
+    quiet = termios.tcgetattr(keyboard)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def exits_on_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the process through every `finally` on the way."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        for also in numbers:
+            signal.signal(also, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM] + ([signal.SIGHUP] if sys.platform != "win32" else [])
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

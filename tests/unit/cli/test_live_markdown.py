@@ -1,0 +1,198 @@
+"""Growing Markdown on a real terminal emulator: what counts is the screen."""
+
+from __future__ import annotations
+
+import pyte
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatserve.cli.live_markdown import LiveMarkdown
+
+COLUMNS = 40
+SAMPLE = """# Title
+
+Some **bold** text, `code` and a [link](http://example.com/a).
+A second line.
+
+1. first
+2. second
+
+   indented
+3. 你好，世界
+
+| a | b |
+|---|---|
+| 1 | long cell |
+
+```python
+def f(x):
+    return x
+```
+
+> quote
+
+done
+"""
+SCREEN = """\
+                 Title
+
+Some bold text, code and a link
+(http://example.com/a).
+A second line.
+
+ 1 first
+ 2 second
+   indented
+ 3 你好，世界
+
+ a  b
+ ────────────
+ 1  long cell
+
+ def f(x):
+     return x
+
+▌ quote
+
+done
+"""
+
+
+class Player:
+    """Feeds a `LiveMarkdown` and plays what it writes on a screen with history."""
+
+    def __init__(self, rows: int = 40, columns: int = COLUMNS) -> None:
+        self.rows, self.columns = rows, columns
+        self.markdown = LiveMarkdown()
+        self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=1)
+        self.stream = pyte.Stream(self.screen)
+
+    def feed(self, text: str) -> str:
+        written = self.markdown.feed(text, self.columns, self.rows)
+        self.stream.feed(written)
+        return written
+
+    def finish(self) -> str:
+        self.stream.feed(self.markdown.finish(self.columns))
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """All lines, scrolled out or not, without blank ones at the end."""
+        above = [
+            "".join(line[x].data for x in range(self.columns)) for line in self.screen.history.top
+        ]
+        lines = [line.rstrip() for line in (*above, *self.screen.display)]
+        return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def shown(*chunks: str, rows: int = 40) -> str:
+    player = Player(rows)
+    for chunk in chunks:
+        player.feed(chunk)
+    return player.finish()
+
+
+def test_a_document_is_drawn_whole() -> None:
+    assert shown(SAMPLE) == SCREEN
+
+
+@pytest.mark.parametrize("rows", [6, 12, 40])
+def test_drawing_it_piece_by_piece_ends_in_the_same_lines(rows: int) -> None:
+    assert shown(*SAMPLE, rows=rows) == SCREEN
+
+
+def test_an_unfinished_block_is_on_the_screen_already() -> None:
+    player = Player()
+    player.feed("first\n\nsec")
+    assert player.text == "first\n\nsec\n"
+    player.feed("ond **bo")
+    assert player.text == "first\n\nsecond **bo\n"
+    player.feed("ld**")
+    assert player.text == "first\n\nsecond bold\n"
+
+
+def test_a_new_word_rewrites_only_its_line() -> None:
+    player = Player()
+    player.feed("- one\n- two\n- three")
+    assert player.feed(" four").count("\n") == 0
+    assert player.feed("") == ""
+
+
+def test_lines_above_the_screen_are_never_written_again() -> None:
+    player = Player(rows=8)
+    for number in range(50):
+        written = player.feed(f"- item {number}\n")
+        assert written.count("\n") <= 8
+    assert player.finish() == "".join(f" • item {number}\n" for number in range(50))
+
+
+def test_a_long_code_block_scrolls_by_and_stays_whole() -> None:
+    code = "".join(f"line {number}\n" for number in range(40))
+    assert shown(*f"```\n{code}```\nend\n", rows=10) == (
+        "".join(f" line {number}\n" for number in range(40)) + "\nend\n"
+    )
+
+
+def test_a_table_higher_than_the_screen_loses_no_row_when_a_wide_one_comes() -> None:
+    rows = [f"| {number} | b |\n" for number in range(20)] + ["| a much wider cell | b |\n"]
+    text = shown("| x | y |\n", "|---|---|\n", *rows, rows=8)
+    assert [line.split()[0] for line in text.split("\n")[2:22]] == [str(n) for n in range(20)]
+    assert "a much wider cell" in text
+
+
+def test_lines_of_a_paragraph_are_kept() -> None:
+    assert shown("Roses are red,\nviolets are blue") == "Roses are red,\nviolets are blue\n"
+
+
+def test_html_and_images_are_shown_as_text() -> None:
+    assert shown("<div>\n<think>hm</think>\n</div>") == "<div>\n<think>hm</think>\n</div>\n"
+    assert shown("![alt](http://x/y.png)") == "alt (http://x/y.png)\n"
+
+
+def test_links_say_where_they_lead_and_are_no_escape_sequences() -> None:
+    player = Player()
+    written = player.feed("[good](http://evil.example) <http://same.example>\n\n")
+    assert "\x1b]" not in written
+    assert player.finish() == "good (http://evil.example)\nhttp://same.example\n"
+
+
+@pytest.mark.parametrize("text", ["&#x202e;evil", "`&#x202e;`evil", "a &#27;[2J b", "&#x9b;2J"])
+def test_controls_spelled_as_entities_do_not_reach_the_terminal(text: str) -> None:
+    written = Player().feed(text + "\n\n")
+    assert "\u202e" not in written
+    assert "\x1b[2J" not in written
+    assert "\x9b" not in written
+
+
+def test_a_change_of_width_begins_the_block_anew_below() -> None:
+    player = Player()
+    player.feed("first\n\nsecond\n")
+    player.columns = 30
+    player.feed("more")
+    assert player.finish() == "first\n\nsecond\n\nsecond\nmore\n"
+
+
+def test_an_empty_answer_draws_nothing() -> None:
+    assert shown() == "\n"
+    assert shown("", "\n\n") == "\n"
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["a", " ", "\n", "\n\n", "- ", "1. ", "> ", "```", "`", "**", "*", "# ", "| x |", "|-|",
+             "---", "===", "[", "](u)", "![", "<b>", "&amp;", "\t", "    ", "你", "🌍", "\\", "~~"]
+        ),
+        max_size=60,
+    ),
+    st.integers(4, 9),
+)  # fmt: skip
+def test_any_text_in_any_pieces_ends_like_the_whole(pieces: list[str], rows: int) -> None:
+    whole = [line for line in shown("".join(pieces)).split("\n") if line]
+    piecewise = [line for line in shown(*pieces, rows=max(rows, 30)).split("\n") if line]
+    assert piecewise == whole
+    scrolled = [line for line in shown(*pieces, rows=rows).split("\n") if line]
+    assert scrolled == whole

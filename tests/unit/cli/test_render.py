@@ -1,0 +1,130 @@
+"""Drawing on text streams."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from chatserve.cli.answer import Progress
+from chatserve.cli.render import Display, MarkdownDrawer, PlainDrawer, progress_text
+
+
+class CountingStream(io.StringIO):
+    """Remembers what had been written at each flush."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed: list[str] = []
+
+    def flush(self) -> None:
+        if not self.closed:
+            self.flushed.append(self.getvalue())
+
+
+def drawn(drawer: PlainDrawer, out: io.StringIO, *pieces: str) -> str:
+    drawer.begin()
+    for piece in pieces:
+        drawer.draw(piece)
+    drawer.end()
+    return out.getvalue()
+
+
+def test_each_piece_is_on_the_screen_at_once() -> None:
+    out = CountingStream()
+    drawn(PlainDrawer(out), out, "你", "好", "!")
+    assert out.flushed[1:4] == ["你", "你好", "你好!"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [(["hi"], "hi\n"), (["hi\n"], "hi\n"), (["hi\n\n", ""], "hi\n\n"), ([], "")],
+)
+def test_an_answer_ends_with_a_newline(pieces: list[str], text: str) -> None:
+    out = io.StringIO()
+    assert drawn(PlainDrawer(out), out, *pieces) == text
+
+
+def test_a_prefix_and_a_blank_line_after() -> None:
+    out = io.StringIO()
+    assert drawn(PlainDrawer(out, "[!OP:A]: "), out) == "[!OP:A]: \n"
+    out = io.StringIO()
+    assert drawn(PlainDrawer(out, blank_line_after=True), out, "hi") == "hi\n\n"
+
+
+def test_escapes_cut_between_pieces_are_stripped_from_answers_unless_raw() -> None:
+    for is_raw, expected in ((False, "ab\n"), (True, "a\x1b[31mb\n")):
+        out = io.StringIO()
+        with Display(PlainDrawer(out), io.StringIO(), is_raw=is_raw).answer() as draw:
+            for piece in ("a\x1b", "[3", "1mb"):
+                draw(piece)
+        assert out.getvalue() == expected
+
+
+def test_an_answer_that_breaks_off_still_ends_its_line() -> None:
+    out = io.StringIO()
+    display = Display(PlainDrawer(out), io.StringIO())
+    with pytest.raises(ConnectionError), display.answer() as draw:
+        draw("half an")
+        raise ConnectionError
+    assert out.getvalue() == "half an\n"
+
+
+def test_notes_errors_and_turns_are_stripped_of_escapes() -> None:
+    err = io.StringIO()
+    display = Display(PlainDrawer(io.StringIO()), err)
+    display.note("saved\x1b[2J")
+    display.error("server\r\nsaid \x1b]0;x\x07no")
+    display.turn("US\x1b[1mER", "hi\n\x9b31mthere")
+    assert err.getvalue() == "saved\nerror: server said no\nUSER: hi\nthere\n"
+
+
+def test_a_terminal_gets_dim_notes() -> None:
+    err = io.StringIO()
+    Display(PlainDrawer(io.StringIO()), err, is_terminal=True).note("n")
+    assert err.getvalue() == "\x1b[2mn\x1b[0m\n"
+
+
+def test_progress_is_one_line_that_goes_away_and_only_on_a_terminal() -> None:
+    err = io.StringIO()
+    display = Display(PlainDrawer(io.StringIO()), err, is_terminal=True)
+    display.progress(Progress("m", "loading", 1, 2))
+    display.progress(None)
+    assert err.getvalue().endswith("\r\x1b[2K")
+    display.progress(None)
+    plain = io.StringIO()
+    Display(PlainDrawer(io.StringIO()), plain).progress(Progress("m"))
+    assert plain.getvalue() == ""
+
+
+def test_progress_text() -> None:
+    assert progress_text(Progress()) == "starting the server …"
+    assert progress_text(Progress("m\x1b[2J", "downloading")) == "downloading m …"
+    half = progress_text(Progress("smollm2", "loading", 135_000_000, 270_000_000))
+    assert half == "loading smollm2 ██████████░░░░░░░░░░  50%  135 / 270 MB"
+    assert "100%" in progress_text(Progress("m", "loading", 3, 2))
+
+
+def test_markdown_is_drawn_in_the_background_and_whole_at_the_end() -> None:
+    out = io.StringIO()
+    drawer = MarkdownDrawer(out, lambda: (40, 10), has_color=False)
+    for text in ("# One", "two"):
+        drawer.begin()
+        for char in text:
+            drawer.draw(char)
+        drawer.end()
+    assert out.getvalue().count("One") >= 1
+    assert out.getvalue().endswith("two\x1b[K\r\n")
+
+
+def test_a_broken_terminal_is_reported_at_the_end_of_the_answer() -> None:
+    out = io.StringIO()
+    out.close()
+    drawer = MarkdownDrawer(out, lambda: (40, 10))
+    drawer.begin()
+    drawer.draw("text")
+    with pytest.raises(ValueError, match="closed file"):
+        drawer.end()
+    drawer.begin()
+    with pytest.raises(ValueError, match="closed file"):
+        drawer.end()
