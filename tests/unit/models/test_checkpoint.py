@@ -375,7 +375,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module on Windows")
 @pytest.mark.parametrize("layout", ["safetensors single", "bin single"])
 def test_only_one_tensor_is_resident_at_a_time(tmp_path: Path, layout: str) -> None:
-    """Ten tensors of 16 MB: a few of them while the allocator turns over, never all."""
+    """Ten tensors of 16 MB; two of them are there while a name is bound anew."""
     folder = make_folder(tmp_path / "m", layout)
     tensors = {f"t{n}": torch.zeros(4 << 20) for n in range(10)}
     save_shard(next(p for p in folder.iterdir() if p.suffix != ".json"), tensors)
@@ -386,4 +386,4 @@ def test_only_one_tensor_is_resident_at_a_time(tmp_path: Path, layout: str) -> N
             capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
         )  # fmt: skip
         peaks[mode] = int(run.stdout) / (16 << 20)
-    assert peaks["drop"] < 4 and peaks["keep"] > 9
+    assert peaks["drop"] < 2.5 and peaks["keep"] > 9
