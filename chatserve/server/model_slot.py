@@ -55,8 +55,10 @@ class ModelSlot:
     def served(self) -> tuple[Engine, ServedModel]:
         """Raises `NoWorkerAvailable` while the weights are still loading."""
         if self._served is None:
-            percent = f" ({100 * self.loaded_bytes // self.total_bytes} %)" * bool(self.total_bytes)
-            raise NoWorkerAvailable(f"{self.names[0]} is still loading{percent}; try again soon")
+            how_far = (
+                f" ({100 * self.loaded_bytes // self.total_bytes} %)" if self.total_bytes else ""
+            )
+            raise NoWorkerAvailable(f"{self.names[0]} is still loading{how_far}; try again soon")
         return self._served
 
     def cards(self) -> list[ModelCard]:

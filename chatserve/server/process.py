@@ -36,7 +36,7 @@ def configure_logging(name: str, *, debug: bool) -> None:
 
 def print_error(message: str) -> None:
     """The one line on stderr that says why a command failed."""
-    print(f"chatserve: {message}", file=sys.stderr, flush=True)
+    print(f"chatserve: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

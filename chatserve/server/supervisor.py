@@ -6,6 +6,7 @@ Knows processes, back-off and exit codes; no HTTP and no models.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections import deque
@@ -81,7 +82,7 @@ class Supervisor:
         self._policy = policy
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
-        self._is_stopping = False
+        self._is_retired = asyncio.Event()
 
     async def run(self) -> None:
         """Keep the child running until cancelled or `stop`.
@@ -91,7 +92,7 @@ class Supervisor:
         """
         while True:
             exit_code, line = await self._run_once()
-            if self._is_stopping:
+            if self._is_retired.is_set():
                 return
             reason = line or describe_exit(exit_code)
             if kind := FINAL_ERRORS.get(exit_code):
@@ -102,11 +103,13 @@ class Supervisor:
             logger.warning(
                 "worker %s ended (%s); starting it again in %.1f s", self.name, reason, pause_s
             )
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_retired.wait(), pause_s)
+                return
 
     def retire(self) -> None:
         """Let the child go on, but do not start it again."""
-        self._is_stopping = True
+        self._is_retired.set()
 
     async def stop(self, *, kill_after_s: float) -> None:
         """Ask the child to end; kill it when it does not within `kill_after_s`."""
@@ -145,8 +148,10 @@ class Supervisor:
             self._on_exit()
             return exit_code, lifeline.last_line()
         finally:
-            # a child that is still there ends when its lifeline does
             lifeline.close()
+            if self._process is not None and self._process.returncode is None:
+                _signal(self._process, signal.SIGKILL)
+                await self._process.wait()
 
 
 def describe_exit(exit_code: int) -> str:

@@ -1,0 +1,226 @@
+"""Fakes of what the server leans on: an engine that replays a script, a model without weights."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.errors import ChatserveError, ContextLengthExceeded
+
+WAIT_S = 20.0
+ANSWER = ("Hello", ", ", "wörld", " 🙂", "!")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One call of `submit`, as the test wants to look at it."""
+
+    seq_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    choice: int
+    strip_leading_space: bool
+
+
+@dataclass(frozen=True)
+class FakeStats:
+    tick: int = 0
+    last_token_age_s: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    free_kv_tokens: int = 1000
+    is_alive: bool = True
+
+
+class FakeClock:
+    """A clock that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeStream:
+    """Replays the events of one sequence; closing it early is an abort."""
+
+    def __init__(self, engine: FakeEngine, seq_id: str, events: Sequence[TokenEvent]) -> None:
+        self._engine = engine
+        self._seq_id = seq_id
+        self._events = list(events)
+        self._is_done = False
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._is_done:
+            raise StopAsyncIteration
+        if not self._events:
+            if self._engine.hangs:
+                await asyncio.Event().wait()
+            raise StopAsyncIteration
+        if self._engine.step_s is not None:
+            await asyncio.sleep(self._engine.step_s)
+        event = self._events.pop(0)
+        if event.is_last:
+            self._finish(self._engine.finished)
+        self._engine.note_event(self._seq_id)
+        return event
+
+    async def aclose(self) -> None:
+        self._finish(self._engine.aborted)
+
+    def _finish(self, outcome: list[str]) -> None:
+        if not self._is_done:
+            self._is_done = True
+            self._engine.note_end(self._seq_id, outcome)
+
+
+class FakeEngine:
+    """Answers every prompt with `pieces`, one per step.
+
+    `hangs`: say the pieces and then nothing more, without an end. `error`: end with it instead of
+    with a finish reason. `refusal`: raised by `submit`. `step_s`: time between two events; None
+    does not even yield to the loop. The test may wait for what the server thread does.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[str] = ANSWER,
+        *,
+        hangs: bool = False,
+        error: ChatserveError | None = None,
+        refusal: ChatserveError | None = None,
+        step_s: float | None = None,
+    ) -> None:
+        self.pieces = tuple(pieces)
+        self.hangs = hangs
+        self.error = error
+        self.refusal = refusal
+        self.step_s = step_s
+        self.current = FakeStats()
+        self.is_started = False
+        self.submitted: list[Submitted] = []
+        self.aborted: list[str] = []
+        self.finished: list[str] = []
+        self.running: set[str] = set()
+        self.num_events: dict[str, int] = {}
+        self._changed = threading.Condition()
+
+    def start(self) -> None:
+        self.is_started = True
+
+    async def stop(self) -> None:
+        self.is_started = False
+
+    def stats(self) -> FakeStats:
+        return self.current
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        strip_leading_space: bool = False,
+    ) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        seq_id = f"{request_id}-{choice}"
+        with self._changed:
+            self.submitted.append(
+                Submitted(seq_id, tuple(prompt_ids), params, choice, strip_leading_space)
+            )
+            self.running.add(seq_id)
+            self._changed.notify_all()
+        return FakeStream(self, seq_id, self._script(seq_id, len(prompt_ids), params))
+
+    def _script(self, seq_id: str, num_prompt: int, params: SamplingParams) -> list[TokenEvent]:
+        events = [
+            TokenEvent(
+                seq_id, text=text, token_ids=(i,), num_prompt_tokens=num_prompt,
+                num_generated_tokens=i + 1,
+            )
+            for i, text in enumerate(self.pieces[: params.max_tokens])
+        ]  # fmt: skip
+        if self.hangs:
+            return events
+        count = len(events)
+        if self.error is not None:
+            last = TokenEvent(seq_id, num_prompt_tokens=num_prompt, error=self.error)
+        else:
+            reason: Any = "length" if count == params.max_tokens else "stop"
+            last = TokenEvent(
+                seq_id, num_prompt_tokens=num_prompt, num_generated_tokens=count,
+                finish_reason=reason,
+            )  # fmt: skip
+        return [*events, last]
+
+    def note_event(self, seq_id: str) -> None:
+        with self._changed:
+            self.num_events[seq_id] = self.num_events.get(seq_id, 0) + 1
+            self._changed.notify_all()
+
+    def note_end(self, seq_id: str, outcome: list[str]) -> None:
+        with self._changed:
+            outcome.append(seq_id)
+            self.running.discard(seq_id)
+            self._changed.notify_all()
+
+    def wait_for(self, condition: Callable[[FakeEngine], bool], what: str = "") -> None:
+        """Block the test until the server thread has made `condition` true."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition(self), WAIT_S), what or "timed out"
+
+
+class FakePrompts:
+    """Every byte of a text is a token."""
+
+    def __init__(self, context_length: int) -> None:
+        self._context_length = context_length
+
+    def chat(self, messages: Sequence[Any]) -> list[int]:
+        return self.completion("".join(f"<{m.role}>{m.content}" for m in messages))
+
+    def completion(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+        if len(ids) >= self._context_length:
+            raise ContextLengthExceeded(
+                f"prompt has {len(ids)} tokens, fake holds {self._context_length}; shorten it"
+            )
+        return ids
+
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
+        rest = self._context_length - num_prompt_tokens
+        if asked is not None and asked > rest:
+            raise ContextLengthExceeded(f"asked for {asked} tokens, {rest} are left", param="max")
+        return rest if asked is None else asked
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model that exists only in the answers about it."""
+
+    names: Sequence[str] = ("fake",)
+    context_length: int = 1000
+    vocab_size: int = 256
+    stop: Sequence[str] = ("</s>",)
+    stop_token_ids: Sequence[int] = (7,)
+    strip_leading_space: bool = True
+    fingerprint: str = "fp_fake"
+    description: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu"})
+    defaults: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> FakePrompts:
+        return FakePrompts(self.context_length)

@@ -1,0 +1,35 @@
+"""Loading, ready, draining: what a worker says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from chatserve.errors import NoWorkerAvailable
+from chatserve.server.model_slot import ModelSlot
+from tests.fakes import FakeEngine, FakeModel, FakeStats
+
+
+def test_empty_slot_reports_progress_and_serves_nothing() -> None:
+    slot = ModelSlot(["m"])
+    with pytest.raises(NoWorkerAvailable, match="m is still loading; "):
+        slot.served()
+    slot.progress(30, 120)
+    status = slot.status()
+    assert (status.state, status.loaded_bytes, status.total_bytes) == ("loading", 30, 120)
+    assert [card.name for card in status.models] == ["m"]
+    with pytest.raises(NoWorkerAvailable, match=r"loading \(25 %\)"):
+        slot.served()
+
+
+def test_filled_slot_reports_the_engine() -> None:
+    engine, model = FakeEngine(), FakeModel(names=("a", "b"))
+    engine.current = FakeStats(tick=5, num_running=2, num_waiting=1, last_token_age_s=0.5)
+    slot = ModelSlot.filled(engine, model)
+    assert slot.served() == (engine, model)
+    status = slot.status()
+    assert (status.state, status.tick, status.num_running, status.num_waiting) == ("ready", 5, 2, 1)
+    assert status.last_token_age_s == 0.5 and status.fingerprint == "fp_fake"
+    assert [card.name for card in status.models] == ["a", "b"]
+    assert status.models[0].context_length == 1000
+    slot.is_draining = True
+    assert slot.status().state == "draining"

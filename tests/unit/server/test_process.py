@@ -1,0 +1,129 @@
+"""What ends a process, and with which code and line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from chatserve.errors import DoesNotFit, UsageError
+from chatserve.server.process import (
+    EXIT_INTERRUPTED,
+    StopSignals,
+    configure_logging,
+    run_process,
+    run_until,
+)
+
+
+def outcome(error: BaseException | None = None) -> tuple[int, list[str]]:
+    lines: list[str] = []
+
+    async def main() -> int:
+        if error is not None:
+            raise error
+        return 0
+
+    return run_process(main, report=lines.append), lines
+
+
+def test_success() -> None:
+    assert outcome() == (0, [])
+
+
+def test_startup_errors_have_their_code_and_line() -> None:
+    assert outcome(UsageError("wrong flag")) == (2, ["wrong flag"])
+    assert outcome(DoesNotFit("too big")) == (4, ["too big"])
+
+
+def test_interrupt() -> None:
+    assert outcome(KeyboardInterrupt()) == (EXIT_INTERRUPTED, [])
+
+
+def test_a_bug_is_one_line() -> None:
+    code, [line] = outcome(ValueError("x\ny"))
+    assert code == 1 and line.startswith("internal error: ValueError: x")
+
+
+def test_error_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    async def main() -> int:
+        raise UsageError("wrong\nflag")
+
+    assert run_process(main) == 2
+    assert capsys.readouterr() == ("", "chatserve: wrong flag\n")
+
+
+def test_other_libraries_are_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    configure_logging("me", debug=True)
+    try:
+        logging.getLogger("sse_starlette.sse").debug("chunk: secret")
+        logging.getLogger("uvicorn.error").info("started")
+        logging.getLogger("chatserve.x").debug("ours")
+    finally:
+        logging.basicConfig(force=True, handlers=[])
+        logging.getLogger("chatserve").setLevel(logging.NOTSET)
+    output = capsys.readouterr().err
+    assert "secret" not in output and "started" not in output
+    assert "me: ours" in output
+
+
+def test_run_until_stop_cancels_the_jobs() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def ends() -> None:
+            log.append("ended")
+
+        async def goes_on() -> None:
+            try:
+                stop.set()
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                log.append("cancelled")
+
+        await run_until(stop, ends(), goes_on())
+
+    asyncio.run(main())
+    assert log == ["ended", "cancelled"]
+
+
+def test_run_until_raises_the_first_failure_and_cancels_the_rest() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        async def fails() -> None:
+            raise DoesNotFit("no")
+
+        async def goes_on() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log.append("cancelled")
+
+        await run_until(asyncio.Event(), goes_on(), fails())
+
+    with pytest.raises(DoesNotFit):
+        asyncio.run(main())
+    assert log == ["cancelled"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_asks_and_second_insists(kind: signal.Signals) -> None:
+    async def main() -> None:
+        stop = StopSignals()
+        with stop.installed():
+            os.kill(os.getpid(), kind)
+            await asyncio.wait_for(stop.asked.wait(), 5)
+            assert not stop.insisted.is_set()
+            assert stop.is_interrupted == (kind == signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(stop.insisted.wait(), 5)
+
+    asyncio.run(main())

@@ -1,0 +1,304 @@
+"""Events to chunks: what goes over the wire, and that streamed = folded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.errors import GenerationFailed, OutOfMemory, Overloaded
+from chatserve.protocol.sse import DONE, SSEDecoder
+from chatserve.server.generation import Generation
+from chatserve.server.preparation import Prepared, Prompt
+from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
+from tests.fakes import ANSWER, FakeEngine, FakeStream
+
+TEXT = "".join(ANSWER)
+
+
+def prepared(*, num_choices: int = 1, num_prompts: int = 1, is_chat: bool = True) -> Prepared:
+    prompt = Prompt((1, 2, 3), SamplingParams(max_tokens=100))
+    return Prepared(
+        model="m",
+        prompts=(prompt,) * num_prompts,
+        num_choices=num_choices,
+        is_chat=is_chat,
+        is_stream=True,
+        includes_usage=False,
+        strip_leading_space=is_chat,
+    )
+
+
+def head(is_chat: bool = True) -> ReplyHead:
+    return ReplyHead("id-1", 123, "m", "fp", is_chat)
+
+
+def frames_of(engine: FakeEngine, *, usage: bool = False, **shape: Any) -> list[bytes]:
+    async def main() -> list[bytes]:
+        request = prepared(**shape)
+        generation = await Generation.submit(engine, "id-1", request)
+        encoder = ChunkEncoder(
+            head(request.is_chat), generation.num_sequences, includes_usage=usage
+        )
+        try:
+            return [f async for f in stream_frames(generation, encoder, includes_usage=usage)]
+        finally:
+            await generation.aclose()
+
+    return asyncio.run(main())
+
+
+def folded(engine: FakeEngine, **shape: Any) -> dict[str, Any]:
+    async def main() -> dict[str, Any]:
+        request = prepared(**shape)
+        generation = await Generation.submit(engine, "id-1", request)
+        try:
+            return await fold(generation, head(request.is_chat))
+        finally:
+            await generation.aclose()
+
+    return asyncio.run(main())
+
+
+def events(frames: Sequence[bytes]) -> list[Any]:
+    decoder = SSEDecoder()
+    data = [event.data for frame in frames for event in decoder.feed(frame)]
+    return [item if item == DONE else json.loads(item) for item in data]
+
+
+def test_chat_chunks() -> None:
+    shared = {
+        "id": "id-1", "object": "chat.completion.chunk", "created": 123, "model": "m",
+        "system_fingerprint": "fp",
+    }  # fmt: skip
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**shared, "choices": [choice]}
+
+    assert events(frames_of(FakeEngine(["a", "b"]))) == [
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"content": "a"}),
+        chunk({"content": "b"}),
+        chunk({}, "stop"),
+        DONE,
+    ]
+
+
+def test_completion_chunks() -> None:
+    first, second, last, done = events(frames_of(FakeEngine(["a", "b"]), is_chat=False))
+    assert first == {
+        "id": "id-1", "object": "text_completion", "created": 123, "model": "m",
+        "system_fingerprint": "fp",
+        "choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": None}],
+    }  # fmt: skip
+    assert second["choices"][0]["text"] == "b"
+    assert last["choices"][0] == {
+        "index": 0, "text": "", "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    assert done == DONE
+
+
+def test_usage_comes_last_with_no_choices() -> None:
+    *chunks, usage, done = events(frames_of(FakeEngine(["a", "b"]), usage=True))
+    assert usage["choices"] == []
+    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert done == DONE
+
+
+def test_one_write_per_event_and_none_for_silence() -> None:
+    frames = frames_of(FakeEngine(["a", "", "", "b"]))
+    assert len(frames) == 5  # role, a, b, finish, usage or done
+    assert all(frame.endswith(b"\n\n") for frame in frames)
+
+
+def test_text_and_finish_in_one_event_are_one_write() -> None:
+    class Last(FakeEngine):
+        def _script(self, seq_id: str, num_prompt: int, params: Any) -> list[TokenEvent]:
+            return [TokenEvent(seq_id, "a", (1,), 3, 1, finish_reason="length")]
+
+    role, both, done = frames_of(Last())
+    text, finish = events([both])
+    assert text["choices"][0]["delta"] == {"content": "a"}
+    assert finish["choices"][0]["finish_reason"] == "length"
+    assert (events([role])[0]["choices"][0]["delta"]["role"], events([done])) == (
+        "assistant",
+        [DONE],
+    )
+
+
+@pytest.mark.parametrize(
+    "pieces", [["\n\ndata: x\n\n"], ["\r"], ["\u2028"], ['"}]}'], ["\x00"], ["🙂", "你", "é"], [""]]
+)
+def test_no_text_breaks_a_frame(pieces: list[str]) -> None:
+    chunks = events(frames_of(FakeEngine(pieces)))
+    assert chunks[-1] == DONE
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
+    assert text == "".join(pieces)
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_choices": 3}, {"num_prompts": 2, "is_chat": False}])
+@pytest.mark.parametrize("step_s", [None, 0])
+def test_streamed_equals_folded(shape: dict[str, Any], step_s: float | None) -> None:
+    chunks = events(frames_of(FakeEngine(step_s=step_s), usage=True, **shape))[:-1]
+    whole = folded(FakeEngine(step_s=step_s), **shape)
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    for chunk in chunks[:-1]:
+        [choice] = chunk["choices"]
+        delta = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+        texts[choice["index"]] = texts.get(choice["index"], "") + delta
+        if choice["finish_reason"]:
+            assert choice["index"] not in reasons
+            reasons[choice["index"]] = choice["finish_reason"]
+    for choice in whole["choices"]:
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        assert text == texts[choice["index"]] == TEXT
+        assert choice["finish_reason"] == reasons[choice["index"]] == "stop"
+    assert [c["index"] for c in whole["choices"]] == sorted(texts)
+    assert whole["usage"] == chunks[-1]["usage"]
+
+
+def test_whole_chat() -> None:
+    assert folded(FakeEngine(["a"])) == {
+        "id": "id-1", "object": "chat.completion", "created": 123, "model": "m",
+        "system_fingerprint": "fp",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "a"}, "logprobs": None,
+             "finish_reason": "stop"}
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+    }  # fmt: skip
+
+
+def test_prompt_is_counted_once_for_all_choices() -> None:
+    usage = folded(FakeEngine(["a", "b"]), num_choices=3, num_prompts=2)["usage"]
+    assert usage == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_error_after_the_first_byte_ends_without_done(num_choices: int) -> None:
+    engine = FakeEngine(["a"], error=OutOfMemory("no room"), hangs=False)
+    *_, last = events(frames_of(engine, num_choices=num_choices))
+    assert last["error"]["code"] == "out_of_memory" and last["error"]["message"] == "no room"
+    assert not engine.running
+
+
+def test_error_of_a_fold_is_raised() -> None:
+    with pytest.raises(OutOfMemory):
+        folded(FakeEngine(["a"], error=OutOfMemory("no room")))
+
+
+class EndsEarly(FakeEngine):
+    """An engine with a bug: its streams stop without a last event."""
+
+    def _script(self, seq_id: str, num_prompt: int, params: Any) -> list[TokenEvent]:
+        return super()._script(seq_id, num_prompt, params)[:-1]
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_sequence_that_just_stops_is_an_error(num_choices: int) -> None:
+    *_, last = events(frames_of(EndsEarly(["a"]), num_choices=num_choices))
+    assert last["error"]["code"] == "generation_failed"
+    with pytest.raises(GenerationFailed):
+        folded(EndsEarly(["a"]), num_choices=num_choices)
+
+
+class Aborts(FakeEngine):
+    def _script(self, seq_id: str, num_prompt: int, params: Any) -> list[TokenEvent]:
+        return [TokenEvent(seq_id, finish_reason="abort")]
+
+
+def test_abort_never_goes_over_the_wire() -> None:
+    *_, last = events(frames_of(Aborts()))
+    assert last["error"]["code"] == "generation_failed"
+
+
+class Buggy(FakeEngine):
+    def submit(self, *arguments: Any, **options: Any) -> FakeStream:
+        stream = super().submit(*arguments, **options)
+        stream.__class__ = BuggyStream
+        return stream
+
+
+class BuggyStream(FakeStream):
+    async def __anext__(self) -> TokenEvent:
+        raise KeyError("secret")
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_bug_in_a_stream_is_told_without_its_words(num_choices: int) -> None:
+    frames = frames_of(Buggy(), num_choices=num_choices)
+    assert events(frames)[-1]["error"]["code"] == "internal_error"
+    assert b"secret" not in b"".join(frames)
+
+
+def test_refused_submission_leaves_nothing_running() -> None:
+    class Refuses(FakeEngine):
+        def submit(self, *arguments: Any, **options: Any) -> FakeStream:
+            if len(self.submitted) == 2:
+                raise Overloaded("full")
+            return super().submit(*arguments, **options)
+
+    engine = Refuses(hangs=True)
+    with pytest.raises(Overloaded):
+        folded(engine, num_choices=3)
+    assert len(engine.aborted) == 2 and not engine.running
+
+
+def test_choices_are_told_apart_and_prompts_have_ids_of_their_own() -> None:
+    engine = FakeEngine(["a"])
+    folded(engine, num_choices=2, num_prompts=2)
+    assert [s.seq_id for s in engine.submitted] == ["id-1-0-0", "id-1-0-1", "id-1-1-0", "id-1-1-1"]
+    assert [s.choice for s in engine.submitted] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+@pytest.mark.parametrize("num_read", [0, 1, 2, 3])
+def test_closing_early_aborts_every_sequence(num_choices: int, num_read: int) -> None:
+    engine = FakeEngine(["a", "b", "c"], hangs=True, step_s=0)
+
+    async def main() -> None:
+        generation = await Generation.submit(engine, "id-1", prepared(num_choices=num_choices))
+        encoder = ChunkEncoder(head(), num_choices, includes_usage=False)
+        async with aclosing(stream_frames(generation, encoder, includes_usage=False)) as frames:
+            for _ in range(num_read):
+                await anext(frames)
+        await generation.aclose()
+        await generation.aclose()
+
+    asyncio.run(main())
+    assert sorted(engine.aborted) == [f"id-1-{i}" for i in range(num_choices)]
+
+
+def test_cancelling_in_the_middle_aborts() -> None:
+    engine = FakeEngine(["a"], hangs=True)
+
+    async def main() -> None:
+        generation = await Generation.submit(engine, "id-1", prepared(num_choices=2))
+        try:
+            async with asyncio.timeout(0.05):
+                await fold(generation, head())
+        except TimeoutError:
+            pass
+        finally:
+            await generation.aclose()
+
+    asyncio.run(main())
+    assert len(engine.aborted) == 2
+
+
+def test_a_token_costs_little() -> None:
+    """Far over what it takes (about 3 µs), far under a schema per token."""
+    encoder = ChunkEncoder(head(), 1, includes_usage=True)
+    start = time.perf_counter()
+    for _ in range(20_000):
+        encoder.text(0, " word")
+    assert (time.perf_counter() - start) / 20_000 < 40e-6

@@ -1,0 +1,177 @@
+"""Back-off, giving up, and the real ends of real children."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from chatserve.errors import (
+    CrashLoop,
+    DoesNotFit,
+    ModelLoadError,
+    RegistrationFailed,
+    StartupError,
+    UsageError,
+)
+from chatserve.server.supervisor import RestartPolicy, Supervisor, describe_exit
+from tests.fakes import FakeClock
+
+
+def test_pauses_double_and_then_it_gives_up() -> None:
+    policy = RestartPolicy(FakeClock())
+    assert [policy.pause_s() for _ in range(6)] == [0.5, 1, 2, 4, 8, None]
+
+
+def test_old_crashes_are_forgotten() -> None:
+    clock = FakeClock()
+    policy = RestartPolicy(clock)
+    for _ in range(20):
+        assert policy.pause_s() == 0.5
+        clock.advance(60)
+
+
+def test_pause_is_capped() -> None:
+    policy = RestartPolicy(FakeClock(), max_restarts=7)
+    assert [policy.pause_s() for _ in range(8)] == [0.5, 1, 2, 4, 8, 8, 8, None]
+
+
+def test_describe_exit() -> None:
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
+    assert describe_exit(-200) == "killed by signal 200"
+
+
+LIFELINE = "import os, sys; fd = int(os.environ['FD'])\n"
+
+
+def environment(fd: int) -> Mapping[str, str]:
+    return {"FD": str(fd), "PATH": os.environ.get("PATH", "")}
+
+
+def quick() -> RestartPolicy:
+    return RestartPolicy(time.monotonic, first_pause_s=0.01, max_pause_s=0.01, max_restarts=2)
+
+
+def child(code: str, *, ends: list[float] | None = None) -> Supervisor:
+    def on_exit() -> None:
+        if ends is not None:
+            ends.append(time.monotonic())
+
+    command = [sys.executable, "-S", "-c", LIFELINE + code]
+    return Supervisor("w", command, environment, quick(), on_exit=on_exit)
+
+
+@pytest.mark.parametrize("kind", [UsageError, ModelLoadError, DoesNotFit, RegistrationFailed])
+def test_final_exit_codes_are_raised_with_the_childs_own_line(kind: type[StartupError]) -> None:
+    ends: list[float] = []
+    code = f"os.write(fd, b'no such folder\\n'); sys.exit({kind.exit_code})"
+    with pytest.raises(kind, match=r"^no such folder$") as caught:
+        asyncio.run(child(code, ends=ends).run())
+    assert type(caught.value) is kind and len(ends) == 1
+
+
+def test_crash_loop_shows_the_last_line() -> None:
+    ends: list[float] = []
+    code = "os.write(fd, b'first\\nthe cause\\n'); sys.exit(1)"
+    with pytest.raises(CrashLoop, match="worker w keeps crashing; its last error: the cause"):
+        asyncio.run(child(code, ends=ends).run())
+    assert len(ends) == 3  # the first start and two restarts
+
+
+def test_crash_loop_without_a_word_says_how_it_ended() -> None:
+    with pytest.raises(CrashLoop, match="killed by SIGKILL"):
+        asyncio.run(child("os.kill(os.getpid(), 9)").run())
+
+
+def read(fifo: str) -> str:
+    with open(fifo) as file:
+        return file.read()
+
+
+async def running(supervisor: Supervisor, fifo: str) -> tuple[asyncio.Task[None], int]:
+    """Start it and wait until the child has written its pid."""
+    task = asyncio.create_task(supervisor.run())
+    return task, int(await asyncio.to_thread(read, fifo))
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> str:
+    os.mkfifo(tmp_path / "fifo")
+    return str(tmp_path / "fifo")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+WRITE_PID = "open({!r}, 'w').write(str(os.getpid()))\n"
+POLITE = "import signal, time\nsignal.signal(15, lambda *a: sys.exit(0))\n"
+STUBBORN = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\n"
+SLEEP = "while True: time.sleep(100)"
+
+
+@pytest.mark.parametrize("manners", [POLITE, STUBBORN])
+def test_stop_ends_the_child(manners: str, fifo: str) -> None:
+    async def main() -> int:
+        supervisor = child(manners + WRITE_PID.format(fifo) + SLEEP)
+        task, pid = await running(supervisor, fifo)
+        await supervisor.stop(kill_after_s=30 if manners is POLITE else 0.1)
+        await task
+        return pid
+
+    assert not is_alive(asyncio.run(main()))
+
+
+def test_stop_while_waiting_for_a_restart() -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+        supervisor = Supervisor(
+            "w",
+            [sys.executable, "-S", "-c", "raise SystemExit(1)"],
+            environment,
+            RestartPolicy(time.monotonic, first_pause_s=1000, max_pause_s=1000),
+            on_exit=ended.set,
+        )
+        task = asyncio.create_task(supervisor.run())
+        await ended.wait()
+        await supervisor.stop(kill_after_s=1)
+        await asyncio.wait_for(task, 5)
+
+    asyncio.run(main())
+
+
+def test_retired_child_goes_on_but_is_not_started_again(fifo: str) -> None:
+    ends: list[float] = []
+
+    async def main() -> None:
+        supervisor = child(WRITE_PID.format(fifo) + "import time\n" + SLEEP, ends=ends)
+        task, pid = await running(supervisor, fifo)
+        supervisor.retire()
+        assert is_alive(pid)
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(task, 5)
+
+    asyncio.run(main())
+    assert len(ends) == 1
+
+
+def test_cancelled_supervisor_leaves_no_child(fifo: str) -> None:
+    async def main() -> int:
+        task, pid = await running(child(STUBBORN + WRITE_PID.format(fifo) + SLEEP), fifo)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return pid
+
+    assert not is_alive(asyncio.run(main()))
