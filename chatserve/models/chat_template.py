@@ -84,8 +84,9 @@ def choose_template(
     if "default" in sources:
         return TemplateChoice(_named(OWN, tokenizer, sources), "the tokenizer's own chat template")
     raise UsageError(
-        f"no chat template is known for {facts.name}: it is no verified Vicuna or StackLLaMA, "
-        f"and its tokenizer brings none; choose one with --conv-template ({', '.join(template_names())})"
+        f"no chat template is known for {facts.name}: it is no verified Vicuna or StackLLaMA, and "
+        "its tokenizer brings none; choose one with --conv-template "
+        f"({', '.join(template_names())})"
     )
 
 

@@ -47,8 +47,16 @@ class TokenizerSettings:
 
     @property
     def adds_bos(self) -> bool | None:
+        """Whether prompts start with BOS; None leaves it to the vocabulary.
+
+        LLaMA's tokenizer classes do when the key is absent, as transformers up to version 4 has it;
+        version 5 forgets it.
+        """
         value = self.tokenizer_config.get("add_bos_token")
-        return value if isinstance(value, bool) else None
+        if isinstance(value, bool):
+            return value
+        is_llama = str(self.tokenizer_config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        return True if is_llama else None
 
     def named_token(self, name: str) -> str | None:
         """The text of `bos_token` and its like; None when absent or blank."""
@@ -65,7 +73,9 @@ class TokenizerSettings:
     def further_tokens(self) -> list[AddedToken]:
         """Tokens beside the vocabulary. Raises `ModelLoadError` for an id that is not a number."""
         special = {self.named_token(name) for name in TOKEN_NAMES}
-        special.update(map(token_text, _list(self.special_tokens_map, "additional_special_tokens")))
+        for source in (self.tokenizer_config, self.special_tokens_map):
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                special.update(map(token_text, _list(source, key)))
         tokens = {
             text: AddedToken(text, _checked_id(token_id, text), text in special)
             for text, token_id in self.added_tokens.items()
