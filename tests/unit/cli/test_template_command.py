@@ -11,7 +11,7 @@ import pytest
 from chatserve.cli.commands.template import main
 from chatserve.errors import ModelLoadError, UsageError
 from chatserve.models.chat_template import template_names
-from tests.unit.models.vocabularies import save_byte_level, save_json, save_llama
+from tests.unit.models.vocabularies import save_byte_level, save_json, save_llama, smollm2
 
 
 @pytest.fixture
@@ -81,3 +81,11 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("light\n")
+
+
+@pytest.mark.weights
+def test_gguf(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(smollm2()), "--message", "Hello!"]) == 0
+    out = capsys.readouterr().out
+    assert "⟦<|im_start|>⟧user\nHello!⟦<|im_end|>⟧\n⟦<|im_start|>⟧assistant\n" in out
+    assert "stops at ids: 2\n" in out

@@ -25,20 +25,21 @@ LLAMA_V0 = {"model_type": "llama", "vocab_size": 32001}
 PAD = {"[PAD]": 32000}
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Tokenizer:
-    return load_tokenizer(save_llama(tmp_path))
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(save_llama(tmp_path_factory.mktemp("llama")))
 
 
-@pytest.fixture
-def llama_v0(tmp_path: Path) -> Tokenizer:
-    return load_tokenizer(save_llama(tmp_path, added_tokens=PAD))
+@pytest.fixture(scope="module")
+def llama_v0(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(save_llama(tmp_path_factory.mktemp("v0"), added_tokens=PAD))
 
 
-@pytest.fixture
-def other(tmp_path: Path) -> Tokenizer:
-    save_byte_level(tmp_path, special=["<|im_start|>", "<|im_end|>"])
-    return load_tokenizer(tmp_path)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("other")
+    save_byte_level(folder, special=["<|im_start|>", "<|im_end|>"])
+    return load_tokenizer(folder)
 
 
 def choose(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,7 @@ from chatserve.engine.prompt import Message
 from chatserve.errors import InvalidRequest
 from chatserve.models.special_tokens import Rendered, Special
 from chatserve.models.templates.builtin import ALIASES, BUILTIN
-from chatserve.models.tokenizer import load_tokenizer
+from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.models.vocabularies import save_llama
 
 SYS1 = (
@@ -295,8 +294,13 @@ def test_number_of_turns_never_depends_on_content(content: str) -> None:
         assert len(re.findall(turn, text)) == len(re.findall(turn, harmless)) > 1, (name, content)
 
 
-def test_vicuna_ids_end_to_end(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(save_llama(tmp_path))
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("llama")
+    return load_tokenizer(save_llama(folder, added_tokens={"[PAD]": 32000}))
+
+
+def test_vicuna_ids_end_to_end(tokenizer: Tokenizer) -> None:
     v11 = tokenizer.encode(BUILTIN["vicuna_v1.1"].render(MULTI), add_bos=True)
     assert len(v11) == 56
     assert v11[41:46] == [6324, 29991, 2, 3148, 1001]
@@ -326,8 +330,7 @@ def test_vicuna_ids_end_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1.1", "vicuna_v0", "stackllama", "llama-2", "alpaca"])
-def test_special_tokens_of_llama_as_content(tmp_path: Path, name: str) -> None:
-    tokenizer = load_tokenizer(save_llama(tmp_path, added_tokens={"[PAD]": 32000}))
+def test_special_tokens_of_llama_as_content(tokenizer: Tokenizer, name: str) -> None:
     special = set(tokenizer.special_ids.values())
     template = BUILTIN[name]
     for text in tokenizer.special_ids:
