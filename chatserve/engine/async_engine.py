@@ -227,9 +227,7 @@ class AsyncEngine:
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._call(self._dispatch, events)
 
-    def _call(
-        self, function: Callable[[*Arguments], None], *arguments: *Arguments
-    ) -> None:
+    def _call(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
