@@ -83,7 +83,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         tokenizer = load_tokenizer(path, metadata)
         choice = choose_template(
             config.conv_template,
-            WeightsFacts(path.name, checkpoint.config),
+            WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint)),
             tokenizer,
             load_template_sources(path, metadata),
         )
@@ -172,6 +172,12 @@ def _gguf_metadata(path: Path) -> Mapping[str, Any] | None:
 
     with closing(GGUFFile.open(path)) as file:
         return file.metadata
+
+
+def _vocab_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding as stored, where it has its usual name."""
+    info = checkpoint.weights.tensors().get("model.embed_tokens.weight")
+    return info.shape[0] if info else None
 
 
 def _vocab_size(model: Llama | FallbackModel) -> int:
