@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -37,6 +38,7 @@ class Stream:
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self.body: dict[str, Any] = handler.body
+        self.is_over = False
 
     def raw(self, data: bytes) -> None:
         self._handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
@@ -55,17 +57,20 @@ class Stream:
 
     def finish_body(self) -> None:
         """End the HTTP body properly, whatever the events said."""
-        self.raw(b"")
+        if not self.is_over:
+            self.raw(b"")
+            self.is_over = True
 
     def die(self) -> None:
         """Reset the connection, as a killed process does."""
         connection = self._handler.connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._handler.close_connection = True
+        self._handler.close_connection = self.is_over = True
         connection.close()
 
     def wait_for_disconnect(self) -> None:
         if self._handler.connection.recv(1) == b"":
+            self.is_over = True
             self._handler.server.cancelled.set()
 
 
@@ -227,9 +232,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
             stream = Stream(self)
-            SCRIPTS.get(question, _echo)(stream)
-            if not self.close_connection and not self.server.cancelled.is_set():
-                stream.finish_body()
+            self.server.scripts.get(question, _echo)(stream)
+            stream.finish_body()
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
@@ -266,6 +270,7 @@ class FakeOpenAI(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.models = json.dumps({"object": "list", "data": [MODEL]}).encode()
         self.progress: dict[str, int] | None = None
+        self.scripts = dict(SCRIPTS)
         self.bodies: list[dict[str, Any]] = []
         self.cancelled = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
@@ -284,21 +289,28 @@ class FakeOpenAI(ThreadingHTTPServer):
 
 
 def _play_private_server(*deeds: str) -> None:
-    """Deeds: `load` (half of its bytes, then wait for ever), `CODE:LINE` (fail with this line)."""
+    """Deeds: `load` (half of the bytes, for ever), `stubborn` (SIGTERM does nothing), `CODE:LINE`
+    (fail with this last line), `killed` (by SIGKILL), `mute` (never say where it listens).
+    """
     fd = int(os.environ["CHATSERVE_PARENT_PIPE"])
     threading.Thread(target=lambda: os.read(fd, 1) or os._exit(1), daemon=True).start()
+    for deed in deeds:
+        code, is_failure, line = deed.partition(":")
+        if is_failure:
+            print("12:00:00 INFO server: some log line", file=sys.stderr)
+            print(f"chatserve: {line}", file=sys.stderr, flush=True)
+            os._exit(int(code))
+    if "killed" in deeds:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "stubborn" in deeds:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with FakeOpenAI(os.environ["CHATSERVE_API_KEYS"]) as server:
         if "load" in deeds:
             server.progress = {"loaded_bytes": 135_000_000, "total_bytes": 270_000_000}
-        for deed in deeds:
-            code, is_failure, line = deed.partition(":")
-            if is_failure:
-                print("12:00:00 INFO server: some log line", file=sys.stderr)
-                print(f"chatserve: {line}", file=sys.stderr, flush=True)
-                os._exit(int(code))
-        print(f"listening: {server.url}", flush=True)
-        if not deeds:
-            print(f"ready: {server.url} (fake-1b)", flush=True)
+        if "mute" not in deeds:
+            print(f"listening: {server.url}", flush=True)
+        print("a line that is no news", flush=True)
+        print("log: all is well", file=sys.stderr, flush=True)
         threading.Event().wait()
 
 

@@ -160,7 +160,7 @@ class PrivateServer:
             hint = ": the system may have run out of memory" if name == "SIGKILL" else ""
             return StartupError(f"the server was killed by {name}{hint}")
         lines = [line for line in map(one_line, self._log_tail().splitlines()) if line]
-        message = lines[-1].removeprefix("chatserve: ") if lines else ""
+        message = lines[-1].removeprefix("chatserve:").strip() if lines else ""
         kinds = {kind.exit_code: kind for kind in StartupError.__subclasses__()}
         kind = kinds.get(code, StartupError) if code > 1 else StartupError
         return kind(message or f"the server ended with exit code {code}")

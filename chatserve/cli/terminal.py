@@ -43,6 +43,7 @@ def keys_unseen(keyboard: TextIO) -> Iterator[None]:
     before = termios.tcgetattr(keyboard)
     quiet = termios.tcgetattr(keyboard)
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[3] |= termios.NOFLSH  # or Ctrl-C would throw them away
     termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
     try:
         yield

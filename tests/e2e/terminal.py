@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import termios
 import time
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pexpect
@@ -16,6 +16,7 @@ import pyte
 COLUMNS = 60
 ROWS = 16
 TIMEOUT_S = 20.0
+_SPEED = re.compile(r" · [\d.]+ tokens/s$")
 
 
 class _Screen(pyte.Screen):
@@ -46,41 +47,33 @@ class Terminal:
         # the pty's own settings, before the program changes them
         self._settings = self._current_settings()
 
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.child.close(force=True)
+
+    def clear(self) -> None:
+        """Forget what is on the screen; the program does not know."""
+        self.screen.erase_in_display(2)
 
     @property
     def lines(self) -> list[str]:
+        """The lines of `text` without the speed, which no two runs share."""
+        return [_SPEED.sub("", line) for line in self.text.split("\n")]
+
+    @property
+    def text(self) -> str:
         """The screen without blank lines at its end."""
-        text = "\n".join(line.rstrip() for line in self.screen.display)
-        return text.rstrip("\n").split("\n")
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip("\n")
 
     def type(self, text: str) -> None:
         self.child.send(text.encode())
 
     def wait_for(self, *wanted: str) -> None:
         """Read until all of `wanted` is on the screen."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not all(text in "\n".join(self.lines) for text in wanted):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{wanted} never came:\n" + "\n".join(self.lines))
-            self._read()
+        self._read_until(lambda: all(text in self.text for text in wanted), wanted)
 
     def wait_for_screen(self, *expected: str) -> None:
         """Read until the whole screen is `expected`, one line each."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while self.lines != list(expected):
-            if time.monotonic() > deadline:
-                assert self.lines == list(expected)
-            self._read()
+        self._read_until(lambda: self.lines == list(expected), expected)
 
     def wait_for_end(self) -> int:
         """Read until the program ends; its exit code, or minus the signal that killed it."""
@@ -93,6 +86,14 @@ class Terminal:
     def has_restored_settings(self) -> bool:
         """Whether echo, line mode and the rest are as they were before the program."""
         return self._current_settings() == self._settings
+
+    def _read_until(self, condition: Callable[[], bool], wanted: Sequence[str]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            if time.monotonic() > deadline:
+                seen = "\n".join(self.lines)
+                raise AssertionError("wanted:\n" + "\n".join(wanted) + f"\nseen:\n{seen}")
+            self._read()
 
     def _current_settings(self) -> list[Any]:
         return termios.tcgetattr(self.child.child_fd)
