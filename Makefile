@@ -36,11 +36,11 @@ install: $(VENV)/.runtime ## make .venv and install chatserve into it
 install-dev: $(VENV)/.dev ## the same with everything that tests and checks need
 
 chat: $(VENV)/.runtime ## chat in the terminal; PROMPT="…" answers once, WEIGHTS=… another model
-	@$(if $(WEIGHTS),,$(PY) -m chatserve pull smollm2-135m --quiet)
+	@$(if $(WEIGHTS),,$(PY) -m chatserve pull smollm2-135m >/dev/null)
 	@$(PY) -m chatserve.cli $(WEIGHTS) $(ARGS) $${CHAT_PROMPT:+--prompt "$$CHAT_PROMPT"}
 
 weights: $(VENV)/.runtime
-	@$(PY) -m chatserve pull smollm2-135m --quiet
+	@$(PY) -m chatserve pull smollm2-135m >/dev/null
 
 test: $(VENV)/.dev weights ## unit, integration and e2e tests
 	$(PY) -m pytest
