@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from chatserve.server.edge import Edge
@@ -15,6 +15,7 @@ from chatserve.server.listener import Listener, bind
 
 Result = TypeVar("Result")
 TIMEOUT_S = 30.0
+Script = Sequence[bytes | threading.Event | None]
 
 
 class RunningServer:
@@ -116,3 +117,70 @@ def read_all(sock: socket.socket) -> bytes:
     """Everything until the other side closes."""
     with sock:
         return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+class ScriptedWorker:
+    """A worker's port without a worker: answers each request with the next scripted bytes.
+
+    A script is what goes out in pieces, one `send` each; at an event it waits until the test sets
+    it, at None until the other side closes. Then the connection is closed. `requests` are what
+    came in.
+    """
+
+    def __init__(self, *scripts: Script) -> None:
+        self.requests: list[bytes] = []
+        self.closed_by_peer = threading.Event()
+        self._scripts = list(scripts)
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._serve, name="scripted worker")
+
+    def __enter__(self) -> ScriptedWorker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # wakes the accept that may still be waiting
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        for script in self._scripts:
+            try:
+                connection, _ = self._sock.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(TIMEOUT_S)
+                self.requests.append(_read_request(connection))
+                for piece in script:
+                    if isinstance(piece, bytes):
+                        connection.sendall(piece)
+                    elif piece is not None:
+                        assert piece.wait(TIMEOUT_S)
+                    elif not connection.recv(1):
+                        self.closed_by_peer.set()
+
+
+def _read_request(connection: socket.socket) -> bytes:
+    data = read_until(connection, b"\r\n\r\n")
+    head, _, body = data.partition(b"\r\n\r\n")
+    lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    while lengths and len(body) < int(lengths[0].partition(b":")[2]):
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def chunked(data: bytes) -> bytes:
+    """One chunk of a chunked body; that of no data is the end."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+    b"Cache-Control: no-store\r\nX-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n\r\n"
+)

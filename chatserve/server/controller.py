@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import orjson
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -61,7 +61,7 @@ def create_controller_app(
         lifespan=controller.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.include_router(controller.router())
+    controller.add_to(app)
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
@@ -89,19 +89,17 @@ class ControllerRoutes:
             self._relay = Relay(self._registry, self._session, self._token)
             yield
 
-    def router(self) -> APIRouter:
-        router = APIRouter()
-        router.add_api_route("/v1/models", self.models)
-        router.add_api_route("/v1/models/{name:path}", self.model)
-        router.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
-        router.add_api_route("/v1/completions", self.forward, methods=["POST"])
-        router.add_api_route("/health/live", self.live)
-        router.add_api_route("/health/ready", self.ready)
-        router.add_api_route("/health/decode", self.decode)
-        router.add_api_route(REGISTER_PATH, self.register, methods=["POST"])
-        router.add_api_route(HEARTBEAT_PATH, self.heartbeat, methods=["POST"])
-        router.add_api_route(LEAVE_PATH, self.leave, methods=["POST"])
-        return router
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/models/{name:path}", self.model)
+        app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
+        app.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        app.add_api_route("/health/live", self.live)
+        app.add_api_route("/health/ready", self.ready)
+        app.add_api_route("/health/decode", self.decode)
+        app.add_api_route(REGISTER_PATH, self.register, methods=["POST"])
+        app.add_api_route(HEARTBEAT_PATH, self.heartbeat, methods=["POST"])
+        app.add_api_route(LEAVE_PATH, self.leave, methods=["POST"])
 
     async def forward(self, request: Request) -> Response:
         """Any completion: to a worker as it came, and back as it comes."""

@@ -7,10 +7,13 @@ can follow when the worker dies in the middle of one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -78,7 +81,8 @@ class Relay:
         try:
             upstream = await self._session.post(
                 worker.base_url + request.url.path,
-                data=body,
+                # bytes over 1 MiB would be written in one go, with a warning
+                data=io.BytesIO(body),
                 headers=self._headers,
                 allow_redirects=False,
             )
@@ -97,10 +101,10 @@ class Relay:
         headers = {n: upstream.headers[n] for n in PASSED_HEADERS if n in upstream.headers}
         try:
             if not upstream.content_type.startswith("text/event-stream"):
-                content = await upstream.read()
+                content = b"".join([chunk async for chunk in _chunks(upstream)])
                 lease.release()
                 return Response(content, upstream.status, headers)
-            frames = whole_frames(upstream.content.iter_any())
+            frames = whole_frames(_chunks(upstream))
             # the headers go out with the first frame, so that until then a status can tell of death
             first = await anext(frames, b"")
         except (aiohttp.ClientError, OSError) as error:
@@ -177,21 +181,56 @@ def _body(data: bytes) -> dict[str, object]:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-async def whole_frames(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+    """The body as it comes. Raises `aiohttp.ClientError` when it ends before its end."""
+    with _failing_with_its_connection(upstream):
+        try:
+            async for chunk in upstream.content.iter_any():
+                yield chunk
+        except HttpProcessingError as error:
+            raise aiohttp.ClientPayloadError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _failing_with_its_connection(upstream: aiohttp.ClientResponse) -> Iterator[None]:
+    """aiohttp's compiled parser forgets to fail the body when a chunk is malformed: reading it
+    would then wait for ever, although the connection is closed."""
+    protocol = upstream.connection and upstream.connection.protocol
+    # an empty queue of messages makes a protocol false
+    closed = None if protocol is None else protocol.closed
+    if closed is None:
+        yield
+        return
+
+    def fail(closed: asyncio.Future[None]) -> None:
+        if not closed.cancelled():
+            closed.exception()
+        if not upstream.content.is_eof():
+            upstream.close()
+
+    closed.add_done_callback(fail)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(fail)
+
+
+async def whole_frames(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     """The same bytes, cut only where a frame ends; a frame that is never finished is dropped.
 
     Raises `BadStream` when a frame grows over the limit.
     """
     tail = b""
-    async for chunk in chunks:
-        data = tail + chunk if tail else chunk
-        if data.endswith(FRAME_ENDS):
-            tail = b""
-            yield data
-            continue
-        end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in FRAME_ENDS)
-        tail = data[end:]
-        if len(tail) > MAX_EVENT_BYTES:
-            raise BadStream(f"the worker sent a frame over {MAX_EVENT_BYTES} bytes")
-        if end:
-            yield data[:end]
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            data = tail + chunk if tail else chunk
+            if data.endswith(FRAME_ENDS):
+                tail = b""
+                yield data
+                continue
+            end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in FRAME_ENDS)
+            tail = data[end:]
+            if len(tail) > MAX_EVENT_BYTES:
+                raise BadStream(f"the worker sent a frame over {MAX_EVENT_BYTES} bytes")
+            if end:
+                yield data[:end]

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import anyio
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from sse_starlette.event import ServerSentEvent as OutgoingEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
@@ -74,7 +74,7 @@ def create_slot_app(
         lifespan=worker.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.include_router(worker.router())
+    worker.add_to(app)
     install_error_handlers(app)
     return Edge(app, policy or AccessPolicy())
 
@@ -118,16 +118,14 @@ class WorkerRoutes:
         with ThreadPoolExecutor(NUM_PREPARATION_THREADS, "prepare") as self._pool:
             yield
 
-    def router(self) -> APIRouter:
-        router = APIRouter()
-        router.add_api_route("/v1/models", self.models)
-        router.add_api_route("/v1/models/{name:path}", self.model)
-        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
-        router.add_api_route("/health/live", self.live)
-        router.add_api_route("/health/ready", self.ready)
-        router.add_api_route("/health/decode", self.decode)
-        return router
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/models/{name:path}", self.model)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        app.add_api_route("/health/live", self.live)
+        app.add_api_route("/health/ready", self.ready)
+        app.add_api_route("/health/decode", self.decode)
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, prepare_chat, "chatcmpl-")

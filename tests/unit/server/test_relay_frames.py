@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 import pytest
 
@@ -14,7 +14,7 @@ from chatserve.server.relay import whole_frames
 STREAM = b"".join([encode_event("你好 🙂"), PING, encode_event("a\nb"), encode_event("[DONE]")])
 
 
-async def source(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+async def source(chunks: Iterable[bytes]) -> AsyncGenerator[bytes]:
     for chunk in chunks:
         yield chunk
 
