@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chatserve.engine.sequence import SamplingParams, TokenEvent
-from chatserve.errors import ChatserveError, ContextLengthExceeded
+from chatserve.errors import ChatserveError, ContextLengthExceeded, GenerationFailed
 
 WAIT_S = 20.0
 ANSWER = ("Hello", ", ", "wörld", " 🙂", "!")
@@ -64,9 +64,12 @@ class FakeStream:
     async def __anext__(self) -> TokenEvent:
         if self._is_done:
             raise StopAsyncIteration
+        if not self._events and self._engine.hangs:
+            await self._engine.stopped.wait()
+        if self._engine.stopped.is_set():
+            self._finish(self._engine.finished)
+            return TokenEvent(self._seq_id, error=GenerationFailed("the engine has stopped"))
         if not self._events:
-            if self._engine.hangs:
-                await asyncio.Event().wait()
             raise StopAsyncIteration
         if self._engine.step_s is not None:
             await asyncio.sleep(self._engine.step_s)
@@ -114,13 +117,14 @@ class FakeEngine:
         self.finished: list[str] = []
         self.running: set[str] = set()
         self.num_events: dict[str, int] = {}
+        self.stopped = asyncio.Event()
         self._changed = threading.Condition()
 
     def start(self) -> None:
         self.is_started = True
 
     async def stop(self) -> None:
-        self.is_started = False
+        self.stopped.set()
 
     def stats(self) -> FakeStats:
         return self.current

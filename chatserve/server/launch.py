@@ -43,7 +43,19 @@ WORKER_STOP_S = 5.0
 REACHED_OVER_IPV4_LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+Policy = Callable[[], RestartPolicy]
+
+
+def default_policy() -> RestartPolicy:
+    return RestartPolicy(time.monotonic)
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+    policy: Policy = default_policy,
+) -> int:
     """`chatserve serve [WEIGHTS ...]`. Returns the exit code."""
     parser = CommandParser(
         "chatserve serve",
@@ -58,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print_error(error.message)
         return error.exit_code
-    return run_server(config, weights or [settings.DEFAULT_WEIGHTS])
+    weights = weights or [settings.DEFAULT_WEIGHTS]
+    return run_server(config, weights, worker_command=worker_command, policy=policy)
 
 
 def run_server(
@@ -66,7 +79,7 @@ def run_server(
     weights: Sequence[str],
     *,
     worker_command: Sequence[str] = WORKER_COMMAND,
-    policy: Callable[[], RestartPolicy] = lambda: RestartPolicy(time.monotonic),
+    policy: Policy = default_policy,
 ) -> int:
     """Serve `weights` until a signal comes, and return the exit code.
 
@@ -91,7 +104,7 @@ class _Server:
         config: ServeConfig,
         weights: Sequence[str],
         worker_command: Sequence[str],
-        policy: Callable[[], RestartPolicy],
+        policy: Policy,
     ) -> None:
         self._config = config
         self._models = named(weights, config.model_names)

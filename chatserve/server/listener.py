@@ -120,22 +120,22 @@ class Listener:
         error that its client can read; a moment later connections are cut.
         """
         self._edge.drain()
+        await self._wait_until_idle(drain_s, hurry)
         if self._edge.num_in_flight:
-            logger.info("finishing %d requests", self._edge.num_in_flight)
-        if not await self._is_idle_within(drain_s, hurry):
             logger.warning("cutting %d requests short", self._edge.num_in_flight)
             if abort is not None:
                 await abort()
-                await self._is_idle_within(ABORT_S, asyncio.Event())
+                await self._wait_until_idle(ABORT_S, asyncio.Event())
         self._server.should_exit = True
         if self._task is not None:
             await self._task
 
-    async def _is_idle_within(self, seconds: float, hurry: asyncio.Event) -> bool:
+    async def _wait_until_idle(self, seconds: float, hurry: asyncio.Event) -> None:
+        if not self._edge.num_in_flight or hurry.is_set():
+            return
+        logger.info("waiting for %d requests to finish", self._edge.num_in_flight)
         idle = asyncio.create_task(self._edge.idle())
-        insisted = asyncio.create_task(hurry.wait())
-        await asyncio.wait({idle, insisted}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        is_idle = idle.done()
-        for waiter in (idle, insisted):
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({idle, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in (idle, hurried):
             waiter.cancel()
-        return is_idle

@@ -128,8 +128,9 @@ class Supervisor:
     def hurry(self) -> None:
         """Tell the child to end its answers now, with an error each."""
         if self._process is not None:
+            # one after the other: two of the same kind could become one on the way
             _signal(self._process, signal.SIGTERM)
-            _signal(self._process, signal.SIGTERM)
+            _signal(self._process, signal.SIGINT)
 
     async def _run_once(self) -> tuple[int, str | None]:
         """Start the child and wait for its end. Returns its exit code and its last line."""

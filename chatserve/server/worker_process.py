@@ -108,12 +108,14 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         jobs = [_fill(slot, config, load, on_ready=partial(_announce, heartbeat, slot, url))]
         if heartbeat is not None:
             jobs.append(heartbeat.run())
+        drain_s = 0.0
         try:
             await run_until(stop.asked, *jobs, _watch_engine(slot))
+            drain_s = DRAIN_S
         finally:
             slot.is_draining = True
             await listener.stop(
-                drain_s=DRAIN_S, hurry=stop.insisted, abort=partial(_stop_engine, slot)
+                drain_s=drain_s, hurry=stop.insisted, abort=partial(_stop_engine, slot)
             )
             await _stop_engine(slot)
     return EXIT_INTERRUPTED if stop.is_interrupted else 0

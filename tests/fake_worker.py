@@ -1,0 +1,64 @@
+"""A worker process with a fake engine: the real process, HTTP and control plane, no weights.
+
+What it does is the name of its WEIGHTS, a folder of scripts that do not exist:
+`ok` answers, `seconds` takes one, `endless` never stops, `slow-load` loads until its file `go`
+exists, `missing`, `too-big`, `wrong-flag` and `refused` fail for good, `crash` and `segfault` die
+at start, `crash-once` at its first start only, `dying-engine` loses its engine after one request.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from chatserve.config import WorkerConfig
+from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
+from chatserve.server.worker_process import run_worker
+from tests.fakes import FakeEngine, FakeModel, FakeStats
+
+FAILURES = {
+    "missing": ModelLoadError("no such folder: missing; check the path"),
+    "too-big": DoesNotFit("needs 140 GB, there are 2; try --load-8bit"),
+    "wrong-flag": UsageError("no such template"),
+    "refused": RegistrationFailed("the controller refuses this worker"),
+    "crash": RuntimeError("the cause"),
+}
+
+
+class DyingEngine(FakeEngine):
+    def stats(self) -> FakeStats:
+        return FakeStats(is_alive=not self.submitted)
+
+
+def load(
+    config: WorkerConfig, progress: Callable[[int, int], None]
+) -> tuple[FakeEngine, FakeModel]:
+    path = Path(config.weights)
+    model = FakeModel(names=config.model_names, description={"device": config.device})
+    if path.name in FAILURES:
+        raise FAILURES[path.name]
+    if path.name == "segfault":
+        os.kill(os.getpid(), 11)
+    if path.name == "crash-once" and not path.exists():
+        path.touch()
+        raise RuntimeError("only once")
+    if path.name == "slow-load":
+        progress(25, 100)
+        while not (path.parent / "go").exists():
+            time.sleep(0.01)
+    if path.name == "endless":
+        return FakeEngine(["word "] * 100_000, step_s=0.005), FakeModel(
+            names=config.model_names, context_length=200_000
+        )
+    if path.name == "seconds":
+        return FakeEngine([f"{i} " for i in range(20)], step_s=0.05), model
+    if path.name == "dying-engine":
+        return DyingEngine(["a"], hangs=True), model
+    return FakeEngine(step_s=0.001), model
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_worker(sys.argv[1:], load))
