@@ -26,7 +26,7 @@ MODEL = {
         "dtype": "float32",
         "load_8bit": True,
         "context_length": 2048,
-        "template_name": "vicuna_v1.1",
+        "template": "vicuna_v1.1",
     },
 }
 ESCAPES = ("\x1b]0;ow", "ned\x07sa", "\x1b", "[2Jfe\x1b[31", "m 你\u202e好\n")

@@ -228,7 +228,7 @@ def _model_info(entry: dict[str, Any]) -> ModelInfo:
         dtype=text("dtype"),
         load_8bit=extra.get("load_8bit") is True,
         context_length=context_length if isinstance(context_length, int) else None,
-        template_name=text("template_name"),
+        template_name=text("template"),
     )
 
 

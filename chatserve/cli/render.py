@@ -20,6 +20,7 @@ _DIM = "\x1b[2m"
 _RED = "\x1b[31m"
 _RESET = "\x1b[0m"
 _ERASE_LINE = "\r\x1b[2K"
+_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _BAR_WIDTH = 20
 _MIN_FRAME_S = 0.05
 _MAX_DRAWING_SHARE = 0.1
@@ -194,7 +195,8 @@ class Display:
         if not self._is_terminal:
             return
         if progress is not None:
-            self._err.write(_ERASE_LINE + progress_text(progress))
+            # a line that is too long is cut: one that wrapped could not be erased
+            self._err.write(_ERASE_LINE + _NO_WRAP + progress_text(progress) + _WRAP)
         elif self._has_progress:
             self._err.write(_ERASE_LINE)
         self._has_progress = progress is not None

@@ -81,7 +81,7 @@ class Terminal:
         while time.monotonic() < deadline and self._read():
             pass
         self.child.wait()
-        return -self.child.signalstatus if self.child.signalstatus else self.child.exitstatus
+        return -(self.child.signalstatus or 0) or self.child.exitstatus or 0
 
     def has_restored_settings(self) -> bool:
         """Whether echo, line mode and the rest are as they were before the program."""

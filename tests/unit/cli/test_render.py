@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pyte
 import pytest
 
 from chatserve.cli.answer import Progress
@@ -95,6 +96,20 @@ def test_progress_is_one_line_that_goes_away_and_only_on_a_terminal() -> None:
     plain = io.StringIO()
     Display(PlainDrawer(io.StringIO()), plain).progress(Progress("m"))
     assert plain.getvalue() == ""
+
+
+def test_progress_stays_on_its_line_on_a_narrow_terminal() -> None:
+    err = io.StringIO()
+    display = Display(PlainDrawer(io.StringIO()), err, is_terminal=True)
+    screen = pyte.Screen(20, 3)
+    for loaded_bytes in (1, 2, 3):
+        display.progress(Progress("SmolLM2-135M-Instruct", "loading", loaded_bytes, 4))
+    pyte.Stream(screen).feed(err.getvalue())
+    assert screen.display[0].startswith("loading SmolLM2-135")
+    assert "".join(screen.display[1:]).strip() == ""
+    display.progress(None)
+    pyte.Stream(screen).feed(err.getvalue())
+    assert "".join(screen.display).strip() == ""
 
 
 def test_progress_text() -> None:
