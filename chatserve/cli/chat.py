@@ -97,7 +97,7 @@ def answer_once(
     deltas = server.stream(transcript.messages(), options.sampling)
     stream_answer(deltas, display, answer, clock)
     if answer.finish_reason == "length":
-        display.note(length_text(answer, options))
+        display.note(length_text(answer, options, server.model()))
     if show_status:
         display.note(status_text(server.model(), answer))
 
@@ -184,7 +184,8 @@ class Chat:
             else:
                 self._keep(answer, is_partial=False)
                 if answer.finish_reason == "length":
-                    self._display.note(length_text(answer, self._options))
+                    model = self._server.model()
+                    self._display.note(length_text(answer, self._options, model))
 
     def _answer(self, answer: Answer) -> None:
         wait_until_ready(self._server, self._display)
@@ -254,9 +255,10 @@ def status_text(model: ModelInfo, answer: Answer) -> str:
     return " · ".join(one_line(part) for part in parts if part)
 
 
-def length_text(answer: Answer, options: ChatOptions) -> str:
+def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
     """Why an answer ended before its end."""
     limit = options.sampling.get("max_tokens")
     if limit is not None and (answer.num_tokens is None or answer.num_tokens >= limit):
         return f"the answer stopped at --max-new-tokens {limit}"
-    return "the answer stopped where the model's context ends"
+    size = f" of {model.context_length} tokens" if model.context_length else ""
+    return f"the answer stopped where the model's context{size} ends"

@@ -221,7 +221,9 @@ def test_an_answer_cut_by_its_limit_says_so() -> None:
     session = Session(ScriptedServer(cut, cut), sampling={"max_tokens": 16})
     assert "\nthe answer stopped at --max-new-tokens 16\n" in session.type("q")
     session = Session(ScriptedServer(cut))
-    assert "\nthe answer stopped where the model's context ends\n" in session.type("q")
+    assert "\nthe answer stopped where the model's context of 2048 tokens ends\n" in session.type(
+        "q"
+    )
 
 
 def test_commands_reset_remove_and_regen_in_both_spellings() -> None:
@@ -377,7 +379,7 @@ def test_one_answer_with_its_status_and_limit_on_stderr() -> None:
     out, err, _ = once("a", "b", ChatDelta("", "length", 2), show_status=True)
     assert out == "ab\n"
     assert err == (
-        "the answer stopped where the model's context ends\n"
+        "the answer stopped where the model's context of 2048 tokens ends\n"
         "fake-1b · cpu · float32 · 8-bit · 2.0 tokens/s\n"
     )
 
