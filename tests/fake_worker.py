@@ -9,14 +9,13 @@ at start, `crash-once` at its first start only, `dying-engine` loses its engine 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from chatserve.config import WorkerConfig
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
-from chatserve.server.worker_process import run_worker
+from chatserve.server import command_line
 from tests.fakes import FakeEngine, FakeModel, FakeStats
 
 FAILURES = {
@@ -61,4 +60,4 @@ def load(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_worker(sys.argv[1:], load))
+    raise SystemExit(command_line.worker(load=load))

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from chatserve.server.launch import default_policy, main
+from chatserve.server import command_line
 from chatserve.server.supervisor import RestartPolicy
 
 WORKER = (sys.executable, "-m", "tests.fake_worker")
@@ -20,5 +20,5 @@ def quick_policy() -> RestartPolicy:
 
 
 if __name__ == "__main__":
-    policy = quick_policy if os.environ.get("QUICK_RESTARTS") else default_policy
-    raise SystemExit(main(worker_command=WORKER, policy=policy))
+    policy = quick_policy if os.environ.get("QUICK_RESTARTS") else None
+    raise SystemExit(command_line.serve(worker_command=WORKER, policy=policy))

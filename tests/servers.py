@@ -50,7 +50,8 @@ def serving(build: Callable[[], Edge]) -> Iterator[RunningServer]:
         servers.append(RunningServer(edge, loop, sock.getsockname()[1]))
         started.set()
         await stopped.wait()
-        await listener.stop(drain_s=0, hurry=stopped)
+        await listener.drain(seconds=0, hurry=stopped)
+        await listener.close()
 
     def run() -> None:
         try:

@@ -1,6 +1,6 @@
 """`python -m chatserve.server [WEIGHTS ...]` = `chatserve serve`."""
 
-from chatserve.server.launch import main
+from chatserve.server.command_line import serve
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(serve())

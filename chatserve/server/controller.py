@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -218,12 +217,7 @@ def control_response(message: ControlMessage) -> Response:
     return json_response(message.model_dump(mode="json"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`chatserve controller`: wait for workers of any machine, and serve what they bring."""
-    from chatserve.server.controller_process import run_controller
-
-    return run_controller(sys.argv[1:] if argv is None else argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from chatserve.server import command_line
+
+    raise SystemExit(command_line.controller())

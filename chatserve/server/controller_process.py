@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from functools import partial
 
 from chatserve import config as settings
 from chatserve.config import ControllerConfig
-from chatserve.errors import UsageError
-from chatserve.flags import CommandParser
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, check_exposure, is_loopback
@@ -19,7 +16,6 @@ from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
     configure_logging,
-    print_error,
     run_process,
 )
 from chatserve.server.registry import WorkerRegistry
@@ -29,19 +25,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 30.0
 
 
-def run_controller(argv: Sequence[str]) -> int:
-    """`chatserve controller`. Returns the exit code."""
-    parser = CommandParser(
-        "chatserve controller",
-        "The OpenAI API over workers that register, on any machine.",
-        ControllerConfig,
-    )
-    try:
-        flags = parser.flags(argv)
-        config = settings.build(ControllerConfig, flags, file=settings.settings_file())
-    except UsageError as error:
-        print_error(error.message)
-        return error.exit_code
+def run_controller(config: ControllerConfig) -> int:
+    """Serve until a signal comes. Returns the exit code."""
     configure_logging("controller", debug=config.debug)
     return run_process(partial(_serve, config), debug=config.debug)
 
@@ -74,5 +59,6 @@ async def _serve(config: ControllerConfig) -> int:
         await listener.start()
         print(f"ready: {url_of(config.host, sock)}/v1", flush=True)
         await stop.asked.wait()
-        await listener.stop(drain_s=DRAIN_S, hurry=stop.insisted)
+        await listener.drain(seconds=DRAIN_S, hurry=stop.insisted)
+        await listener.close()
     return EXIT_INTERRUPTED if stop.is_interrupted else 0

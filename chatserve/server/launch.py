@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from chatserve import config as settings
 from chatserve.config import EngineConfig, ModelOptions, ServeConfig
 from chatserve.errors import UsageError
-from chatserve.flags import CommandParser
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
 from chatserve.server.lifeline import tie_to_parent
@@ -25,9 +24,7 @@ from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
-    add_weights,
     configure_logging,
-    print_error,
     run_process,
     run_until,
 )
@@ -48,30 +45,6 @@ Policy = Callable[[], RestartPolicy]
 
 def default_policy() -> RestartPolicy:
     return RestartPolicy(time.monotonic)
-
-
-def main(
-    argv: Sequence[str] | None = None,
-    *,
-    worker_command: Sequence[str] = WORKER_COMMAND,
-    policy: Policy = default_policy,
-) -> int:
-    """`chatserve serve [WEIGHTS ...]`. Returns the exit code."""
-    parser = CommandParser(
-        "chatserve serve",
-        "Serve models behind the OpenAI API: a controller and one worker per WEIGHTS.",
-        ServeConfig,
-    )
-    add_weights(parser)
-    try:
-        flags = parser.flags(sys.argv[1:] if argv is None else argv)
-        weights = flags.pop("weights") + flags.pop("model_path")
-        config = settings.build(ServeConfig, flags, file=settings.settings_file())
-    except UsageError as error:
-        print_error(error.message)
-        return error.exit_code
-    weights = weights or [settings.DEFAULT_WEIGHTS]
-    return run_server(config, weights, worker_command=worker_command, policy=policy)
 
 
 def run_server(
@@ -156,8 +129,9 @@ class _Server:
 
         for worker in workers:
             worker.retire()
-        await listener.stop(drain_s=DRAIN_S, hurry=self._stop.insisted, abort=hurry)
+        await listener.drain(seconds=DRAIN_S, hurry=self._stop.insisted, abort=hurry)
         await asyncio.gather(*(w.stop(kill_after_s=WORKER_STOP_S) for w in workers))
+        await listener.close()
 
     async def _announce(self, url: str) -> None:
         while not self._registry.is_ready():

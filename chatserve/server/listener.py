@@ -80,7 +80,7 @@ class _Server(uvicorn.Server):
 
 
 class Listener:
-    """Serves `edge` on `socks` between `start` and `stop`."""
+    """Serves `edge` on `socks` from `start` to `close`; `drain` in between, to end gently."""
 
     def __init__(self, edge: Edge, *socks: socket.socket) -> None:
         self._edge = edge
@@ -107,25 +107,28 @@ class Listener:
         if self._task.done():
             self._task.result()
 
-    async def stop(
+    async def drain(
         self,
         *,
-        drain_s: float,
+        seconds: float,
         hurry: asyncio.Event,
         abort: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Refuse new requests, let those under way finish, then close.
+        """Refuse new requests and let those under way finish.
 
-        After `drain_s`, or when `hurry` is set, `abort` is called to end what still runs with an
-        error that its client can read; a moment later connections are cut.
+        After `seconds`, or when `hurry` is set, `abort` is called to end what still runs with an
+        error that its client can read.
         """
         self._edge.drain()
-        await self._wait_until_idle(drain_s, hurry)
+        await self._wait_until_idle(seconds, hurry)
         if self._edge.num_in_flight:
             logger.warning("cutting %d requests short", self._edge.num_in_flight)
             if abort is not None:
                 await abort()
                 await self._wait_until_idle(ABORT_S, asyncio.Event())
+
+    async def close(self) -> None:
+        """Close the sockets; connections that are still in use are cut a moment later."""
         self._server.should_exit = True
         if self._task is not None:
             await self._task

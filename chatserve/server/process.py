@@ -1,11 +1,10 @@
-"""What every server process has around its work: logs, event loop, signals, last line, WEIGHTS.
+"""What every server process has around its work: logs, the event loop, signals, the last line.
 
 Knows no routes and no models.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import importlib.util
@@ -39,14 +38,6 @@ def print_error(message: str) -> None:
     print(f"chatserve: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """WEIGHTS, and FastChat's spelling of it."""
-    parser.add_argument("weights", nargs="*", metavar="WEIGHTS", help="folder, .gguf file or name")
-    parser.add_argument(
-        "--model-path", action="append", default=[], metavar="WEIGHTS", help="the same"
-    )
-
-
 class StopSignals:
     """SIGTERM and SIGINT as events: the first asks to stop, the second insists."""
 
@@ -71,7 +62,7 @@ class StopSignals:
         if self.asked.is_set():
             self.insisted.set()
             return
-        logger.info("stopping (%s); once more to stop at once", kind.name)
+        logger.info("stopping on %s", kind.name)
         self.is_interrupted = kind == signal.SIGINT
         self.asked.set()
 

@@ -7,10 +7,9 @@ A complete server by itself. Knows no other worker and no dispatch; the process 
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -209,12 +208,7 @@ class WorkerRoutes:
         return EventStream(generation, frames, self._ping_interval_s)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`chatserve worker WEIGHTS`: load the model, serve it, register with a controller."""
-    from chatserve.server.worker_process import run_worker
-
-    return run_worker(sys.argv[1:] if argv is None else argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from chatserve.server import command_line
+
+    raise SystemExit(command_line.worker())

@@ -13,14 +13,13 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from chatserve import config as settings
 from chatserve.config import WorkerConfig
-from chatserve.errors import GenerationFailed, UsageError
-from chatserve.flags import CommandParser
+from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
@@ -31,7 +30,6 @@ from chatserve.server.model_slot import ModelSlot
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
-    add_weights,
     configure_logging,
     print_error,
     run_process,
@@ -49,27 +47,19 @@ Progress = Callable[[int, int], None]
 Load = Callable[[WorkerConfig, Progress], tuple[Engine, ServedModel]]
 
 
-def run_worker(argv: Sequence[str], load: Load | None = None) -> int:
-    """`chatserve worker WEIGHTS`. Returns the exit code."""
-    parser = CommandParser("chatserve worker", "One model behind the OpenAI API.", WorkerConfig)
-    add_weights(parser)
-    try:
-        flags = parser.flags(argv)
-        weights = flags.pop("weights") + flags.pop("model_path")
-        if len(weights) > 1:
-            raise UsageError(f"one worker serves one model, not {len(weights)}; start one for each")
-        config = settings.build(WorkerConfig, flags, file=settings.settings_file())
-    except UsageError as error:
-        print_error(error.message)
-        return error.exit_code
-    config = dataclasses.replace(config, weights=(weights or [config.weights])[0])
-    return serve_worker(config, load or _load)
+def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]:
+    """The real thing: weights, network, engine."""
+    # here and not above: this is where torch comes in
+    from chatserve.engine.serving import load
+
+    return load(config, progress)
 
 
-def serve_worker(config: WorkerConfig, load: Load) -> int:
+def run_worker(config: WorkerConfig, load: Load) -> int:
     """Serve the model that `load` returns until a signal comes. Returns the exit code.
 
-    `load` runs in a thread of its own and reports `(loaded_bytes, total_bytes)`.
+    `load` runs in a thread of its own and reports `(loaded_bytes, total_bytes)`. Raises
+    `UsageError` for a name that cannot be shown.
     """
     names = settings.served_names(config.weights, config.model_names)
     configure_logging(f"worker {names[0]}", debug=config.debug)
@@ -83,13 +73,6 @@ def serve_worker(config: WorkerConfig, load: Load) -> int:
         sys.stderr.flush()
         os._exit(exit_code)
     return exit_code
-
-
-def _load(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]:
-    # here and not above: this is where torch comes in
-    from chatserve.engine.serving import load
-
-    return load(config, progress)
 
 
 async def _serve(config: WorkerConfig, load: Load) -> int:
@@ -114,9 +97,10 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             drain_s = DRAIN_S
         finally:
             slot.is_draining = True
-            await listener.stop(
-                drain_s=drain_s, hurry=stop.insisted, abort=partial(_stop_engine, slot)
+            await listener.drain(
+                seconds=drain_s, hurry=stop.insisted, abort=partial(_stop_engine, slot)
             )
+            await listener.close()
             await _stop_engine(slot)
     return EXIT_INTERRUPTED if stop.is_interrupted else 0
 

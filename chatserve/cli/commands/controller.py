@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chatserve.server import command_line
+
 
 def main(argv: Sequence[str]) -> int:
     """Run it until a signal comes. Returns the exit code."""
-    from chatserve.server import controller
-
-    return controller.main(argv)
+    return command_line.controller(argv)

@@ -1,0 +1,103 @@
+"""The command lines of serve, controller and worker: flags to settings, and on to the process.
+
+Light: `--help` and a wrong flag import nothing of the web.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chatserve import config as settings
+from chatserve.config import ControllerConfig, ServeConfig, WorkerConfig
+from chatserve.errors import UsageError
+from chatserve.flags import CommandParser
+
+if TYPE_CHECKING:
+    from chatserve.server.launch import Policy
+    from chatserve.server.worker_process import Load
+
+Config = TypeVar("Config")
+
+
+def serve(
+    argv: Sequence[str] | None = None,
+    *,
+    worker_command: Sequence[str] | None = None,
+    policy: Policy | None = None,
+) -> int:
+    """`chatserve serve [WEIGHTS ...]`. Returns the exit code."""
+    parser = CommandParser(
+        "chatserve serve",
+        "Serve models behind the OpenAI API: a controller and one worker per WEIGHTS.",
+        ServeConfig,
+    )
+    _add_weights(parser)
+
+    def run(config: ServeConfig, weights: list[str]) -> int:
+        from chatserve.server.launch import WORKER_COMMAND, default_policy, run_server
+
+        return run_server(
+            config,
+            weights or [settings.DEFAULT_WEIGHTS],
+            worker_command=worker_command or WORKER_COMMAND,
+            policy=policy or default_policy,
+        )
+
+    return _parse_and_run(parser, ServeConfig, argv, run)
+
+
+def controller(argv: Sequence[str] | None = None) -> int:
+    """`chatserve controller`. Returns the exit code."""
+    parser = CommandParser(
+        "chatserve controller",
+        "The OpenAI API over workers that register, on any machine.",
+        ControllerConfig,
+    )
+
+    def run(config: ControllerConfig, _weights: list[str]) -> int:
+        from chatserve.server.controller_process import run_controller
+
+        return run_controller(config)
+
+    return _parse_and_run(parser, ControllerConfig, argv, run)
+
+
+def worker(argv: Sequence[str] | None = None, *, load: Load | None = None) -> int:
+    """`chatserve worker WEIGHTS`. Returns the exit code."""
+    parser = CommandParser("chatserve worker", "One model behind the OpenAI API.", WorkerConfig)
+    _add_weights(parser)
+
+    def run(config: WorkerConfig, weights: list[str]) -> int:
+        from chatserve.server.worker_process import load_engine, run_worker
+
+        if len(weights) > 1:
+            raise UsageError(f"one worker serves one model, not {len(weights)}; start one for each")
+        config = dataclasses.replace(config, weights=(weights or [config.weights])[0])
+        return run_worker(config, load or load_engine)
+
+    return _parse_and_run(parser, WorkerConfig, argv, run)
+
+
+def _parse_and_run(
+    parser: CommandParser,
+    kind: type[Config],
+    argv: Sequence[str] | None,
+    run: Callable[[Config, list[str]], int],
+) -> int:
+    try:
+        flags: dict[str, Any] = parser.flags(sys.argv[1:] if argv is None else argv)
+        weights = flags.pop("weights", []) + flags.pop("model_path", [])
+        return run(settings.build(kind, flags, file=settings.settings_file()), weights)
+    except UsageError as error:
+        print(f"chatserve: {error.message}", file=sys.stderr)
+        return error.exit_code
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", nargs="*", metavar="WEIGHTS", help="folder, .gguf file or name")
+    # FastChat's spelling
+    parser.add_argument("--model-path", action="append", default=[], help=argparse.SUPPRESS)

@@ -1,0 +1,156 @@
+"""Flags to settings, names to models, settings to the flags of a child."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatserve import config as settings
+from chatserve.cli import commands
+from chatserve.config import (
+    DEFAULT_WEIGHTS,
+    EngineConfig,
+    ModelOptions,
+    ServeConfig,
+    WorkerConfig,
+    flags_of,
+    served_names,
+)
+from chatserve.errors import UsageError
+from chatserve.flags import CommandParser
+from chatserve.server import command_line, launch, worker_process
+from chatserve.server.launch import named
+from tests.fakes import FakeEngine, FakeModel
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("CHATSERVE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeConfig, list[str]]]:
+    calls: list[tuple[ServeConfig, list[str]]] = []
+
+    def run_server(config: ServeConfig, weights: Sequence[str], **_: Any) -> int:
+        calls.append((config, list(weights)))
+        return 0
+
+    monkeypatch.setattr(launch, "run_server", run_server)
+    return calls
+
+
+def test_serve(served: list[tuple[ServeConfig, list[str]]]) -> None:
+    assert command_line.serve(["/a", "--port", "0", "--model-path", "/b", "--load-8bit"]) == 0
+    [(config, weights)] = served
+    assert weights == ["/a", "/b"] and (config.port, config.load_8bit) == (0, True)
+
+
+def test_nothing_named_is_the_embedded_model(served: list[tuple[ServeConfig, list[str]]]) -> None:
+    from chatserve.cli.commands import serve
+
+    assert serve.main([]) == 0
+    assert served[0][1] == [DEFAULT_WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["serve", "controller", "worker"])
+def test_wrong_flag_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib
+
+    command = importlib.import_module(f"{commands.__name__}.{name}")
+    assert command.main(["--no-such-flag"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--no-such-flag" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["a", "b"], "one model"),
+        (["a", "--model-names", "x\x1by"], "--model-names"),
+        (["a", "--host", "0.0.0.0"], "CHATSERVE_API_KEYS"),
+        (["a", "--controller", "http://127.0.0.1:1"], "CHATSERVE_CONTROL_TOKEN"),
+    ],
+)
+def test_worker_that_must_not_start(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any) -> tuple[FakeEngine, FakeModel]:
+        raise AssertionError("loaded")
+
+    assert command_line.worker(arguments, load=load) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_worker_gets_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[WorkerConfig] = []
+
+    def run_worker(config: WorkerConfig, _load: Any) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr(worker_process, "run_worker", run_worker)
+    for arguments in (["/w"], ["--model-path", "/w"], []):
+        assert command_line.worker(arguments) == 0
+    assert [config.weights for config in configs] == ["/w", "/w", DEFAULT_WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ("/models/vicuna-7b/", "vicuna-7b"),
+        ("a/b/model.Q8_0.gguf", "model.Q8_0"),
+        ("smollm2-135m", "smollm2-135m"),
+        ("lmsys/vicuna-7b-v1.5", "vicuna-7b-v1.5"),
+        ("~/x", "x"),
+    ],
+)
+def test_name_of_weights(weights: str, name: str) -> None:
+    assert served_names(weights) == (name,)
+    assert served_names(weights, ["a", "b"]) == ("a", "b")
+
+
+def test_name_of_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert served_names(".") == ("here",)
+    assert served_names("/") == ("model",)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "x" * 201])
+def test_name_that_cannot_be_shown(name: str) -> None:
+    with pytest.raises(UsageError, match="--model-names"):
+        served_names("/w", [name])
+
+
+def test_names_and_weights_pair_up() -> None:
+    assert named(["/a", "/b"], []) == [("a", "/a"), ("b", "/b")]
+    assert named(["/a", "/b"], ["x", "y"]) == [("x", "/a"), ("y", "/b")]
+    for weights, names in ((["/a"], ["x", "y"]), (["/x/a", "/y/a"], []), ([], [])):
+        with pytest.raises(UsageError):
+            named(weights, names)
+
+
+def test_settings_survive_the_way_to_the_child() -> None:
+    config = ServeConfig(
+        device="cpu",
+        load_8bit=True,
+        conv_system_msg="--be nice\n=",
+        context_length=100,
+        max_num_seqs=3,
+        seed=-5,
+    )
+    flags = flags_of(config, ModelOptions, EngineConfig)
+    parsed = settings.build(WorkerConfig, CommandParser("x", "", WorkerConfig).flags(flags))
+    for kind in (ModelOptions, EngineConfig):
+        for item in settings.fields_of(kind):
+            assert getattr(parsed, item.name) == getattr(config, item.name), item.name
+    assert not any(flag.startswith(("--port", "--host", "--api")) for flag in flags)
