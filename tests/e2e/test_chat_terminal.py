@@ -144,14 +144,6 @@ def test_keys_typed_during_an_answer_wait_unseen(start: Start) -> None:
 
 
 def test_the_prompt_is_there_while_the_model_loads(start: Start) -> None:
-    durations = []
-    for _ in range(4):
-        started = time.perf_counter()
-        terminal = start(deeds=("load",))
-        terminal.wait_for("\n>")
-        durations.append(time.perf_counter() - started)
-        terminal.close()
-    assert min(durations) < 0.5
     terminal = start(deeds=("load",))
     loading = "loading fake-1b ██████████░░░░░░░░░░  50%  135 / 270 MB"
     terminal.wait_for_screen(BANNER, ">", *[""] * 13, loading)
