@@ -10,8 +10,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 
-import anyio
-
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, TokenStream
@@ -78,11 +76,9 @@ class Generation:
         """Abort what still runs, and log the request in one line. Safe to call at any time."""
         for pump in self._pumps:
             pump.cancel()
-        # the scope around a response is cancelled when its client leaves: cleaning up must not be
-        with anyio.CancelScope(shield=True):
-            await asyncio.gather(*self._pumps, return_exceptions=True)
-            for stream in self._streams:
-                await stream.aclose()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for stream in self._streams:
+            await stream.aclose()
         self._pumps.clear()
 
     def log_summary(self) -> None:

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-import anyio
 from fastapi import FastAPI
 from sse_starlette.event import ServerSentEvent as OutgoingEvent
 from sse_starlette.sse import EventSourceResponse
@@ -97,9 +96,8 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._frames.aclose()
-                await self._generation.aclose()
+            await self._frames.aclose()
+            await self._generation.aclose()
             self._generation.log_summary()
 
 

@@ -26,6 +26,7 @@ from tests.servers import http_request, read_until, send_raw
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
+CHUNKED_END = b"0\r\n\r\n"
 SERVE = ("-m", "tests.serve_fake")
 
 
@@ -132,17 +133,27 @@ def chat(url: str, model: str, *, stream: bool = False, timeout_s: float = 30) -
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
 
 
-def open_stream(url: str, model: str) -> socket.socket:
-    """A stream that has begun."""
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    sock = send_raw(port_of(url), http_request("POST", "/v1/chat/completions", body))
-    assert b'"content":"' in read_until(sock, b'"content":"') + read_until(sock, b'"content":"')
-    return sock
+class Stream:
+    """A streamed answer that has begun; `rest` reads it to its end."""
 
+    def __init__(self, url: str, model: str) -> None:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        request = http_request("POST", "/v1/chat/completions", body)
+        self._sock = send_raw(port_of(url), request)
+        self._data = read_until(self._sock, b'"finish_reason":null}]}\n\n')
+        assert b'"role":"assistant"' in self._data
 
-def rest_of(sock: socket.socket) -> bytes:
-    """Everything up to the end of the chunked body."""
-    return read_until(sock, b"0\r\n\r\n")
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def rest(self) -> bytes:
+        """All of it, to the end of the chunked body or of the connection."""
+        if not self._data.endswith(CHUNKED_END):
+            self._data += read_until(self._sock, CHUNKED_END)
+        return self._data
 
 
 def error_in(data: bytes) -> str:
@@ -192,7 +203,7 @@ def test_control_c_is_130_and_reaches_the_server_only(serve: Any) -> None:
 def test_drain_finishes_streams_and_refuses_the_rest(serve: Any) -> None:
     process = serve("seconds")
     url = process.ready_url()
-    streams = [open_stream(url, "seconds") for _ in range(4)]
+    streams = [Stream(url, "seconds") for _ in range(4)]
     process.popen.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 10
     while httpx.get(f"{url}/health/ready").status_code != 503:
@@ -200,25 +211,39 @@ def test_drain_finishes_streams_and_refuses_the_rest(serve: Any) -> None:
     refused = chat(url, "seconds")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
     assert "retry-after" in refused.headers
-    for sock in streams:
-        with sock:
-            data = rest_of(sock)
+    for stream in streams:
+        with stream:
+            data = stream.rest()
             assert b'"content":"19 "' in data and data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert process.wait(10) == 0
+
+
+def test_worker_that_dies_during_the_drain_is_not_started_again(serve: Any) -> None:
+    process = serve("endless")
+    url = process.ready_url()
+    [worker] = process.children()
+    with Stream(url, "endless") as stream:
+        process.popen.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/health/ready").status_code != 503:
+            pass
+        worker.kill()
+        assert error_in(stream.rest()) == "worker_died"
+    assert process.wait(10) == 0
+    assert not [line for line in process.err if "starting it again" in line]
 
 
 def test_second_signal_ends_streams_with_an_error(serve: Any) -> None:
     process = serve("endless")
     url = process.ready_url()
     children = process.children()
-    with open_stream(url, "endless") as sock:
+    with Stream(url, "endless") as stream:
         process.popen.send_signal(signal.SIGTERM)
         while httpx.get(f"{url}/health/ready").status_code != 503:
             pass
         process.popen.send_signal(signal.SIGTERM)
-        data = rest_of(sock)
+        data = stream.rest()
     assert error_in(data) in ("generation_failed", "worker_died")
-    assert b"[DONE]" not in data and data.endswith(b"0\r\n\r\n")
+    assert b"[DONE]" not in data and data.endswith(CHUNKED_END)
     assert process.wait(10) == 0
     assert gone(children, 0.1)
 
@@ -228,7 +253,7 @@ def test_nothing_survives_a_killed_server(serve: Any) -> None:
     url = process.ready_url()
     children = process.children()
     assert len(children) == 2
-    with open_stream(url, "endless"):
+    with Stream(url, "endless"):
         process.popen.kill()
         assert gone(children)
     with socket.create_server(("127.0.0.1", port_of(url))):
@@ -254,29 +279,40 @@ def test_nothing_survives_the_end_of_the_parents_pipe(serve: Any, weights: str) 
 def test_worker_killed_in_the_middle(serve: Any) -> None:
     process = serve("endless")
     url = process.ready_url()
-    streams = [open_stream(url, "endless") for _ in range(4)]
+    streams = [Stream(url, "endless") for _ in range(4)]
     [worker] = process.children()
     worker.kill()
-    for sock in streams:
-        with sock:
-            data = rest_of(sock)
+    for stream in streams:
+        with stream:
+            data = stream.rest()
             assert error_in(data) == "worker_died"
-            assert b"[DONE]" not in data and data.endswith(b"0\r\n\r\n")
+            assert b"[DONE]" not in data and data.endswith(CHUNKED_END)
     started = time.monotonic()
     while httpx.get(f"{url}/health/ready").status_code != 200:
         assert time.monotonic() - started < 20
     assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["endless"]
-    open_stream(url, "endless").close()
+    with Stream(url, "endless"):
+        pass
     [successor] = process.children()
     assert successor.pid != worker.pid
+
+
+def test_dead_worker_is_missed_at_once(serve: Any) -> None:
+    process = serve("ok", "--heartbeat-expiry-s", "60")
+    url = process.ready_url()
+    process.children()[0].kill()
+    deadline = time.monotonic() + 20
+    while (ready := httpx.get(f"{url}/health/ready")).status_code == 200:
+        assert time.monotonic() < deadline
+    assert ready.json()["models"][0]["state"] == "missing"
 
 
 def test_engine_that_dies_is_replaced(serve: Any) -> None:
     process = serve("dying-engine", QUICK_RESTARTS="1")
     url = process.ready_url()
     [worker] = process.children()
-    with open_stream(url, "dying-engine") as sock:
-        assert error_in(rest_of(sock)) in ("generation_failed", "worker_died")
+    with Stream(url, "dying-engine") as stream:
+        assert error_in(stream.rest()) in ("generation_failed", "worker_died")
     assert gone([worker], 20)
 
 
@@ -391,6 +427,8 @@ def test_one_line_says_what_is_wrong(
 def test_public_address_with_a_key(serve: Any) -> None:
     process = serve("--host", "0.0.0.0", "ok", CHATSERVE_API_KEYS="key")
     url = process.ready_url()
+    [worker] = process.children()
+    assert not worker.environ()["CHATSERVE_API_KEYS"]
     assert chat(url, "ok").status_code == 401
     headers = {"Authorization": "Bearer key"}
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
