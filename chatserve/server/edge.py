@@ -193,7 +193,8 @@ class Edge:
     def _limit_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> Receive:
         limit = self._max_body_bytes
         declared = _values(headers, b"content-length")
-        if declared and declared[0].isdigit() and int(declared[0][:19]) > limit:
+        is_number = bool(declared) and declared[0].isascii() and declared[0].isdigit()
+        if is_number and int(declared[0][:19]) > limit:
             raise _too_large(limit)
         num_bytes = 0
 

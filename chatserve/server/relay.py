@@ -57,7 +57,12 @@ class Relay:
     ) -> None:
         self._registry = registry
         self._session = session
-        self._headers = {"Content-Type": "application/json", **bearer(control_token)}
+        self._headers = {
+            "Content-Type": "application/json",
+            # bytes go through as they are: nothing here could decompress them for the client
+            "Accept-Encoding": "identity",
+            **bearer(control_token),
+        }
 
     async def forward(self, request: Request, model: str, body: bytes) -> Response:
         """Send `body` to a worker for `model` and pass its answer on.

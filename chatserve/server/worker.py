@@ -86,7 +86,6 @@ class EventStream(EventSourceResponse):
         super().__init__(
             frames,
             ping=ping_s,
-            sep="\n",
             ping_message_factory=lambda: OutgoingEvent(comment="ping", sep="\n"),
         )
         self._generation = generation

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from chatserve import config as settings
+from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, ServedModel
@@ -136,7 +137,17 @@ async def _fill(
     slot: ModelSlot, config: WorkerConfig, load: Load, *, on_ready: Callable[[], None]
 ) -> None:
     config = dataclasses.replace(config, model_names=slot.names)
-    engine, model = await _in_daemon_thread(lambda: load(config, slot.progress))
+
+    def work() -> tuple[Engine, ServedModel]:
+        with ByteBar(f"loading {slot.names[0]}", sys.stderr) as bar:
+
+            def progress(loaded_bytes: int, total_bytes: int) -> None:
+                slot.progress(loaded_bytes, total_bytes)
+                bar(loaded_bytes, total_bytes)
+
+            return load(config, progress)
+
+    engine, model = await _in_daemon_thread(work)
     engine.start()
     slot.fill(engine, model)
     logger.info("%s is ready", slot.names[0])

@@ -219,15 +219,16 @@ def test_drain_finishes_streams_and_refuses_the_rest(serve: Any) -> None:
 
 
 def test_worker_that_dies_during_the_drain_is_not_started_again(serve: Any) -> None:
-    process = serve("endless")
+    process = serve("endless", "seconds", QUICK_RESTARTS="1")
     url = process.ready_url()
-    [worker] = process.children()
-    with Stream(url, "endless") as stream:
+    by_weights = {child.cmdline()[-1]: child for child in process.children()}
+    with Stream(url, "endless") as dies, Stream(url, "seconds") as goes_on:
         process.popen.send_signal(signal.SIGTERM)
         while httpx.get(f"{url}/health/ready").status_code != 503:
             pass
-        worker.kill()
-        assert error_in(stream.rest()) == "worker_died"
+        by_weights["endless"].kill()
+        assert error_in(dies.rest()) == "worker_died"
+        assert b"[DONE]" in goes_on.rest()
     assert process.wait(10) == 0
     assert not [line for line in process.err if "starting it again" in line]
 
@@ -374,6 +375,9 @@ def test_progress_can_be_asked_for_while_the_model_loads(start: Any, tmp_path: P
     (tmp_path / "go").touch()
     assert process.ready_url() == url
     assert chat(url, "slow-load").status_code == 200
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert "loading slow-load (0 MB)\n" in process.err
 
 
 def test_stop_while_the_model_loads(serve: Any, tmp_path: Path) -> None:
@@ -470,11 +474,15 @@ def wait_until_served(url: str) -> None:
 
 
 def test_worker_alone(start: Any) -> None:
-    worker = start("-m", "tests.fake_worker", "ok")
+    worker = start("-m", "tests.fake_worker", "seconds")
     url = worker.ready_url()
-    assert chat(url, "ok").status_code == 200
     assert httpx.get(f"{url}/health/live", headers={"Host": "evil.example"}).status_code == 403
-    worker.popen.send_signal(signal.SIGTERM)
+    with Stream(url, "seconds") as stream:
+        worker.popen.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{url}/health/ready")).status_code != 503:
+            pass
+        assert ready.json()["status"] == "draining"
+        assert b"[DONE]" in stream.rest()
     assert worker.wait(10) == 0
 
 

@@ -21,7 +21,7 @@ ARROWS = {
     "protocol": set(),
     "models": {"kernels"},
     "engine": {"models", "hub"},
-    "server": {"engine", "models", "protocol", "flags"},
+    "server": {"engine", "models", "protocol", "flags", "byte_bar"},
     "cli": {"protocol"},
 }
 LIGHT = {"cli", "protocol", "errors", "config", "flags"}

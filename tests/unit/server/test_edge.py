@@ -194,6 +194,12 @@ def test_declared_body_over_the_limit_is_not_read() -> None:
     assert app.app.num_calls == 0  # type: ignore[attr-defined]  # Echo
 
 
+@pytest.mark.parametrize("length", ["9" * 30, "²", "-1", "x"])
+def test_strange_length(length: str) -> None:
+    expected = 413 if length.startswith("9") else 200
+    assert post(edge(), JSON, ("content-length", length)).status == expected
+
+
 def test_body_at_the_limit_is_read() -> None:
     assert post(edge(), JSON, body=[b"x" * 60, b"x" * 40]).body == b"100"
 
