@@ -39,7 +39,6 @@ WORKER_STOP_S = 5.0
 # workers listen on 127.0.0.1 and are called back where they call from
 REACHED_OVER_IPV4_LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
 
-
 Policy = Callable[[], RestartPolicy]
 
 

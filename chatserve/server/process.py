@@ -38,6 +38,15 @@ def print_error(message: str) -> None:
     print(f"chatserve: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
+Report = Callable[[str, bool], None]
+"""Called with the line that says why a process ends, and whether another start would end alike."""
+
+
+def print_failure(message: str, is_final: bool) -> None:
+    """To a person it makes no difference whether the end is final."""
+    print_error(message)
+
+
 class StopSignals:
     """SIGTERM and SIGINT as events: the first asks to stop, the second insists."""
 
@@ -90,7 +99,7 @@ def run_process(
     main: Callable[[], Coroutine[Any, Any, int]],
     *,
     debug: bool = False,
-    report: Callable[[str], None] = print_error,
+    report: Report = print_failure,
 ) -> int:
     """Run `main` on uvloop where there is one. Returns the exit code.
 
@@ -101,13 +110,13 @@ def run_process(
             return runner.run(main())
     except StartupError as error:
         logger.debug("startup failed", exc_info=debug)
-        report(error.message)
+        report(error.message, True)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # the boundary of the process: a bug ends it with one line
         logger.debug("internal error", exc_info=debug)
-        report(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+        report(f"internal error: {type(error).__name__}: {error} (--debug shows where)", False)
         return StartupError.exit_code
 
 

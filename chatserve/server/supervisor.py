@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from chatserve.errors import (
     CrashLoop,
     DoesNotFit,
+    HubError,
     ModelLoadError,
     RegistrationFailed,
     StartupError,
     UsageError,
 )
-from chatserve.server.lifeline import Lifeline
+from chatserve.server.lifeline import LastWords, Lifeline
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +92,14 @@ class Supervisor:
         child's last line.
         """
         while True:
-            exit_code, line = await self._run_once()
+            exit_code, words = await self._run_once()
             if self._is_retired.is_set():
                 return
-            reason = line or describe_exit(exit_code)
+            reason = words.message if words else describe_exit(exit_code)
             if kind := FINAL_ERRORS.get(exit_code):
                 raise kind(reason)
+            if words and words.is_final:
+                raise HubError(reason)
             pause_s = self._policy.pause_s()
             if pause_s is None:
                 raise CrashLoop(f"worker {self.name} keeps crashing; its last error: {reason}")
@@ -132,8 +135,8 @@ class Supervisor:
             _signal(self._process, signal.SIGTERM)
             _signal(self._process, signal.SIGINT)
 
-    async def _run_once(self) -> tuple[int, str | None]:
-        """Start the child and wait for its end. Returns its exit code and its last line."""
+    async def _run_once(self) -> tuple[int, LastWords | None]:
+        """Start the child and wait for its end. Returns its exit code and its last words."""
         lifeline = Lifeline()
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -147,7 +150,7 @@ class Supervisor:
             lifeline.close_child_end()
             exit_code = await self._process.wait()
             self._on_exit()
-            return exit_code, lifeline.last_line()
+            return exit_code, lifeline.last_words()
         finally:
             lifeline.close()
             if self._process is not None and self._process.returncode is None:

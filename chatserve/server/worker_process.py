@@ -30,9 +30,10 @@ from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
+    Report,
     StopSignals,
     configure_logging,
-    print_error,
+    print_failure,
     run_process,
     run_until,
 )
@@ -64,9 +65,9 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
     """
     names = settings.served_names(config.weights, config.model_names)
     configure_logging(f"worker {names[0]}", debug=config.debug)
-    report = print_error
+    report: Report = print_failure
     if config.parent_pipe is not None:
-        tie_to_parent(config.parent_pipe)
+        tie_to_parent(config.parent_pipe, by_kernel=True)
         report = partial(report_to_parent, config.parent_pipe)
     exit_code = run_process(partial(_serve, config, load), debug=config.debug, report=report)
     if any(thread.name == LOAD_THREAD for thread in threading.enumerate()):

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
-from chatserve.server.lifeline import MAX_LINE_BYTES, Lifeline, report_to_parent
+import psutil
+import pytest
+
+from chatserve.server.lifeline import MAX_LINE_CHARS, LastWords, Lifeline, report_to_parent
 
 TIED = """
 import sys, time
@@ -31,20 +34,56 @@ def test_child_ends_with_its_supervisors_end_of_the_line() -> None:
         assert child.wait(20) == 1
 
 
-def test_last_line() -> None:
+BY_KERNEL = """
+import os, subprocess, sys, time
+fd = int(sys.argv[1])
+code = (
+    "import os, signal, sys, time; from chatserve.server.lifeline import tie_to_parent; "
+    f"tie_to_parent({fd}, by_kernel=True); print(os.getpid(), flush=True); "
+    "os.kill(os.getpid(), signal.SIGSTOP)"
+)
+subprocess.Popen([sys.executable, "-c", code], pass_fds=(fd,))
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_child_that_hangs_is_ended_by_the_kernel() -> None:
+    """A stopped process cannot see the end of its line; here that never even comes."""
     lifeline = Lifeline()
-    assert lifeline.last_line() is None
-    report_to_parent(lifeline.child_fd, "out of\nmemory: ü")
+    fd = lifeline.child_fd
+    with subprocess.Popen(
+        [sys.executable, "-c", BY_KERNEL, str(fd)], pass_fds=(fd,), stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        _, alive = psutil.wait_procs([child], timeout=20)
+    lifeline.close()
+    assert not alive
+
+
+def test_last_words() -> None:
+    lifeline = Lifeline()
+    assert lifeline.last_words() is None
+    report_to_parent(lifeline.child_fd, "out of\nmemory: ü", True)
     lifeline.close_child_end()
-    assert lifeline.last_line() == "out of memory: ü"
-    assert lifeline.last_line() is None
+    assert lifeline.last_words() == LastWords("out of memory: ü", is_final=True)
+    assert lifeline.last_words() is None
     lifeline.close()
 
 
-def test_long_last_line_is_cut() -> None:
+def test_long_last_words_are_cut() -> None:
     lifeline = Lifeline()
-    report_to_parent(lifeline.child_fd, "x" * 100_000)
-    assert len(lifeline.last_line() or "") == MAX_LINE_BYTES - 1
+    report_to_parent(lifeline.child_fd, "🦙" * 100_000, False)
+    assert lifeline.last_words() == LastWords("🦙" * MAX_LINE_CHARS, is_final=False)
+    lifeline.close()
+
+
+def test_words_that_make_no_sense_are_none() -> None:
+    lifeline = Lifeline()
+    os.write(lifeline.child_fd, b"{oops")
+    assert lifeline.last_words() is None
     lifeline.close()
 
 
@@ -52,5 +91,5 @@ def test_nobody_left_to_tell() -> None:
     lifeline = Lifeline()
     fd = os.dup(lifeline.child_fd)
     lifeline.close()
-    report_to_parent(fd, "hello?")
+    report_to_parent(fd, "hello?", True)
     os.close(fd)

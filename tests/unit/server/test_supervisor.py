@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 from chatserve.errors import (
     CrashLoop,
     DoesNotFit,
+    HubError,
     ModelLoadError,
     RegistrationFailed,
     StartupError,
@@ -68,10 +70,23 @@ def child(code: str, *, ends: list[float] | None = None) -> Supervisor:
     return Supervisor("w", command, environment, quick(), on_exit=on_exit)
 
 
+def say(message: str, *, is_final: bool = True) -> str:
+    words = json.dumps({"message": message, "is_final": is_final})
+    return f"os.write(fd, {words.encode()!r}); "
+
+
+def test_a_download_that_failed_is_not_tried_again() -> None:
+    ends: list[float] = []
+    code = say("cannot reach the hub") + "sys.exit(1)"
+    with pytest.raises(HubError, match="cannot reach the hub"):
+        asyncio.run(child(code, ends=ends).run())
+    assert len(ends) == 1
+
+
 @pytest.mark.parametrize("kind", [UsageError, ModelLoadError, DoesNotFit, RegistrationFailed])
 def test_final_exit_codes_are_raised_with_the_childs_own_line(kind: type[StartupError]) -> None:
     ends: list[float] = []
-    code = f"os.write(fd, b'no such folder\\n'); sys.exit({kind.exit_code})"
+    code = say("no such folder") + f"sys.exit({kind.exit_code})"
     with pytest.raises(kind, match=r"^no such folder$") as caught:
         asyncio.run(child(code, ends=ends).run())
     assert type(caught.value) is kind and len(ends) == 1
@@ -79,7 +94,7 @@ def test_final_exit_codes_are_raised_with_the_childs_own_line(kind: type[Startup
 
 def test_crash_loop_shows_the_last_line() -> None:
     ends: list[float] = []
-    code = "os.write(fd, b'first\\nthe cause\\n'); sys.exit(1)"
+    code = say("the cause", is_final=False) + "sys.exit(1)"
     with pytest.raises(CrashLoop, match="worker w keeps crashing; its last error: the cause"):
         asyncio.run(child(code, ends=ends).run())
     assert len(ends) == 3  # the first start and two restarts
