@@ -42,7 +42,7 @@ def first_token_s() -> float:
 
 
 def first_prompt_s() -> float:
-    """From the start of the chat to its prompt `> ` on a terminal, while the worker loads."""
+    """From the start of the chat to its prompt on a terminal, while the worker loads."""
     start = time.perf_counter()
     pid, terminal = pty.fork()
     if pid == 0:
@@ -59,7 +59,7 @@ def first_prompt_s() -> float:
         screen += data
         if b"\x1b[6n" in data:  # the line editor asks where the cursor is
             os.write(terminal, b"\x1b[1;1R")
-        if b"> " in screen:
+        if b"\x1b[0m>" in screen:
             elapsed = time.perf_counter() - start
             os.write(terminal, b"\x04")
             break

@@ -285,6 +285,15 @@ def is_color_wanted() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def limit_spinning() -> None:
+    """Let PyTorch's threads spin only briefly when they wait for each other; before torch loads.
+
+    With its default GNU OpenMP spins for milliseconds: as soon as another program uses a core, each
+    of a step's hundred-odd parallel regions may cost a whole time slice (docs/design/005).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with `overrides`."""
     return {**os.environ, **overrides}

@@ -51,6 +51,7 @@ Load = Callable[[WorkerConfig, Progress], tuple[Engine, ServedModel]]
 
 def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]:
     """The real thing: weights, network, engine."""
+    settings.limit_spinning()
     # here and not above: this is where torch comes in
     from chatserve.engine.serving import load
 

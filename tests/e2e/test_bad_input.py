@@ -185,7 +185,7 @@ def test_a_corrupt_gguf_ends_with_one_line(tmp_path: Path, data: bytes, words: s
         (["no-such-command"], 2, "no-such-command"),
         (["chat", "-p", "hi", "--base-url", "http://127.0.0.1:9/v1"], 1, "127.0.0.1:9"),
         (["chat", "some/model", "-p", "hi", "--offline"], 1, "--offline"),
-        (["chat", "--offline", "-p", "hi"], 1, "--offline"),
+        (["chat", "--offline", "-p", "hi"], 1, "the network is off"),
     ],
 )
 def test_bad_usage_ends_with_one_line(

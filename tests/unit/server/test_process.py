@@ -18,15 +18,16 @@ from chatserve.server.process import (
 )
 
 
-def outcome(error: BaseException | None = None) -> tuple[int, list[str]]:
-    lines: list[str] = []
+def outcome(error: BaseException | None = None) -> tuple[int, list[tuple[str, bool]]]:
+    """The exit code, and what was reported: the line, and whether it is final."""
+    reports: list[tuple[str, bool]] = []
 
     async def main() -> int:
         if error is not None:
             raise error
         return 0
 
-    return run_process(main, report=lines.append), lines
+    return run_process(main, report=lambda *report: reports.append(report)), reports
 
 
 def test_success() -> None:
@@ -34,8 +35,8 @@ def test_success() -> None:
 
 
 def test_startup_errors_have_their_code_and_line() -> None:
-    assert outcome(UsageError("wrong flag")) == (2, ["wrong flag"])
-    assert outcome(DoesNotFit("too big")) == (4, ["too big"])
+    assert outcome(UsageError("wrong flag")) == (2, [("wrong flag", True)])
+    assert outcome(DoesNotFit("too big")) == (4, [("too big", True)])
 
 
 def test_interrupt() -> None:
@@ -43,8 +44,9 @@ def test_interrupt() -> None:
 
 
 def test_a_bug_is_one_line() -> None:
-    code, [line] = outcome(ValueError("x\ny"))
+    code, [(line, is_final)] = outcome(ValueError("x\ny"))
     assert code == 1 and line.startswith("internal error: ValueError: x")
+    assert not is_final
 
 
 def test_error_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
