@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -23,6 +24,7 @@ from chatserve.errors import UsageError
 DEFAULT_PORT = 8000
 DEFAULT_WEIGHTS = "smollm2-135m"
 MAX_NAME_LEN = 200
+INT64 = 2**63
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -37,16 +39,20 @@ def setting(
     env: Sequence[str] = (),
     flag: bool = True,
     refused: Mapping[str, str] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
 ) -> Any:
     """One field of a settings class: its default, its sentence, and further spellings of its flag.
 
     `flags` are aliases beside `--field-name`; `env` further environment variables (FastChat's);
     `flag=False` keeps it out of the command line; `refused` maps values that FastChat knows and
-    chatserve lacks to the reason.
+    chatserve lacks to the reason. `ge`, `gt` and `le` bound a number, however it is given.
     """
     metadata = {
         "doc": doc, "flags": tuple(flags), "choices": choices, "group": group,
         "metavar": metavar, "env": tuple(env), "flag": flag, "refused": refused or {},
+        "ge": ge, "gt": gt, "le": le,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -78,8 +84,9 @@ class ModelOptions:
         None, "system message used when a chat brings none", group="model", metavar="TEXT"
     )
     context_length: int | None = setting(
-        None, "cap the context below the model's own, in tokens", group="model", metavar="TOKENS"
-    )
+        None, "cap the context below the model's own, in tokens", group="model", metavar="TOKENS",
+        ge=1,
+    )  # fmt: skip
     revision: str = setting("main", "revision of a hub id", group="model")
     offline: bool = setting(False, "never touch the network", group="model")
     use_generation_config: bool = setting(
@@ -93,17 +100,20 @@ class EngineConfig:
 
     max_num_seqs: int = setting(
         16, "sequences generated at once", group="engine", flags=("--limit-worker-concurrency",
-        "--limit-model-concurrency"), metavar="N",
+        "--limit-model-concurrency"), metavar="N", ge=1, le=4096,
     )  # fmt: skip
     max_num_batched_tokens: int = setting(
-        512, "tokens of one step: decode first, the rest for prefill", group="engine", metavar="N"
-    )
+        512, "tokens of one step: decode first, the rest for prefill", group="engine", metavar="N",
+        ge=1, le=65536,
+    )  # fmt: skip
     max_num_waiting: int = setting(
-        64, "requests that may wait before new ones get 429", group="engine", metavar="N"
-    )
+        64, "requests that may wait before new ones get 429", group="engine", metavar="N",
+        ge=1, le=65536,
+    )  # fmt: skip
     seed: int | None = setting(
-        None, "base seed for requests that bring none", group="engine", metavar="N"
-    )
+        None, "base seed for requests that bring none", group="engine", metavar="N",
+        ge=-INT64, le=INT64 - 1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class WorkerConfig(ModelOptions, EngineConfig):
 
     weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
     host: str = setting("127.0.0.1", "address to listen on", group="network")
-    port: int = setting(0, "port to listen on; 0 takes a free one", group="network")
+    port: int = setting(0, "port to listen on; 0 takes a free one", group="network", ge=0, le=65535)
     controller: str | None = setting(
         None, "URL of the controller to register with", group="network",
         flags=("--controller-address",), metavar="URL",
@@ -135,7 +145,9 @@ class ControllerConfig:
     """The controller: registry, relay, public API."""
 
     host: str = setting("127.0.0.1", "address to listen on", group="network")
-    port: int = setting(DEFAULT_PORT, "port to listen on; 0 takes a free one", group="network")
+    port: int = setting(
+        DEFAULT_PORT, "port to listen on; 0 takes a free one", group="network", ge=0, le=65535
+    )
     api_key_file: str | None = setting(
         None, "file with one API key a line", group="security", metavar="FILE"
     )
@@ -148,11 +160,11 @@ class ControllerConfig:
     )  # fmt: skip
     heartbeat_interval_s: float = setting(
         2.0, "seconds between heartbeats of a worker", group="network",
-        env=("FASTCHAT_WORKER_HEART_BEAT_INTERVAL",),
+        env=("FASTCHAT_WORKER_HEART_BEAT_INTERVAL",), ge=0.05, le=3600,
     )  # fmt: skip
     heartbeat_expiry_s: float = setting(
         10.0, "seconds of silence after which a worker is gone", group="network",
-        env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",),
+        env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",), ge=0.1, le=86400,
     )  # fmt: skip
     debug: bool = setting(False, "show more logs, and tracebacks", group="logging")
 
@@ -184,17 +196,21 @@ class ChatConfig(ModelOptions):
         None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
     )
     temperature: float | None = setting(
-        None, "0 is greedy; default 0.7 in a chat, 0 with -p or a pipe", group="sampling"
-    )
-    top_p: float | None = setting(None, "nucleus sampling; default 1", group="sampling")
+        None, "0 is greedy; default 0.7 in a chat, 0 with -p or a pipe", group="sampling",
+        ge=0, le=2,
+    )  # fmt: skip
+    top_p: float | None = setting(None, "nucleus sampling; default 1", group="sampling", gt=0, le=1)
     repetition_penalty: float | None = setting(
         None, "over 1 discourages repeats; default 1", group="sampling",
-        flags=("--repetition_penalty",),
+        flags=("--repetition_penalty",), ge=0.01, le=10,
     )  # fmt: skip
     max_new_tokens: int | None = setting(
-        None, "limit of one answer; default: the rest of the context", group="sampling"
+        None, "limit of one answer; default: the rest of the context", group="sampling", ge=1
     )
-    seed: int | None = setting(None, "seed of the sampled answers", group="sampling", metavar="N")
+    seed: int | None = setting(
+        None, "seed of the sampled answers", group="sampling", metavar="N",
+        ge=-INT64, le=INT64 - 1,
+    )  # fmt: skip
     style: str = setting(
         "auto", "how answers are drawn", choices=("auto", "simple", "rich", "programmatic"),
         group="terminal",
@@ -330,7 +346,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
             options["choices"] = meta["choices"]
             if not meta["choices"]:
                 options["metavar"] = meta["metavar"] or item.name.upper()
-            group.add_argument(*names, type=_parser_of(kind, meta["refused"]), **options)
+            group.add_argument(*names, type=_parser_of(kind, meta), **options)
 
 
 def build(
@@ -394,10 +410,13 @@ def _base_type(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
-def _parser_of(kind: Any, refused: Mapping[str, str]) -> Any:
+def _parser_of(kind: Any, meta: Mapping[str, Any]) -> Any:
     def parse(text: str) -> Any:
-        _refuse(text, refused)
-        return _split(text) if kind is tuple else kind(text)
+        _refuse(text, meta["refused"])
+        value = _split(text) if kind is tuple else kind(text)
+        if fault := _range_fault(value, meta):
+            raise argparse.ArgumentTypeError(fault)  # argparse puts the flag's name before it
+        return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its message
     return parse
@@ -406,6 +425,25 @@ def _parser_of(kind: Any, refused: Mapping[str, str]) -> Any:
 def _refuse(value: Any, refused: Mapping[str, str]) -> None:
     if reason := refused.get(str(value)):
         raise UsageError(f"{value} is not supported: {reason}")
+
+
+def _range_fault(value: Any, meta: Mapping[str, Any]) -> str | None:
+    """What is wrong with a number outside its range; None where nothing is."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    ge, gt, le = meta["ge"], meta["gt"], meta["le"]
+    if (
+        (isinstance(value, int) or math.isfinite(value))
+        and (ge is None or value >= ge)
+        and (gt is None or value > gt)
+        and (le is None or value <= le)
+    ):
+        return None
+    if gt is not None:
+        limits = f"over {gt} and at most {le}"
+    else:
+        limits = f"at least {ge}" if le is None else f"from {ge} to {le}"
+    return f"{value} is out of range: it must be {limits}"
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -423,11 +461,16 @@ def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any
                     "no": False}[str(value).lower()]  # fmt: skip
         if kind is tuple:
             return _split(value) if isinstance(value, str) else tuple(map(str, value))
+        # int() would take TOML's 1.5 and true
+        if kind in (int, float) and type(value) not in (str, int, kind):
+            raise TypeError
         converted = kind(value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise UsageError(f"{source}: {value!r} is not a valid {kind.__name__}") from None
     if meta["choices"] and converted not in meta["choices"]:
         raise UsageError(f"{source}: {converted!r} is not one of {', '.join(meta['choices'])}")
+    if fault := _range_fault(converted, meta):
+        raise UsageError(f"{source}: {fault}")
     return converted
 
 

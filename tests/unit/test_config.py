@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from chatserve import config as settings
-from chatserve.config import ControllerConfig, ServeConfig, build, sources
+from chatserve.config import COMMAND_CONFIGS, ControllerConfig, ServeConfig, build, sources
 from chatserve.errors import UsageError
+from chatserve.flags import CommandParser
 
 
 def write(folder: Path, text: str) -> Path:
@@ -57,6 +58,75 @@ def test_every_value_names_its_source(tmp_path: Path) -> None:
 def test_a_bad_value_names_its_source(environ: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(ServeConfig, {}, environ=environ)
+
+
+INT64 = 2**63
+RANGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "port": ([0, 65535], [-1, 65536]),
+    "max_num_seqs": ([1, 4096], [0, 4097]),
+    "max_num_batched_tokens": ([1, 65536], [0, 65537]),
+    "max_num_waiting": ([1, 65536], [0, 65537]),
+    "context_length": ([1], [0, -1]),
+    "seed": ([-INT64, INT64 - 1], [-INT64 - 1, INT64]),
+    "heartbeat_interval_s": ([0.05, 3600.0], [0.04, 3601.0, -1.0, "nan", "inf"]),
+    "heartbeat_expiry_s": ([0.1, 86400.0], [0.09, 86401.0, "nan", "-inf"]),
+    "temperature": ([0.0, 2.0], [-0.1, 2.1, "nan", "inf"]),
+    "top_p": ([0.001, 1.0], [0.0, 1.1, "nan"]),
+    "repetition_penalty": ([0.01, 10.0], [0.0, 10.1, "nan", "inf"]),
+    "max_new_tokens": ([1, 10**400], [0, -1]),
+}
+"""By setting: values that are just in its range, and values that are not."""
+NUMBERS = [
+    (command, item.name)
+    for command, config in COMMAND_CONFIGS.items()
+    for item in settings.fields_of(config)
+    if item.metadata["flag"] and str(item.type).partition(" ")[0] in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("command", "name"), NUMBERS)
+def test_a_number_has_a_range_in_environment_and_file(
+    tmp_path: Path, command: str, name: str
+) -> None:
+    config, variable = COMMAND_CONFIGS[command], f"CHATSERVE_{name.upper()}"
+    inside, outside = RANGES[name]
+    for value in inside:
+        file = write(tmp_path, f"{name} = {value}")
+        assert getattr(build(config, {}, environ={variable: str(value)}), name) == value
+        assert getattr(build(config, {}, file=file, environ={}), name) == value
+    for value in outside:
+        told = f"{value} is out of range: it must be "
+        with pytest.raises(UsageError, match=f"^{variable}: {told}") as caught:
+            build(config, {}, environ={variable: str(value)})
+        assert caught.value.exit_code == 2
+        with pytest.raises(UsageError, match=rf"config\.toml: {name}: {told}"):
+            build(config, {}, file=write(tmp_path, f"{name} = {value}"), environ={})
+
+
+@pytest.mark.parametrize(("command", "name"), NUMBERS)
+def test_a_number_has_a_range_on_the_command_line(command: str, name: str) -> None:
+    parser = CommandParser("chatserve", "", COMMAND_CONFIGS[command])
+    flag = "--" + name.replace("_", "-")
+    inside, outside = RANGES[name]
+    for value in inside:
+        assert parser.flags([f"{flag}={value}"]) == {name: value}
+    for value in outside:
+        with pytest.raises(UsageError) as caught:
+            parser.flags([f"{flag}={value}"])
+        assert flag in caught.value.message
+        assert f"{value} is out of range: it must be " in caught.value.message
+        assert caught.value.exit_code == 2
+
+
+def test_an_exclusive_bound_says_so() -> None:
+    with pytest.raises(UsageError, match=r"0\.0 is out of range: it must be over 0 and at most 1"):
+        build(COMMAND_CONFIGS["chat"], {}, environ={"CHATSERVE_TOP_P": "0"})
+
+
+@pytest.mark.parametrize("value", ["true", "1.5", "inf", "nan"])
+def test_a_whole_number_in_a_file_is_one(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UsageError, match=r"port: .* is not a valid int"):
+        build(ControllerConfig, {}, file=write(tmp_path, f"port = {value}"), environ={})
 
 
 @pytest.mark.parametrize("text", ["port = ", "port = 'x'", "unknown = 1"])

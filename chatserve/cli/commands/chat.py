@@ -89,15 +89,6 @@ def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
             raise UsageError(
                 f"--{name} is a matter of the server that --base-url joins; set it there"
             )
-    ranges = (
-        ("temperature", config.temperature, 0.0, 2.0),
-        ("top-p", config.top_p, 0.0, 1.0),
-        ("max-new-tokens", config.max_new_tokens, 1, sys.maxsize),
-    )
-    for name, value, low, high in ranges:
-        if value is not None and not low <= value <= high:
-            limit = f"from {low} to {high}" if high != sys.maxsize else f"at least {low}"
-            raise UsageError(f"--{name} {value} is out of range: it goes {limit}")
     if config.raw and config.style == "rich":
         raise UsageError("--style rich owns the cursor and cannot show --raw escapes; use simple")
 
