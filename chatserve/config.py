@@ -205,8 +205,10 @@ class ChatConfig(ModelOptions):
         flags=("--repetition_penalty",), ge=0.01, le=10,
     )  # fmt: skip
     max_new_tokens: int | None = setting(
-        None, "limit of one answer in tokens; default 512, less where the context ends",
-        group="sampling",, ge=1
+        None,
+        "limit of one answer in tokens; default 512, less where the context ends",
+        group="sampling",
+        ge=1,
     )
     seed: int | None = setting(
         None, "seed of the sampled answers", group="sampling", metavar="N",
