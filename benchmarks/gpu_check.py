@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -71,9 +72,13 @@ def main() -> int:
             "-q",
             "-m",
             "gpu",
-            "tests",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            ".",
             "-p",
             "no:cacheprovider",
+            "tests/gpu",
         ]
         status = subprocess.run(command, check=False).returncode
     else:

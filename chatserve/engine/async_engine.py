@@ -29,8 +29,9 @@ Arguments = TypeVarTuple("Arguments")
 class EngineStats:
     """Progress of the engine, for heartbeats.
 
-    `tick` counts steps, `last_token_age_s` is 0 while idle. `is_alive` is False once the engine
-    thread has died: the process should be replaced.
+    `tick` counts steps; `last_token_age_s` is the time since the last one, which made tokens or
+    took a chunk of a prompt, 0 while idle. `is_alive` is False once the engine thread has died: the
+    process should be replaced.
     """
 
     tick: int
@@ -89,13 +90,16 @@ class TokenStream:
 class AsyncEngine:
     """`submit` from the event loop; one thread steps the engine."""
 
-    def __init__(self, engine: Engine, *, max_num_waiting: int = 64) -> None:
+    def __init__(
+        self, engine: Engine, *, max_num_seqs: int = 16, max_num_waiting: int = 64
+    ) -> None:
+        """`max_num_seqs` run at once, as in the engine; `max_num_waiting` more may wait."""
         self._engine = engine
+        self._max_num_seqs = max_num_seqs
         self._max_num_waiting = max_num_waiting
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: dict[str, TokenStream] = {}
-        self._num_unadded = 0
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = False
@@ -125,7 +129,7 @@ class AsyncEngine:
             tick=self._tick,
             last_token_age_s=0.0 if is_idle else time.monotonic() - self._last_progress,
             num_running=engine.num_running,
-            num_waiting=engine.num_waiting + self._num_unadded,
+            num_waiting=max(0, len(self._streams) - engine.num_running),
             free_kv_tokens=engine.num_free_kv_tokens,
             is_alive=self._is_alive,
         )
@@ -146,8 +150,8 @@ class AsyncEngine:
         """
         if not self._is_alive or self._is_stopping:
             raise GenerationFailed("the engine has stopped; the server restarts it")
-        self._engine.check(len(prompt_ids), params)
-        num_waiting = self._engine.num_waiting + self._num_unadded
+        self._engine.check(prompt_ids, params)
+        num_waiting = len(self._streams) - self._max_num_seqs
         if num_waiting >= self._max_num_waiting:
             raise Overloaded(
                 f"{num_waiting} requests are waiting already, the limit is "
@@ -158,7 +162,6 @@ class AsyncEngine:
         if not self._streams:
             self._last_progress = time.monotonic()
         self._streams[seq_id] = stream
-        self._num_unadded += 1
         self._command(
             lambda: self._add(seq_id, tuple(prompt_ids), params, choice, strip_leading_space)
         )
@@ -180,8 +183,8 @@ class AsyncEngine:
             while self._wait_for_work():
                 events = self._engine.step()
                 self._tick += 1
+                self._last_progress = time.monotonic()  # a chunk of prefill is progress, too
                 if events:
-                    self._last_progress = time.monotonic()
                     self._deliver(events)
         except BaseException as error:  # a bug: tell every stream, then let the process be replaced
             logger.critical("the engine thread died: %s", error, exc_info=error)
@@ -221,8 +224,6 @@ class AsyncEngine:
             )
         except ChatserveError as error:
             self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
-        finally:
-            self._call(self._count_added)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._call(self._dispatch, events)
@@ -233,9 +234,6 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     # Below: the event loop.
-
-    def _count_added(self) -> None:
-        self._num_unadded -= 1
 
     def _dispatch(self, events: list[TokenEvent]) -> None:
         for event in events:

@@ -15,7 +15,7 @@ from chatserve.engine.runner import Model, Runner
 from chatserve.engine.sampler import SamplingRow, sample
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
-from chatserve.errors import ChatserveError, GenerationFailed, OutOfMemory
+from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +44,20 @@ class Engine:
         num_kv_tokens: int,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
-        max_num_waiting: int = 64,
         seed: int | None = None,
     ) -> None:
         """`num_kv_tokens`: tokens of all running sequences that memory holds."""
         self._tokenizer = tokenizer
         self._runner = Runner(model)
-        self._forbidden_ids = torch.tensor(
-            sorted(tokenizer.forbidden_ids), dtype=torch.int64, device=model.device
-        )
+        self._vocab_size = model.vocab_size
+        # a tokenizer may know padding that the model has no row for
+        forbidden = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
+        self._forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=model.device)
         self._kv_cache = KVCache(num_kv_tokens)
         self._scheduler = Scheduler(
             self._kv_cache,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_num_waiting=max_num_waiting,
         )
         self._seed = seed
         self._live: dict[str, tuple[Sequence, OutputText]] = {}
@@ -79,12 +78,20 @@ class Engine:
     def num_free_kv_tokens(self) -> int:
         return self._kv_cache.num_free_tokens
 
-    def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
-        """Raises `ContextLengthExceeded` when memory could never hold such a sequence.
+    def check(self, prompt_ids: Rows[int], params: SamplingParams) -> None:
+        """Raises `InvalidRequest` for a prompt that is empty or has ids the model has no row for,
+        `ContextLengthExceeded` when memory could never hold such a sequence.
 
         Reads constants only: safe to call from another thread.
         """
-        self._scheduler.check(num_prompt_tokens, params)
+        if not prompt_ids:
+            raise InvalidRequest("the prompt has no tokens; send some text")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
+            raise InvalidRequest(
+                f"the prompt has token ids outside the model's {self._vocab_size:,}: the tokenizer "
+                "knows tokens that the model lacks; leave them out, or repair the model's files"
+            )
+        self._scheduler.check(len(prompt_ids), params)
 
     def add(
         self,
@@ -99,14 +106,14 @@ class Engine:
 
         `strip_leading_space` drops the space that a word-start mark puts before an answer.
 
-        Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit.
+        Raises what `check` raises.
         """
         assert seq_id not in self._live, f"sequence {seq_id} exists already"
+        self.check(prompt_ids, params)
         seed = params.seed
         if seed is None:
             seed = self._seed if self._seed is not None else secrets.randbits(63)
         sequence = Sequence(seq_id, tuple(prompt_ids), params, seed, choice)
-        self.check(sequence.num_prompt_tokens, params)
         self._scheduler.add(sequence)
         output = OutputText(
             self._tokenizer,
@@ -123,14 +130,17 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Run one batch. Returns an event for each sequence that got a token, ended or failed.
 
-        A fault in the model fails only the sequences whose own retry fails too.
+        A fault in the model fails only the sequences whose own retry fails too. A device that is
+        lost raises: no retry can help, the process has to be replaced.
         """
         batch = self._scheduler.schedule()
         if not batch:
             return []
         try:
             return self._run(batch)
-        except (ChatserveError, RuntimeError, ValueError) as error:
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # whatever a model raises, other sequences go on
             if len(batch) == 1:
                 return [self._fail(batch[0].sequence, error)]
             logger.warning("a batch of %d failed, each runs alone now: %s", len(batch), error)
@@ -140,7 +150,9 @@ class Engine:
         item.cache.truncate(item.sequence.num_computed)
         try:
             return self._run([item])
-        except (ChatserveError, RuntimeError, ValueError) as error:
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
             return [self._fail(item.sequence, error)]
 
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
@@ -160,7 +172,8 @@ class Engine:
         params = sequence.params
         masked: tuple[int, ...] = ()
         if sequence.num_generated_tokens < params.min_tokens:
-            masked = (*sorted(self._tokenizer.eos_ids), *params.stop_token_ids)
+            ends = {*self._tokenizer.eos_ids, *params.stop_token_ids}
+            masked = tuple(sorted(id_ for id_ in ends if id_ < self._vocab_size))
         return SamplingRow(
             params=params,
             seed=sequence.seed,

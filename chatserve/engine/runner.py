@@ -20,6 +20,9 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def __call__(
         self,
         ids: torch.Tensor,

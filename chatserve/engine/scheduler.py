@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chatserve.engine.kv_cache import KVCache, SequenceKV
 from chatserve.engine.sequence import SamplingParams, Sequence, Status
-from chatserve.errors import ContextLengthExceeded, Overloaded
+from chatserve.errors import ContextLengthExceeded
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_num_waiting: int,
     ) -> None:
         self._kv_cache = kv_cache
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_waiting = max_num_waiting
         self._waiting: deque[Sequence] = deque()
         self._running: dict[str, tuple[Sequence, SequenceKV]] = {}
 
@@ -69,12 +67,7 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that passed `check`. Raises `Overloaded` when the queue is full."""
-        if len(self._waiting) >= self._max_num_waiting:
-            raise Overloaded(
-                f"{len(self._waiting)} requests are waiting already, the limit is "
-                f"{self._max_num_waiting}; try again in a moment"
-            )
+        """Queue a sequence that passed `check`."""
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -23,7 +23,8 @@ from chatserve.config import WorkerConfig
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
-from chatserve.errors import DoesNotFit
+from chatserve.engine.sequence import SamplingParams
+from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.hub import resolve_weights
 from chatserve.models.chat_template import (
     TemplateChoice,
@@ -97,9 +98,9 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         num_kv_tokens=limits.num_kv_tokens,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_waiting=config.max_num_waiting,
         seed=config.seed,
     )
+    _try_out(engine, checkpoint.path)
     prompts = PromptBuilder(
         tokenizer,
         choice.template,
@@ -129,7 +130,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     )
     elapsed = time.perf_counter() - start
     logger.info("%s loaded in %.1f s, context %d tokens", names[0], elapsed, served.context_length)
-    return AsyncEngine(engine, max_num_waiting=config.max_num_waiting), served
+    async_engine = AsyncEngine(
+        engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
+    )
+    return async_engine, served
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,21 @@ class _Limits:
                 fits, context, per_token,
             )  # fmt: skip
         return _Limits(min(context, fits), min(fits, context * config.max_num_seqs))
+
+
+def _try_out(engine: Engine, path: Path) -> None:
+    """Generate two tokens: warms the kernels, and finds weights that compute nothing usable.
+
+    Raises `ModelLoadError` with the engine's own words.
+    """
+    engine.add("try-out", [0], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    while engine.has_work:
+        for event in engine.step():
+            if event.error is not None:
+                raise ModelLoadError(
+                    f"{path} loads but cannot generate ({event.error.message}); config.json or the "
+                    "weights are damaged"
+                )
 
 
 def _gguf_metadata(path: Path) -> Mapping[str, Any] | None:

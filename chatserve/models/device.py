@@ -14,7 +14,13 @@ import torch
 
 from chatserve.errors import StartupError, UsageError
 from chatserve.models.attention import AttentionBackend, attend
-from chatserve.models.quantize import MATMULS, Int8Backend, matmul_dequantise, quantise_rows
+from chatserve.models.quantize import (
+    MATMULS,
+    Int8Backend,
+    Int8Matmul,
+    matmul_dequantise,
+    quantise_rows,
+)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -147,7 +153,17 @@ def _choose_int8(kind: str) -> tuple[Int8Backend, str]:
 
 
 def _attention_agrees(policy: DevicePolicy, backend: AttentionBackend) -> bool:
-    """Prefill of 45 tokens and one decode step, 4 query heads on 2 key/value heads."""
+    """Prefill of 45 tokens and one decode step, 4 query heads on 2 key/value heads.
+
+    An operator that raises (no kernel for this device or dtype) does not agree either.
+    """
+    try:
+        return _attention_is_close(policy, backend)
+    except RuntimeError:  # NotImplementedError is one, too
+        return False
+
+
+def _attention_is_close(policy: DevicePolicy, backend: AttentionBackend) -> bool:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 2, 45, 64, generator=generator)
     for num_queries in (45, 1):
@@ -163,9 +179,15 @@ def _attention_agrees(policy: DevicePolicy, backend: AttentionBackend) -> bool:
 def _int8_agrees(policy: DevicePolicy) -> bool:
     if policy.int8 is None:
         return True
+    try:
+        return _int8_is_close(policy, MATMULS[policy.int8])
+    except RuntimeError:
+        return False
+
+
+def _int8_is_close(policy: DevicePolicy, matmul: Int8Matmul) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes, scales = quantise_rows(torch.randn(96, 128, generator=generator), policy.scale_dtype)
-    matmul = MATMULS[policy.int8]
     for num_rows in (1, 33):
         x = torch.randn(num_rows, 128, generator=generator)
         expected = matmul_dequantise(x, codes, scales)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from chatserve.models.device import DevicePolicy
-from chatserve.models.quantize import MATMULS, Int8Backend, quantise_rows
+from chatserve.models.quantize import MATMULS, Int8Backend, backend_for, quantise_rows
 
 
 class RowLoader(Protocol):
@@ -74,7 +74,7 @@ class Int8Linear:
         self.codes = torch.empty(rows, columns, device=device, dtype=torch.int8)
         self.scales = torch.empty(rows, device=device, dtype=policy.scale_dtype)
         self.bias = Parameter(rows, device, policy.dtype) if bias else None
-        self._matmul = MATMULS[backend]
+        self._matmul = MATMULS[backend_for(backend, rows, columns)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = self._matmul(x, self.codes, self.scales)

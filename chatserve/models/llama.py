@@ -135,6 +135,10 @@ class Llama:
         self.rotary = RotaryTable(config.rope, config.head_dim, policy.device, policy.dtype)
 
     @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
     def device(self) -> torch.device:
         return self.policy.device
 

@@ -17,6 +17,7 @@ Int8Backend = Literal["cpu", "int8pack", "dequantise"]
 Int8Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _ROWS_AT_ONCE = 1024  # rows whose float copy exists at one moment
+_TILE = 32  # rows and columns that PyTorch's operator takes at once
 INT8PACK_MAX_ROWS_CPU = 8
 """Above so many activation rows PyTorch's CPU operator loses to dequantising in slices."""
 
@@ -50,12 +51,17 @@ def _round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def matmul_dequantise(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """x (M, K) times the weight's transpose -> (M, N), dequantising a slice of rows at a time.
 
-    The reference of all int8 backends, and the fast one for many rows.
+    The reference of all int8 backends, and the fast one for many rows. Codes are exact in every
+    dtype, so the scale comes last; in float16 it comes first, where sums of codes would overflow.
     """
     outputs = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
     for start in range(0, codes.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        outputs[:, rows] = F.linear(x, codes[rows].to(x.dtype)) * scales[rows].to(x.dtype)
+        weight, scale = codes[rows].to(x.dtype), scales[rows].to(x.dtype)
+        if x.dtype == torch.float16:
+            outputs[:, rows] = F.linear(x, weight * scale[:, None])
+        else:
+            outputs[:, rows] = F.linear(x, weight) * scale
     return outputs
 
 
@@ -73,6 +79,16 @@ def matmul_cpu(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> to
     if x.shape[0] > INT8PACK_MAX_ROWS_CPU:
         return matmul_dequantise(x, codes, scales)
     return matmul_int8pack(x.to(scales.dtype), codes, scales).to(x.dtype)
+
+
+def backend_for(backend: Int8Backend, rows: int, columns: int) -> Int8Backend:
+    """`backend`, or the reference where PyTorch's operator cannot take a matrix of this size.
+
+    On the CPU it reads past the end of rows that are no multiple of its vector width; on Metal it
+    wants both sizes to be multiples of 32.
+    """
+    is_even = columns % _TILE == 0 and (backend != "int8pack" or rows % _TILE == 0)
+    return backend if is_even else "dequantise"
 
 
 MATMULS: Mapping[Int8Backend, Int8Matmul] = {

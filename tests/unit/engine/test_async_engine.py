@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from chatserve.engine.async_engine import AsyncEngine
+from chatserve.engine.async_engine import AsyncEngine, TokenStream
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
@@ -24,8 +23,9 @@ def run(
     **options: int,
 ) -> None:
     async def main() -> None:
-        engine, model = scripted_engine(script, **options)
-        async_engine = AsyncEngine(engine, max_num_waiting=options.get("max_num_waiting", 64))
+        limits = {"max_num_seqs": 16, "max_num_waiting": 64, **options}
+        engine, model = scripted_engine(script, max_num_seqs=limits["max_num_seqs"])
+        async_engine = AsyncEngine(engine, **limits)
         async_engine.start()
         try:
             async with asyncio.timeout(30):
@@ -147,9 +147,39 @@ def test_a_dead_engine_thread_tells_every_stream_and_the_statistics(
 def test_the_thread_sleeps_while_there_is_nothing_to_do() -> None:
     async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
         await collect(events, "a")
-        tick = events.stats().tick
-        await collect(events, "b")
-        assert events.stats().tick == 2 * tick
-        assert threading.active_count() >= 2
+        waits = []
+        wait = events._wake.wait
+        events._wake.wait = lambda: waits.append(1) or wait()  # type: ignore[method-assign,func-returns-value]
+        for name in "bcd":
+            await collect(events, name)
+        # at most one sleep between two answers: it is woken, it does not poll
+        assert len(waits) <= 3
+
+    run(check)
+
+
+def test_more_requests_at_once_than_may_run_wait_without_being_refused() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        streams = [events.submit(str(index), PROMPT, GREEDY) for index in range(2 + 5)]
+        with pytest.raises(Overloaded, match="5 requests are waiting already, the limit is 5"):
+            events.submit("one too many", PROMPT, GREEDY)
+        answers = await asyncio.gather(*(drain(stream) for stream in streams))
+        assert {text(answer) for answer in answers} == {"Hello"}
+
+    async def drain(stream: TokenStream) -> list[TokenEvent]:
+        return [event async for event in stream]
+
+    run(check, max_num_seqs=2, max_num_waiting=5)
+
+
+def test_a_long_prefill_counts_as_progress() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        stream = events.submit("a", [1] * 5000, GREEDY)
+        first = events.stats()
+        await anext(stream)
+        ages = events.stats()
+        assert ages.tick >= 5000 // 512 and ages.last_token_age_s < 10
+        assert first.num_waiting == 1 and ages.num_running == 1
+        await stream.aclose()
 
     run(check)

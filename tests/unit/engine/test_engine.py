@@ -10,7 +10,7 @@ import torch
 
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
-from chatserve.errors import ContextLengthExceeded, GenerationFailed, OutOfMemory
+from chatserve.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.attention import Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import choose_policy
@@ -33,6 +33,7 @@ class Scripted:
     """A model that continues every sequence with a script, and fails when it is told to."""
 
     device = torch.device("cpu")
+    vocab_size = tiny.VOCAB_SIZE
 
     def __init__(self, script: str, *, eos: bool = True) -> None:
         self.ids = [*script.encode(), *([tiny.EOS_ID] if eos else [])]
@@ -201,6 +202,40 @@ def test_a_sequence_larger_than_the_cache_is_refused_at_once() -> None:
         engine.add("a", [1] * 9_990, GREEDY)
 
 
+def test_whatever_a_model_raises_its_neighbours_go_on() -> None:
+    engine, model = scripted_engine("Hello")
+    model.failures[1] = IndexError("index 320 is out of bounds")
+    events = generate(engine, a=GREEDY, b=GREEDY)
+    assert text(events["a"]) == "Hello"
+    assert isinstance(events["b"][-1].error, GenerationFailed)
+
+
+def test_a_lost_device_is_not_survived() -> None:
+    engine, model = scripted_engine("Hello")
+    model.failures[0] = torch.AcceleratorError("device-side assert", 1)
+    engine.add("a", [0, 1, 2, 3], GREEDY)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_forbidden_ids_beyond_the_models_rows_are_ignored() -> None:
+    class Larger(ByteTokenizer):
+        forbidden_ids = frozenset({tiny.VOCAB_SIZE, 10**6})
+        eos_ids = frozenset({tiny.EOS_ID, 10**6})
+
+    engine = Engine(Scripted("Hello"), Larger(), num_kv_tokens=1000)
+    params = SamplingParams(temperature=0, max_tokens=64, min_tokens=2)
+    assert text(generate(engine, a=params)["a"]) == "Hello"
+
+
+@pytest.mark.parametrize("prompt", [[], [tiny.VOCAB_SIZE], [-1], [3, 10**6]])
+def test_a_prompt_the_model_cannot_read_is_refused(prompt: list[int]) -> None:
+    engine, _ = scripted_engine("x")
+    with pytest.raises(InvalidRequest):
+        engine.add("a", prompt, GREEDY)
+    assert not engine.has_work
+
+
 # Equalities on a real (tiny) network, float32, token for token.
 
 
@@ -266,3 +301,25 @@ def test_a_seed_repeats_and_another_choice_differs(model: Llama) -> None:
 def test_forbidden_ids_are_never_produced(model: Llama) -> None:
     produced = {token_id for ids in tokens(model, "abcd").values() for token_id in ids}
     assert not produced & ByteTokenizer.forbidden_ids
+
+
+def test_a_batch_that_failed_half_way_leaves_no_trace(model: Llama) -> None:
+    """The first layers have stored keys and values when the last block raises."""
+    block = model.blocks[-1]
+    num_calls = 0
+
+    def fails_once(*arguments: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            raise RuntimeError("a kernel failed")
+        return block(*arguments)
+
+    model.blocks[-1] = fails_once  # type: ignore[call-overload]
+    try:
+        disturbed = tokens(model, "ab")
+    finally:
+        model.blocks[-1] = block
+    assert num_calls > 4
+    undisturbed = alone(model)
+    assert disturbed == {name: undisturbed[name] for name in "ab"}

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from chatserve.engine.kv_cache import KVCache
 from chatserve.engine.scheduler import Scheduler
 from chatserve.engine.sequence import SamplingParams, Sequence, Status
-from chatserve.errors import ContextLengthExceeded, Overloaded
+from chatserve.errors import ContextLengthExceeded
 
 
-def build(num_tokens: int = 1000, seqs: int = 4, budget: int = 16, waiting: int = 8) -> Scheduler:
+def build(num_tokens: int = 1000, seqs: int = 4, budget: int = 16) -> Scheduler:
     return Scheduler(
         KVCache(num_tokens),
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
-        max_num_waiting=waiting,
     )
 
 
@@ -70,13 +69,6 @@ def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
         build().check(600, SamplingParams(max_tokens=500))
 
 
-def test_a_full_queue_refuses() -> None:
-    scheduler = build(waiting=1)
-    scheduler.add(sequence("a"))
-    with pytest.raises(Overloaded, match="the limit is 1"):
-        scheduler.add(sequence("b"))
-
-
 def test_a_waiting_sequence_can_be_removed() -> None:
     scheduler = build()
     item = sequence("a")
@@ -91,16 +83,14 @@ def test_reservations_add_up_after_any_sequence_of_operations(
     operations: list[tuple[str, int, int]],
 ) -> None:
     cache = KVCache(100)
-    scheduler = Scheduler(cache, max_num_seqs=3, max_num_batched_tokens=8, max_num_waiting=5)
+    scheduler = Scheduler(cache, max_num_seqs=3, max_num_batched_tokens=8)
     live: list[Sequence] = []
     for index, (operation, number, max_tokens) in enumerate(operations):
         if operation == "a":
             item = sequence(str(index), number, max_tokens)
-            try:
+            if item.num_prompt_tokens + max_tokens <= cache.num_tokens:
                 scheduler.add(item)
-            except Overloaded:
-                continue
-            live.append(item)
+                live.append(item)
         elif operation == "r":
             run(scheduler)
         elif live:

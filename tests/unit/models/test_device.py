@@ -65,6 +65,42 @@ def test_nan_counts_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(choose_policy("cpu", "float32", load_8bit=False)).attention == "plain"
 
 
+def test_an_operator_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_no_kernel(*arguments: Any) -> torch.Tensor:
+        raise NotImplementedError("not implemented for this device")
+
+    monkeypatch.setitem(attention._BACKENDS, "sdpa", has_no_kernel)  # type: ignore[arg-type]
+    monkeypatch.setitem(quantize.MATMULS, "cpu", has_no_kernel)  # type: ignore[arg-type]
+    policy = check(choose_policy("cpu", "bfloat16", load_8bit=True))
+    assert (policy.attention, policy.int8) == ("plain", "dequantise")
+
+
+@pytest.mark.parametrize("num_queries", [1, 45])
+def test_a_fused_attention_wrong_in_one_phase_is_replaced(
+    num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode hands the group of query heads over as queries: 2 for this test's shapes."""
+    wrong_for = 2 if num_queries == 1 else 45
+
+    def wrong(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
+        return attention._plain(q, k, v, mask) * (0.5 if q.shape[-2] == wrong_for else 1.0)
+
+    monkeypatch.setitem(attention._BACKENDS, "sdpa", wrong)  # type: ignore[arg-type]
+    assert check(choose_policy("cpu", "float32", load_8bit=False)).attention == "plain"
+
+
+@pytest.mark.parametrize("num_rows", [1, 33])
+def test_an_int8_operator_wrong_in_one_phase_is_replaced(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(x: Any, codes: Any, scales: Any) -> torch.Tensor:
+        factor = 1.5 if x.shape[0] == num_rows else 1.0
+        return quantize.matmul_dequantise(x, codes, scales) * factor
+
+    monkeypatch.setitem(quantize.MATMULS, "cpu", wrong)  # type: ignore[arg-type]
+    assert check(choose_policy("cpu", "bfloat16", load_8bit=True)).int8 == "dequantise"
+
+
 def test_a_device_that_computes_plain_products_wrongly_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -9,7 +12,12 @@ from hypothesis import strategies as st
 
 from chatserve.models.device import choose_policy
 from chatserve.models.linear import Int8Linear, Linear, build_matrix
-from chatserve.models.quantize import MATMULS, matmul_dequantise, quantise_rows
+from chatserve.models.quantize import (
+    MATMULS,
+    backend_for,
+    matmul_dequantise,
+    quantise_rows,
+)
 
 INT8 = choose_policy("cpu", "bfloat16", load_8bit=True)
 
@@ -91,3 +99,54 @@ def test_a_tied_embedding_reads_the_packed_rows() -> None:
     ids = torch.tensor([3, 39, 3])
     rows = packed.embed(ids, torch.float32)
     assert (rows - weight[ids]).abs().max() <= weight[ids].abs().max() / 200
+
+
+_ODD_SIZES = """
+import torch
+from chatserve.models.device import choose_policy
+from chatserve.models.linear import Int8Linear
+policy = choose_policy("cpu", "bfloat16", load_8bit=True)
+for backend in ("cpu", "int8pack"):
+    for rows, columns in ((5, 7), (64, 40), (33, 100), (33, 64), (320, 72), (1, 1), (96, 16)):
+        weight = torch.randn(rows, columns)
+        matrix = Int8Linear(rows, columns, bias=False, policy=policy, backend=backend)
+        matrix.load_rows(0, weight)
+        for num_rows in (1, 4, 20):
+            x = torch.randn(num_rows, columns).bfloat16()
+            error = (matrix(x).float() - x.float() @ weight.T).abs().max()
+            assert error < 0.2 + 0.03 * columns**0.5, (backend, rows, columns, num_rows, error)
+"""
+
+
+def test_odd_sizes_are_computed_by_the_reference() -> None:
+    """In a process of its own: PyTorch's operator reads past the end of such matrices."""
+    subprocess.run([sys.executable, "-c", _ODD_SIZES], check=True, timeout=120)
+
+
+def test_metal_gets_its_operator_only_for_multiples_of_32() -> None:
+    assert backend_for("int8pack", 32_000, 4096) == "int8pack"
+    assert backend_for("int8pack", 32_001, 4096) == "dequantise"  # Vicuna v0's head
+    assert backend_for("int8pack", 32_000, 100) == "dequantise"
+    assert backend_for("cpu", 32_001, 4096) == "cpu"
+
+
+@pytest.mark.parametrize("num_rows", [1, 12])
+def test_large_activations_do_not_overflow_float16(num_rows: int) -> None:
+    codes, scales = quantise_rows(torch.full((64, 512), 0.01), torch.float16)
+    x = torch.full((num_rows, 512), 100.0, dtype=torch.float16)
+    y = matmul_dequantise(x, codes, scales)
+    assert (y.float() - 512).abs().max() < 2
+
+
+@pytest.mark.parametrize("load_8bit", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_biases_are_added(num_rows: int, dtype: str, load_8bit: bool) -> None:
+    policy = choose_policy("cpu", dtype, load_8bit=load_8bit)
+    matrix = build_matrix(64, 32, bias=True, policy=policy)
+    matrix.load_rows(0, torch.zeros(64, 32))
+    bias = torch.arange(64.0)
+    assert matrix.bias is not None
+    matrix.bias.load_rows(0, bias)
+    y = matrix(torch.ones(num_rows, 32, dtype=policy.dtype))
+    assert torch.equal(y.float(), bias.expand(num_rows, -1))
