@@ -131,6 +131,10 @@ class NoWorkerAvailable(ChatserveError):
 
     code = "no_worker_available"
 
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class WorkerLost(ChatserveError):
     """The worker died or went away in the middle of an answer."""

@@ -23,6 +23,8 @@ MAX_MESSAGES = 1024
 MAX_CONTENT_PARTS = 1024
 MAX_PROMPTS = 64
 MAX_CHOICES = 8
+# of one request: more could never be in the queue together
+MAX_SEQUENCES = 64
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
@@ -217,7 +219,7 @@ class SamplingRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
@@ -281,6 +283,13 @@ def parse_completion(body: bytes) -> CompletionRequest:
         raise UnsupportedParameter(
             f"best_of {request.best_of} is not supported; leave it out or make it n",
             param="best_of",
+        )
+    num_sequences = len(request.prompt) * request.num_choices
+    if num_sequences > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"prompt has {len(request.prompt)} entries and n is {request.num_choices}, together "
+            f"{num_sequences} answers; the limit is {MAX_SEQUENCES}, send several requests",
+            param="prompt",
         )
     return request
 

@@ -78,7 +78,7 @@ def error_event(error: Exception) -> bytes:
 def error_response(error: ChatserveError) -> Response:
     """The whole answer to a request that fails before its first byte."""
     headers = {}
-    if isinstance(error, (errors.Overloaded, errors.ShuttingDown)):
+    if isinstance(error, (errors.Overloaded, errors.NoWorkerAvailable, errors.ShuttingDown)):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.InvalidAPIKey):
         headers["WWW-Authenticate"] = "Bearer"

@@ -19,7 +19,7 @@ EJECTION_S = 0.5
 MAX_EJECTION_S = 30.0
 FORGIVE_S = 120.0
 
-ModelState = Literal["missing", "loading", "draining", "stalled", "ready"]
+ModelState = Literal["unreachable", "starting", "loading", "draining", "stalled", "ready"]
 
 
 @dataclass
@@ -216,8 +216,12 @@ class WorkerRegistry:
         return Lease(worker)
 
     def cards(self) -> list[ModelCard]:
-        """The models of `/v1/models`: those served, also while their worker restarts."""
-        return list(self._cards.values())
+        """The models of `/v1/models`: those served, also while their worker restarts.
+
+        The expected ones come first, in the order they were named.
+        """
+        names = dict.fromkeys([*self._expected, *self._cards])
+        return [self._cards[name] for name in names if name in self._cards]
 
     def readiness(self) -> list[ModelReadiness]:
         """The best state of each expected model, and of each that a worker has brought."""
@@ -239,10 +243,12 @@ class WorkerRegistry:
         return [w for w in self._workers.values() if self._state(w) == "stalled"]
 
     def _readiness(self, name: str) -> ModelReadiness:
-        order: tuple[ModelState, ...] = ("missing", "stalled", "draining", "loading", "ready")
+        order: tuple[ModelState, ...] = (
+            "unreachable", "starting", "stalled", "draining", "loading", "ready"
+        )  # fmt: skip
         serving = [w for w in self._workers.values() if w.serves(name)]
         if not serving:
-            return ModelReadiness(name, "missing")
+            return ModelReadiness(name, "starting")
         best = max(serving, key=lambda worker: order.index(self._state(worker)))
         return ModelReadiness(
             name, self._state(best), best.status.loaded_bytes, best.status.total_bytes
@@ -250,7 +256,7 @@ class WorkerRegistry:
 
     def _state(self, worker: Worker) -> ModelState:
         if worker.ejected_until is not None:
-            return "missing"
+            return "unreachable"
         is_idle = not worker.status.num_running and not worker.status.num_waiting
         if not is_idle and self._clock() - worker.moved_at > self._stall_s:
             return "stalled"

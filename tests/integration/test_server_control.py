@@ -280,7 +280,7 @@ def test_heartbeat_of_a_worker_that_is_still_gone_does_not_bring_it_back(
     )
     assert reply.json() == {"is_known": True}
     assert registry._workers["w"].num_ejections == 2
-    assert states(registry) == ["missing"]
+    assert states(registry) == ["unreachable"]
 
 
 def test_unknown_heartbeat(controller: RunningServer) -> None:

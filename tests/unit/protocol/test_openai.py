@@ -63,7 +63,7 @@ def test_null_means_default() -> None:
         ("top_p", [0.001, 1], [0, -1, 1.01, False]),
         ("top_k", [-1, 0, 40], [-2, 1.5, True, 2**63]),
         ("min_p", [0, 1], [-0.1, 1.1]),
-        ("repetition_penalty", [0.5, 2], [0, -1, 2.1]),
+        ("repetition_penalty", [0.01, 2], [0, 0.009, -1, 2.1]),
         ("presence_penalty", [-2, 2], [-2.1, 2.1]),
         ("frequency_penalty", [-2, 2], [-2.1, 2.1, "0"]),
         ("seed", [-(2**63), 2**63 - 1, 0], [2**63, -(2**63) - 1, 1.0, True]),
@@ -257,6 +257,14 @@ def test_prompts_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         completion(prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+def test_prompts_times_choices_have_a_limit() -> None:
+    assert completion(prompt=["a"] * 8, n=8).num_choices == 8
+    with pytest.raises(InvalidRequest) as caught:
+        completion(prompt=["a"] * 13, n=5)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "prompt")
+    assert "13 entries and n is 5, together 65 answers; the limit is 64" in caught.value.message
 
 
 def test_completion_fields() -> None:

@@ -13,6 +13,7 @@ from chatserve.errors import (
     ContextLengthExceeded,
     InvalidAPIKey,
     InvalidRequest,
+    NoWorkerAvailable,
     Overloaded,
     ShuttingDown,
     StartupError,
@@ -75,6 +76,7 @@ def test_lone_surrogate_in_a_message() -> None:
 
 def test_headers_that_go_with_a_status() -> None:
     assert error_response(Overloaded("full", retry_after_s=7)).headers["retry-after"] == "7"
+    assert error_response(NoWorkerAvailable("soon")).headers["retry-after"] == "1"
     assert error_response(ShuttingDown("bye")).headers["retry-after"] == "5"
     assert error_response(InvalidAPIKey("who?")).headers["www-authenticate"] == "Bearer"
     assert "retry-after" not in error_response(InvalidRequest("no")).headers

@@ -176,7 +176,7 @@ def test_ejected_worker_gets_nothing_until_it_is_readmitted(
     assert registry.worker_to_probe("a") is None
     registry.eject("a")
     registry.heartbeat("a", status())
-    with pytest.raises(NoWorkerAvailable, match="missing"):
+    with pytest.raises(NoWorkerAvailable, match="unreachable"):
         registry.pick("m")
     assert registry.worker_to_probe("a") is None
     clock.advance(0.5)
@@ -236,9 +236,21 @@ def test_worker_that_has_work_and_does_not_move_is_stalled(
     assert picked(registry) == "a"
 
 
+def test_models_are_listed_in_the_order_they_were_named(clock: FakeClock) -> None:
+    registry = WorkerRegistry(clock, expected=["m", "n"])
+    registry.register("a", url(1), status("extra"))
+    registry.register("b", url(2), status("n"))
+    assert [card.name for card in registry.cards()] == ["n", "extra"]
+    registry.register("c", url(3), status("m"))
+    assert [card.name for card in registry.cards()] == ["m", "n", "extra"]
+
+
 def test_readiness_of_expected_models(clock: FakeClock) -> None:
     registry = WorkerRegistry(clock, expected=["m", "n"])
-    assert [(r.name, r.state) for r in registry.readiness()] == [("m", "missing"), ("n", "missing")]
+    assert [(r.name, r.state) for r in registry.readiness()] == [
+        ("m", "starting"),
+        ("n", "starting"),
+    ]
     registry.register("a", url(1), status(state="loading", loaded_bytes=3, total_bytes=9))
     first = registry.readiness()[0]
     assert (first.state, first.loaded_bytes, first.total_bytes) == ("loading", 3, 9)
