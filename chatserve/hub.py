@@ -29,7 +29,7 @@ ALIASES = {
     "vicuna-7b-v1.3": "lmsys/vicuna-7b-v1.3",
     "vicuna-13b-v1.3": "lmsys/vicuna-13b-v1.3",
 }
-DEFAULT_NAME = "smollm2-135m"
+DEFAULT_NAME = config.DEFAULT_WEIGHTS
 DEFAULT_REVISION = "main"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}")
@@ -63,11 +63,9 @@ def resolve_weights(
     """
     offline = offline or config.hub_offline()
     if text is not None and is_path(text):
-        path = Path(text).expanduser()
         _refuse_revision(revision, text)
-        if not path.exists():
-            raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
-        return path
+        check_path(text)
+        return Path(text).expanduser()
     if text is None or text == DEFAULT_NAME:
         from chatserve.default_model import SMOLLM2_135M, ensure
 
@@ -95,6 +93,13 @@ def is_path(text: str) -> bool:
         return True
     first, slash, rest = text.partition("/")
     return bool(slash) and (not _is_hub_id(text) or os.path.isdir(first) or not rest)
+
+
+def check_path(text: str) -> None:
+    """Raises `ModelLoadError` when `text` means a place on this machine where nothing is."""
+    path = Path(text).expanduser()
+    if is_path(text) and not path.exists():
+        raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
 
 
 def cached_models() -> list[CachedModel]:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatserve import config as settings
+from chatserve import hub
 from chatserve.config import ControllerConfig, ServeConfig, WorkerConfig
-from chatserve.errors import UsageError
+from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def serve(
     def run(config: ServeConfig, weights: list[str]) -> int:
         from chatserve.server.launch import WORKER_COMMAND, default_policy, run_server
 
+        if worker_command is None:
+            # what another command calls WEIGHTS need not be a path
+            for path in weights:
+                hub.check_path(path)
         return run_server(
             config,
             weights or [settings.DEFAULT_WEIGHTS],
@@ -92,7 +97,7 @@ def _parse_and_run(
         flags: dict[str, Any] = parser.flags(sys.argv[1:] if argv is None else argv)
         weights = flags.pop("weights", []) + flags.pop("model_path", [])
         return run(settings.build(kind, flags, file=settings.settings_file()), weights)
-    except UsageError as error:
+    except StartupError as error:
         print(f"chatserve: {error.message}", file=sys.stderr)
         return error.exit_code
 

@@ -21,7 +21,7 @@ ARROWS = {
     "protocol": set(),
     "models": {"kernels"},
     "engine": {"models", "hub"},
-    "server": {"engine", "models", "protocol", "flags", "byte_bar"},
+    "server": {"engine", "models", "protocol", "flags", "byte_bar", "hub"},
     "cli": {"protocol"},
 }
 LIGHT = {"cli", "protocol", "errors", "config", "flags"}

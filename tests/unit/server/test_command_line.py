@@ -48,10 +48,25 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeConfig, list[str]
     return calls
 
 
-def test_serve(served: list[tuple[ServeConfig, list[str]]]) -> None:
-    assert command_line.serve(["/a", "--port", "0", "--model-path", "/b", "--load-8bit"]) == 0
+def test_serve(served: list[tuple[ServeConfig, list[str]]], tmp_path: Path) -> None:
+    a, b = (str(tmp_path / name) for name in "ab")
+    for folder in (a, b):
+        Path(folder).mkdir()
+    assert command_line.serve([a, "--port", "0", "--model-path", b, "--load-8bit"]) == 0
     [(config, weights)] = served
-    assert weights == ["/a", "/b"] and (config.port, config.load_8bit) == (0, True)
+    assert weights == [a, b] and (config.port, config.load_8bit) == (0, True)
+
+
+def test_a_path_that_is_not_there_is_told_before_anything_starts(
+    served: list[tuple[ServeConfig, list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missing = tmp_path / "no.gguf"
+    assert command_line.serve([str(tmp_path), str(missing)]) == 3
+    assert not served
+    told = capsys.readouterr().err
+    assert told == f"chatserve: {missing}: no such folder or file; check the spelling\n"
 
 
 def test_nothing_named_is_the_embedded_model(served: list[tuple[ServeConfig, list[str]]]) -> None:
