@@ -9,6 +9,7 @@
     ├─ RouteNotFound
     ├─ MethodNotAllowed
     ├─ BodyTooLarge
+    ├─ BodyTooSlow
     ├─ UnsupportedMediaType
     ├─ Overloaded
     ├─ OutOfMemory
@@ -96,6 +97,12 @@ class BodyTooLarge(ChatserveError):
     """The request body is over the byte limit."""
 
     code = "body_too_large"
+
+
+class BodyTooSlow(ChatserveError):
+    """The request body did not come in time."""
+
+    code = "body_too_slow"
 
 
 class UnsupportedMediaType(ChatserveError):

@@ -14,10 +14,12 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatserve.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     ChatserveError,
     HostNotAllowed,
     InvalidAPIKey,
@@ -32,6 +34,7 @@ OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+BODY_TIMEOUT_S = 30.0
 
 
 def is_loopback(host: str) -> bool:
@@ -140,12 +143,18 @@ class Edge:
         self.num_in_flight = 0
         self._policy = policy
         self._max_body_bytes = max_body_bytes
+        self._readings: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
     def drain(self) -> None:
-        """Refuse new requests with 503; those under way go on. Health and control stay open."""
+        """Refuse new requests with 503; those under way go on. Health and control stay open.
+
+        A request is under way once its body is complete.
+        """
         self.is_draining = True
+        for reading in self._readings:
+            reading.reschedule(asyncio.get_running_loop().time())
 
     async def idle(self) -> None:
         """Wait until no request is under way."""
@@ -156,22 +165,52 @@ class Edge:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             try:
-                limited = self._admit(scope, receive)
-            except ChatserveError as error:
-                await error_response(error)(scope, receive, send)
-            else:
-                await self._serve(scope, limited, send)
+                await self._answer(scope, receive, send)
+            except asyncio.CancelledError:
+                # what still runs when the listener closes is cut; uvicorn would log a traceback
+                if not self.is_draining:
+                    raise
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _admit(self, scope: Scope, receive: Receive) -> Receive:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            receive = await self._admit(scope, receive)
+        except ClientDisconnect:
+            return
+        except ChatserveError as error:
+            response = error_response(error)
+            if isinstance(error, (BodyTooSlow, ShuttingDown)):
+                # the rest of a body may never come: no other request could follow it
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive) -> Receive:
+        """Check all there is to check, and read the body: the app gets it in one piece."""
         path, headers = scope["path"], scope["headers"]
         self._policy.check(path, headers)
-        if self.is_draining and self._is_counted(path):
-            raise ShuttingDown("the server is shutting down; try again when it is back")
-        if scope["method"] in METHODS_WITH_BODY:
-            _check_media_type(headers)
-        return self._limit_body(headers, receive)
+        is_counted = self._is_counted(path)
+        if self.is_draining and is_counted:
+            raise _shutting_down()
+        if scope["method"] not in METHODS_WITH_BODY:
+            return receive
+        _check_media_type(headers)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S) as reading:
+                if is_counted:
+                    self._readings.add(reading)
+                body = await self._read_body(headers, receive)
+        except TimeoutError:
+            if self.is_draining:
+                raise _shutting_down() from None
+            raise BodyTooSlow(
+                f"the body was not complete after {BODY_TIMEOUT_S:g} s; send it without a pause"
+            ) from None
+        finally:
+            self._readings.discard(reading)
+        return _replayed(body, receive)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_counted(scope["path"]):
@@ -190,24 +229,41 @@ class Edge:
     def _is_counted(path: str) -> bool:
         return path not in OPEN_PATHS and not path.startswith(CONTROL_PREFIX)
 
-    def _limit_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> Receive:
+    async def _read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
         limit = self._max_body_bytes
         declared = _values(headers, b"content-length")
         is_number = bool(declared) and declared[0].isascii() and declared[0].isdigit()
         if is_number and int(declared[0][:19]) > limit:
             raise _too_large(limit)
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
+        body = bytearray()
+        has_more = True
+        while has_more:
             message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > limit:
-                    raise _too_large(limit)
-            return message
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise _too_large(limit)
+            has_more = message.get("more_body", False)
+        return bytes(body)
 
-        return counted
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that first gives `body` and then whatever `receive` has to say."""
+    message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def replay() -> Message:
+        nonlocal message
+        if message is None:
+            return await receive()
+        first, message = message, None
+        return first
+
+    return replay
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; try again when it is back")
 
 
 def _too_large(limit: int) -> BodyTooLarge:

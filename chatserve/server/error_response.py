@@ -29,6 +29,7 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.ModelNotFound: (404, "invalid_request_error"),
     errors.RouteNotFound: (404, "invalid_request_error"),
     errors.MethodNotAllowed: (405, "invalid_request_error"),
+    errors.BodyTooSlow: (408, "invalid_request_error"),
     errors.BodyTooLarge: (413, "invalid_request_error"),
     errors.UnsupportedMediaType: (415, "invalid_request_error"),
     errors.Overloaded: (429, "rate_limit_error"),

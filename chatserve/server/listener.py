@@ -61,6 +61,10 @@ def url_of(host: str, sock: socket.socket) -> str:
     return f"http://{f'[{name}]' if ':' in name else name}:{sock.getsockname()[1]}"
 
 
+def _requests(number: int) -> str:
+    return f"{number} request{'s' * (number != 1)}"
+
+
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
@@ -120,9 +124,15 @@ class Listener:
         error that its client can read.
         """
         self._edge.drain()
+        if self._edge.num_in_flight and seconds and not hurry.is_set():
+            logger.info(
+                "waiting up to %g s for %s to finish; Ctrl-C once more stops at once",
+                seconds,
+                _requests(self._edge.num_in_flight),
+            )
         await self._wait_until_idle(seconds, hurry)
         if self._edge.num_in_flight:
-            logger.warning("cutting %d requests short", self._edge.num_in_flight)
+            logger.warning("cutting %s short", _requests(self._edge.num_in_flight))
             if abort is not None:
                 await abort()
                 await self._wait_until_idle(ABORT_S, asyncio.Event())
@@ -136,7 +146,6 @@ class Listener:
     async def _wait_until_idle(self, seconds: float, hurry: asyncio.Event) -> None:
         if not self._edge.num_in_flight or hurry.is_set():
             return
-        logger.info("waiting for %d requests to finish", self._edge.num_in_flight)
         idle = asyncio.create_task(self._edge.idle())
         hurried = asyncio.create_task(hurry.wait())
         await asyncio.wait({idle, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

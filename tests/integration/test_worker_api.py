@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from chatserve.errors import OutOfMemory, Overloaded
+from chatserve.server import edge, listener
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.worker import create_slot_app, create_worker_app
@@ -208,6 +210,69 @@ def test_body_over_the_limit(server: RunningServer) -> None:
     )  # fmt: skip
     with sock:
         assert read_until(sock, b"body_too_large").startswith(b"HTTP/1.1 413")
+
+
+HALF_SENT = b"".join((
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n",
+    b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+))  # fmt: skip
+
+
+def wait_for_reading(server: RunningServer) -> None:
+    async def is_reading() -> bool:
+        return bool(server.edge._readings)
+
+    deadline = time.monotonic() + 10
+    while not server.call(is_reading()):
+        assert time.monotonic() < deadline
+
+
+def test_half_sent_body_gets_an_answer_in_time(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "BODY_TIMEOUT_S", 0.05)
+    head, _, body = read_all(send_raw(server.port, HALF_SENT)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408") and b"connection: close" in head.lower()
+    error = json.loads(body)["error"]
+    assert (error["code"], error["type"]) == ("body_too_slow", "invalid_request_error")
+    assert "0.05 s" in error["message"]
+
+
+def test_half_sent_body_does_not_hold_up_a_drain() -> None:
+    with worker(FakeEngine()) as server:
+        sock = send_raw(server.port, HALF_SENT)
+        wait_for_reading(server)
+        assert server.edge.num_in_flight == 0
+        server.loop.call_soon_threadsafe(server.edge.drain)
+        answer = read_all(sock)
+        assert answer.startswith(b"HTTP/1.1 503") and b"server_shutting_down" in answer
+
+
+def test_leaving_in_the_middle_of_a_body_is_no_trouble(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    sock = send_raw(server.port, HALF_SENT)
+    wait_for_reading(server)
+    sock.close()
+    deadline = time.monotonic() + 10
+    while server.edge._readings:
+        assert time.monotonic() < deadline
+    assert httpx.get(f"{server.url}/health/live").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_what_is_cut_at_the_end_leaves_no_traceback(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "ABORT_S", 0)
+    engine = FakeEngine(["a"], hangs=True)
+    with worker(engine) as server:
+        sock = send_raw(server.port, http_request("POST", "/v1/chat/completions", CHAT))
+        engine.wait_for(lambda e: bool(e.num_events))
+    sock.close()
+    assert engine.aborted
+    assert any("Cancel 1 running task" in record.message for record in caplog.records)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_strange_host(server: RunningServer) -> None:
@@ -409,6 +474,30 @@ def test_behind_a_controller_only_its_token_opens() -> None:
         headers = {"Authorization": "Bearer token"}
         response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, headers=headers)
         assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "1 request to"), (2, "2 requests to")])
+def test_a_drain_says_for_what_and_how_long_it_waits(
+    number: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chatserve")
+    engine = FakeEngine(["a"], hangs=True)
+    with worker(engine) as server:
+        request = http_request("POST", "/v1/chat/completions", CHAT)
+        socks = [send_raw(server.port, request) for _ in range(number)]
+        engine.wait_for(lambda e: len(e.num_events) == number)
+        drained = listener.Listener(server.edge)
+
+        async def drain() -> None:
+            hurry = asyncio.Event()
+            asyncio.get_running_loop().call_soon(hurry.set)
+            await drained.drain(seconds=30, hurry=hurry, abort=engine.stop)
+
+        server.call(drain())
+        for sock in socks:
+            assert b"HTTP/1.1 500" in read_all(sock)
+    told = [record.message for record in caplog.records if "waiting" in record.message]
+    assert told == [f"waiting up to 30 s for {words} finish; Ctrl-C once more stops at once"]
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
