@@ -64,7 +64,7 @@ class PromptBuilder:
         ids = self._tokenizer.encode(
             rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
         )
-        self._check_length(len(ids), "messages", "shorten the history or start over with /clear")
+        self._check_length(len(ids), "messages", "shorten the messages")
         return ids
 
     def completion(self, prompt: str | Sequence[int]) -> list[int]:
