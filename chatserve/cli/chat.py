@@ -19,7 +19,7 @@ from chatserve.cli.lines import Command, help_text, parse, unknown_command_text
 from chatserve.cli.render import Display, progress_text
 from chatserve.cli.terminal import interruptible
 from chatserve.cli.transcript import Transcript
-from chatserve.errors import ChatserveError, StartupError, UsageError
+from chatserve.errors import ChatserveError, ContextLengthExceeded, StartupError, UsageError
 
 WAIT_S = 0.1
 
@@ -181,6 +181,8 @@ class Chat:
             except ChatserveError as error:
                 self._keep(answer, is_partial=True)
                 self._display.error(error.message)
+                if error.code == ContextLengthExceeded.code and self._options.is_typed:
+                    self._display.note("/clear starts over")
             else:
                 self._keep(answer, is_partial=False)
                 if answer.finish_reason == "length":

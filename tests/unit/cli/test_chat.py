@@ -192,6 +192,7 @@ def test_errors_are_told_apart_from_answers_and_the_chat_goes_on() -> None:
     assert session.type("one", "two", "three", "four") == (
         "> one\n"
         "error: prompt has 9 tokens\n"
+        "/clear starts over\n"
         "> two\n"
         "half an\n"
         "error: the worker died\n"
@@ -344,6 +345,12 @@ def test_programmatic_style_speaks_fastchats_protocol() -> None:
         "[!OP:USER]: !!exit\n"
     )  # fmt: skip
     assert contents(server.requests[1]) == ["hi\nthere", "Hello", "/no command"]
+
+
+def test_a_programmed_chat_is_told_of_no_command() -> None:
+    end = " __END_OF_A_MESSAGE_47582648__\n"
+    text, _ = programmatic(f"hi{end}!!exit{end}", [ContextLengthExceeded("too long")])
+    assert "error: too long\n" in text and "/clear" not in text
 
 
 def test_ctrl_c_ends_a_programmed_chat() -> None:
