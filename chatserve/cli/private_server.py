@@ -88,7 +88,7 @@ class PrivateServer:
                 self._process.wait(STOP_TIMEOUT_S)
         finally:
             if self._process.poll() is None:
-                # it leads its session: the group is the server and all that it started
+                # its workers have sessions of their own and end when their lifeline closes
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
             self._tidy_up()
