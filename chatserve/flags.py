@@ -67,6 +67,23 @@ class CommandParser(argparse.ArgumentParser):
         for name, reason in REFUSED_FLAGS.items():
             self.add_argument(name, action=_Refused, nargs="?", const=reason, **hidden)
 
+    def let_agree(self, what: str, *dests: str) -> None:
+        """Refuse a command line that gives arguments of `dests` more than one value.
+
+        argparse alone lets the last of several spellings win in silence.
+        """
+        given: list[str] = []
+
+        def agree(text: str) -> str:
+            if given and given[0] != text:
+                raise UsageError(f"{what} are given twice: {given[0]} and {text}")
+            given.append(text)
+            return text
+
+        for action in self._actions:
+            if action.dest in dests:
+                action.type = agree
+
     def flags(self, argv: Sequence[str]) -> dict[str, Any]:
         """The settings that `argv` names, by field; absent ones are left out.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -67,6 +68,10 @@ class Stream:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._handler.close_connection = self.is_over = True
         connection.close()
+
+    def has_news(self, within_s: float) -> bool:
+        """Whether the client sends something or leaves."""
+        return bool(select.select([self._handler.connection], [], [], within_s)[0])
 
     def wait_for_disconnect(self) -> None:
         if self._handler.connection.recv(1) == b"":

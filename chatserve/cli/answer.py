@@ -45,6 +45,7 @@ class Answer:
     num_tokens: int | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    max_tokens: int | None = None  # the limit that was asked for
 
     def take(self, delta: ChatDelta, now: float) -> None:
         if delta.text:

@@ -52,9 +52,13 @@ class Lines(Protocol):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """`sampling` goes into each request as it is."""
+    """`sampling` goes into each request as it is; `wished_max_tokens` where the context has room.
+
+    A `max_tokens` in `sampling` comes before the wish.
+    """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    wished_max_tokens: int | None = None
     with_history: bool = True
     is_typed: bool = True
 
@@ -70,6 +74,28 @@ def stream_answer(
         for delta in deltas:
             answer.take(delta, clock())
             draw(delta.text)
+
+
+def ask(
+    server: Server, messages: list[dict[str, str]], options: ChatOptions, answer: Answer
+) -> Generator[ChatDelta, None, None]:
+    """The deltas of an answer; its limit goes into `answer`.
+
+    A server refuses a limit that the context has no room for. Only a limit that the user gave is
+    worth that error: without the wished one the same question is asked once more.
+    """
+    answer.max_tokens = options.sampling.get("max_tokens", options.wished_max_tokens)
+    if answer.max_tokens is not None:
+        sampling = {**options.sampling, "max_tokens": answer.max_tokens}
+        try:
+            yield from server.stream(messages, sampling)
+            return
+        except ContextLengthExceeded as error:
+            is_wish = "max_tokens" not in options.sampling
+            if not is_wish or answer.text or error.param != "max_tokens":
+                raise
+        answer.max_tokens = None
+    yield from server.stream(messages, options.sampling)
 
 
 def wait_until_ready(server: Server, display: Display) -> None:
@@ -94,7 +120,7 @@ def answer_once(
     """Answer the question in `transcript`. Raises `ChatserveError`, `KeyboardInterrupt`."""
     wait_until_ready(server, display)
     answer = Answer()
-    deltas = server.stream(transcript.messages(), options.sampling)
+    deltas = ask(server, transcript.messages(), options, answer)
     stream_answer(deltas, display, answer, clock)
     if answer.finish_reason == "length":
         display.note(length_text(answer, options, server.model()))
@@ -192,7 +218,7 @@ class Chat:
     def _answer(self, answer: Answer) -> None:
         wait_until_ready(self._server, self._display)
         messages = self._transcript.messages(with_history=self._options.with_history)
-        deltas = self._server.stream(messages, self._options.sampling)
+        deltas = ask(self._server, messages, self._options, answer)
         stream_answer(deltas, self._display, answer, self._clock)
 
     def _keep(self, answer: Answer, *, is_partial: bool) -> None:
@@ -227,7 +253,8 @@ class Chat:
             if self._server.progress() is None:
                 template_name = self._server.model().template_name
                 self._transcript.template_name = template_name or self._transcript.template_name
-            self._display.note(f"saved to {self._transcript.save(file)}")
+            path, has_replaced = self._transcript.save(file)
+            self._display.note(f"replaced {path}" if has_replaced else f"saved to {path}")
         except UsageError as error:
             self._display.error(error.message)
 
@@ -259,8 +286,10 @@ def status_text(model: ModelInfo, answer: Answer) -> str:
 
 def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
     """Why an answer ended before its end."""
-    limit = options.sampling.get("max_tokens")
+    limit = answer.max_tokens
     if limit is not None and (answer.num_tokens is None or answer.num_tokens >= limit):
-        return f"the answer stopped at --max-new-tokens {limit}"
+        if "max_tokens" in options.sampling:
+            return f"the answer stopped at --max-new-tokens {limit}"
+        return f"the answer stopped at {limit} tokens; --max-new-tokens raises the limit"
     size = f" of {model.context_length} tokens" if model.context_length else ""
     return f"the answer stopped where the model's context{size} ends"

@@ -58,12 +58,8 @@ class ChatClient:
             if not (api_key.isascii() and api_key.isprintable()):
                 raise UsageError("the API key has characters that no HTTP header can hold")
             headers["authorization"] = f"Bearer {api_key}"
-        self._http = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            # a proxy of the environment never stands between two processes of this machine
-            trust_env=not _is_loopback(self.base_url),
-        )
+        self._headers = headers
+        self._http = self._connect()
 
     def close(self) -> None:
         self._http.close()
@@ -104,17 +100,31 @@ class ChatClient:
         for delay_s in (*RETRY_DELAYS_S, None):
             has_begun = False
             try:
-                for delta in self._stream_once(body):
-                    has_begun = has_begun or bool(delta.text)
-                    yield delta
+                with contextlib.closing(self._stream_once(body)) as deltas:
+                    for delta in deltas:
+                        has_begun = has_begun or bool(delta.text)
+                        yield delta
                 return
+            except KeyboardInterrupt:
+                # it may strike between any two lines of httpx, where nobody owns the response yet
+                self._http.close()
+                self._http = self._connect()
+                raise
             except (NoWorkerAvailable, WorkerLost) as error:
                 is_broken_connection = isinstance(error.__cause__, httpx.TransportError)
                 if has_begun or delay_s is None or not is_broken_connection:
                     raise
                 self._sleep(delay_s)
 
-    def _stream_once(self, body: dict[str, Any]) -> Iterator[ChatDelta]:
+    def _connect(self) -> httpx.Client:
+        return httpx.Client(
+            headers=self._headers,
+            timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # a proxy of the environment never stands between two processes of this machine
+            trust_env=not _is_loopback(self.base_url),
+        )
+
+    def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
         # no limit on the time between two events: the server decides when a worker is stalled
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         decoder = SSEDecoder(max_event_bytes=MAX_EVENT_BYTES)

@@ -88,7 +88,7 @@ class LineEditor:
 
 
 def _key_bindings(is_multiline: bool) -> KeyBindings:
-    """Enter sends and Esc+Enter adds a line; `is_multiline` swaps them. Ctrl-C clears the line."""
+    """Enter sends, Esc+Enter adds a line; `is_multiline` swaps them. Ctrl-C puts the line aside."""
     bindings = KeyBindings()
     is_typing = has_focus(DEFAULT_BUFFER)
 
@@ -108,7 +108,7 @@ def _key_bindings(is_multiline: bool) -> KeyBindings:
 
     @bindings.add("c-c", filter=is_typing & Condition(lambda: bool(get_app().current_buffer.text)))
     def _(event: KeyPressEvent) -> None:
-        event.current_buffer.reset()
+        event.current_buffer.reset(append_to_history=True)
 
     return bindings
 

@@ -64,6 +64,11 @@ class LiveMarkdown:
         self._tail = ""
         return start + self._redraw(lines, [])
 
+    def lines_of(self, text: str, columns: int) -> list[str]:
+        """A whole text as lines, on no screen."""
+        self._begin_frame(columns)
+        return [line for block in self._blocks(text) for line in self._finish_block(block)]
+
     def _begin_frame(self, columns: int) -> str:
         """After a change of width nobody knows where the old lines are: begin the block anew."""
         has_moved = columns != self._columns and bool(self._shown)
@@ -129,6 +134,12 @@ class LiveMarkdown:
         if frame and not live:
             out.append("\r\n")
         return "".join(out)
+
+
+def drawn_once(text: str, columns: int, *, has_color: bool = True) -> str:
+    """The final drawing of a whole answer: lines with colour codes, nothing that moves a cursor."""
+    markdown = LiveMarkdown(has_color=has_color)
+    return "".join(line + "\n" for line in markdown.lines_of(text, columns))
 
 
 def _safe(token: Token) -> Token:

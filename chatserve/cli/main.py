@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from chatserve import __version__
 from chatserve.cli.escapes import one_line
+from chatserve.cli.terminal import columns_of
+from chatserve.cli.word_wrap import wrapped
 from chatserve.errors import ChatserveError, StartupError, UsageError
 
 EXIT_FAILED = 1
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read our output has left; the interpreter must not try to flush the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        # and has all that it wanted (`| head`): none of our exit codes is for that
+        return 0
     except Exception as error:  # the boundary of the process: a bug, too, is one line
         if "--debug" in rest:
             traceback.print_exc()
@@ -101,4 +104,6 @@ def _print_error(error: Exception) -> None:
         kind = type(error).__name__
         message = f"internal error: {kind}: {error}; --debug shows where (please report it)"
     with contextlib.suppress(OSError):
-        print(f"chatserve: {one_line(message)}", file=sys.stderr, flush=True)
+        line = f"chatserve: {one_line(message)}"
+        columns = columns_of(sys.stderr)
+        print(line if columns is None else wrapped(line, columns), file=sys.stderr, flush=True)

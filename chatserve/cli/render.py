@@ -15,6 +15,7 @@ from typing import Protocol, TextIO
 
 from chatserve.cli.answer import Progress
 from chatserve.cli.escapes import EscapeFilter, one_line, strip_escapes
+from chatserve.cli.word_wrap import WordWrap, wrapped
 
 _DIM = "\x1b[2m"
 _RED = "\x1b[31m"
@@ -37,26 +38,60 @@ class AnswerDrawer(Protocol):
 class PlainDrawer:
     """Writes text as it comes and ends it with one newline."""
 
-    def __init__(self, out: TextIO, prefix: str = "", *, blank_line_after: bool = False) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        prefix: str = "",
+        *,
+        blank_line_after: bool = False,
+        columns: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """`columns` returns the width at which lines are to end between words, or None."""
         self._out = out
+        self._columns = columns
+        self._wrap = WordWrap()
         self._prefix = prefix
         self._blank_line_after = blank_line_after
         self._ends_line = True
 
     def begin(self) -> None:
         self._ends_line = not self._prefix
+        self._wrap = WordWrap()
         self._write(self._prefix)
 
     def draw(self, text: str) -> None:
         if text:
             self._ends_line = text.endswith("\n")
-            self._write(text)
+            columns = self._columns()
+            self._write(text if columns is None else self._wrap.feed(text, columns))
 
     def end(self) -> None:
         self._write(("" if self._ends_line else "\n") + ("\n" if self._blank_line_after else ""))
 
     def _write(self, text: str) -> None:
         self._out.write(text)
+        self._out.flush()
+
+
+class MarkdownPrinter:
+    """Draws Markdown once, when it is whole: for files and pipes, which show no frames."""
+
+    def __init__(self, out: TextIO, columns: int, *, has_color: bool = True) -> None:
+        self._out = out
+        self._columns = columns
+        self._has_color = has_color
+        self._text = ""
+
+    def begin(self) -> None:
+        self._text = ""
+
+    def draw(self, text: str) -> None:
+        self._text += text
+
+    def end(self) -> None:
+        from chatserve.cli.live_markdown import drawn_once  # late: rich takes 0.1 s to import
+
+        self._out.write(drawn_once(self._text, self._columns, has_color=self._has_color))
         self._out.flush()
 
 
@@ -157,11 +192,14 @@ class Display:
         *,
         is_raw: bool = False,
         is_terminal: bool = False,
+        columns: Callable[[], int | None] = lambda: None,
     ) -> None:
+        """`columns` returns the width of `err`, or None when lines there have no end."""
         self._drawer = drawer
         self._err = err
         self._is_raw = is_raw
         self._is_terminal = is_terminal
+        self._columns = columns
         self._has_progress = False
 
     @contextlib.contextmanager
@@ -203,6 +241,8 @@ class Display:
         self._err.flush()
 
     def _write(self, color: str, text: str) -> None:
+        if (columns := self._columns()) is not None:
+            text = wrapped(text, columns)
         colored = f"{color}{text}{_RESET}" if self._is_terminal and color else text
         self._err.write(colored + "\n")
         self._err.flush()

@@ -1,11 +1,12 @@
 """The terminal while an answer runs: keys wait unseen, the first Ctrl-C stops the answer.
 
-Knows file descriptors and signals; no text, no server. Every change is undone on the way out.
+Knows file descriptors, sizes and signals; no text, no server. Undoes every change on the way out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,18 @@ from typing import NoReturn, TextIO
 
 if sys.platform != "win32":
     import termios
+
+_DEFAULT_COLUMNS = 80
+
+
+def columns_of(stream: TextIO | None) -> int | None:
+    """The width of the terminal behind `stream`; None when there is none."""
+    if stream is None or not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _DEFAULT_COLUMNS
+    except OSError:
+        return _DEFAULT_COLUMNS
 
 
 @contextlib.contextmanager

@@ -80,20 +80,22 @@ class Transcript:
             self.turns.append(answer)
         return question.content if question else None
 
-    def save(self, file: str) -> Path:
+    def save(self, file: str) -> tuple[Path, bool]:
         """Write FastChat's JSON, whole or not at all; `.json` is added to a name without a suffix.
 
-        Raises `UsageError` when the file cannot be written.
+        Returns where it went, and whether that replaced a file. Raises `UsageError` when the file
+        cannot be written.
         """
         path = Path(file).expanduser()
         if "." not in path.name:
             path = path.with_name(path.name + ".json")
         text = json.dumps(self._as_json(), ensure_ascii=False, indent=1) + "\n"
+        has_replaced = os.path.lexists(path)
         try:
             _replace(path, text)
         except (OSError, UnicodeEncodeError) as error:
             raise UsageError(f"cannot save to {path}: {_reason(error)}") from error
-        return path
+        return path, has_replaced
 
     @classmethod
     def load(cls, file: str) -> Transcript:

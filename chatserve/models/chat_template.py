@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 OWN = "tokenizer"
+ONE_SHOT_HINT = " (zero_shot is the same layout without FastChat's example)"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ def _named(name: str, tokenizer: Tokenizer, sources: Mapping[str, str]) -> ChatT
         return JinjaTemplate(OWN, sources["default"], tokenizer.special_tokens, tokenizer.names)
     template = BUILTIN.get(ALIASES.get(name, name))
     if template is None:
-        raise UsageError(f"unknown chat template {name!r}; known: {', '.join(template_names())}")
+        hint = ONE_SHOT_HINT if name == "one_shot" else ""
+        raise UsageError(
+            f"unknown chat template {name!r}{hint}; known: {', '.join(template_names())}"
+        )
     missing = [text for text in template.special_tokens if text not in tokenizer.special_ids]
     if missing:
         raise UsageError(

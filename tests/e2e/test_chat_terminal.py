@@ -368,3 +368,35 @@ def test_a_program_chats_in_fastchats_protocol(env: Mapping[str, str]) -> None:
         "[!OP:USER]: and\nmore\n[!OP:ASSISTANT]: "
         "user: hello\nassistant: Hello there.\nuser: and\nmore\n"
     )  # fmt: skip
+
+
+def test_a_reader_that_has_enough_is_no_error(env: Mapping[str, str]) -> None:
+    """`chatserve chat -p … | head -c 3`"""
+    with subprocess.Popen(
+        [sys.executable, fake_chat.__file__, "--", "-p", "slow"],
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(3) == b"0 1"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_markdown_in_a_pipe_has_no_frames(env: Mapping[str, str]) -> None:
+    result = run(env, "-p", "markdown", "--style", "rich")
+    assert result.stdout.count("Title") == 1
+    assert "\x1b[K" not in result.stdout and "\r" not in result.stdout
+
+
+def test_no_word_is_cut_on_a_narrow_terminal(start: Start) -> None:
+    terminal = ready(start("--style", "simple"))
+    terminal.type("/help" + ENTER)
+    terminal.wait_for(
+        "/remove /undo   take the last question and its answer back",
+        "`!!` works like `/`; a leading space sends a line that\nbegins with either.",
+    )

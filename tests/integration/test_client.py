@@ -9,11 +9,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.client import MAX_EVENT_BYTES, ChatClient
 from chatserve.cli.joined_server import JoinedServer
+from chatserve.cli.terminal import interruptible
 from chatserve.errors import (
     BadStream,
     ChatserveError,
@@ -347,15 +349,42 @@ def test_joining_needs_one_model(
 def test_a_stalled_answer_ends_when_its_stream_is_interrupted(
     client: ChatClient, server: FakeOpenAI
 ) -> None:
-    """Ctrl-C while no byte comes: the signal's exception closes the connection."""
+    """Ctrl-C while no byte comes: the signal's exception closes the connection.
+
+    A signal that comes between Python's look at its signals and the system call that then sleeps
+    wakes nobody. Here the sender waits for the very lock that is free just then, so that this
+    happens; like a person it sends again.
+    """
     main_thread = threading.main_thread().ident
     assert main_thread is not None
 
     def stall(stream: Stream) -> None:
-        signal.pthread_kill(main_thread, signal.SIGINT)
+        while not stream.has_news(within_s=0.05):
+            signal.pthread_kill(main_thread, signal.SIGINT)
         stream.wait_for_disconnect()
 
     server.scripts["stall"] = stall
-    with pytest.raises(KeyboardInterrupt):
-        ask(client, "stall")
+    with interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            ask(client, "stall")
+        # still deaf to further signals
+        assert server.cancelled.wait(5)
+    assert text_of(ask(client, "hello")) == "Hello there."
+
+
+def test_ctrl_c_where_nobody_owns_the_response_still_closes_the_connection(
+    client: ChatClient, server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = httpx.Client.send
+
+    def interrupted(self: httpx.Client, *args: Any, **options: Any) -> httpx.Response:
+        lost = send(self, *args, **options)
+        assert lost.status_code == 200
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(httpx.Client, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(client, "silent")
     assert server.cancelled.wait(5)
+    assert text_of(ask(client, "hello")) == "Hello there."

@@ -325,10 +325,11 @@ def test_list_names_sizes_places_and_how_to_chat(
     ]
     assert [(m.name, m.revision, m.num_bytes, m.path) for m in cached_models()] == expected
     list_command.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == [name for name, *_ in expected]
+    out, hint = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == [name for name, *_ in expected]
     assert lines[0].startswith("org/m (v2)") and lines[0].endswith(str(other))
-    assert lines[3] == "chat with one: chatserve chat org/m --revision v2"
+    assert hint == "chat with one: chatserve chat org/m --revision v2\n"
     list_command.main(["--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [tuple(row.values()) for row in rows] == [(*row[:3], str(row[3])) for row in expected]

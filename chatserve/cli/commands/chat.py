@@ -17,8 +17,8 @@ from chatserve import config as settings
 from chatserve.cli.chat import Chat, ChatOptions, Server, answer_once
 from chatserve.cli.lines import ProgramLines, spellings
 from chatserve.cli.private_server import PrivateServer
-from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, PlainDrawer
-from chatserve.cli.terminal import exits_on_signals, keys_unseen
+from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
+from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
 from chatserve.cli.transcript import Transcript
 from chatserve.config import ChatConfig, ModelOptions
 from chatserve.errors import UsageError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from chatserve.cli.line_editor import LineEditor
 
 CHAT_TEMPERATURE = 0.7
+MAX_NEW_TOKENS = 512
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 STDIN_HINT_S = 1.0
 HISTORY_FILE = "lines.jsonl"
@@ -57,6 +58,7 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
         ChatConfig,
     )
     parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="folder, .gguf, alias or id")
+    parser.let_agree("weights", "weights", "model")
     flags = _with_weights(parser.flags(argv))
     config = settings.build(ChatConfig, flags, file=settings.settings_file())
     _check(config, flags)
@@ -73,11 +75,7 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
 def _with_weights(flags: dict[str, Any]) -> dict[str, Any]:
     """The positional WEIGHTS is another spelling of `--model`."""
     weights = flags.pop("weights")
-    if weights is None:
-        return flags
-    if "model" in flags:
-        raise UsageError(f"weights are given twice: {weights} and --model-path {flags['model']}")
-    return {**flags, "model": weights}
+    return flags if weights is None else {**flags, "model": weights}
 
 
 def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
@@ -109,7 +107,9 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
 
 
 def _chat_with_person(server: Server, config: ChatConfig) -> None:
-    drawer: AnswerDrawer = PlainDrawer(sys.stdout, blank_line_after=True)
+    drawer: AnswerDrawer = PlainDrawer(
+        sys.stdout, blank_line_after=True, columns=_wrap_columns(config)
+    )
     if _is_rich(config):
         drawer = MarkdownDrawer(
             sys.stdout, _terminal_size, has_color=settings.is_color_wanted(), blank_line_after=True
@@ -148,11 +148,15 @@ def _chat_with_program(server: Server, config: ChatConfig) -> None:
 
 
 def _answer_once(server: Server, config: ChatConfig) -> None:
-    drawer: AnswerDrawer = PlainDrawer(sys.stdout)
+    drawer: AnswerDrawer = PlainDrawer(sys.stdout, columns=_wrap_columns(config))
     if config.style == "programmatic":
         drawer = PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
     elif _is_rich(config):
-        drawer = MarkdownDrawer(sys.stdout, _terminal_size, has_color=settings.is_color_wanted())
+        has_color = settings.is_color_wanted()
+        if sys.stdout.isatty():
+            drawer = MarkdownDrawer(sys.stdout, _terminal_size, has_color=has_color)
+        else:
+            drawer = MarkdownPrinter(sys.stdout, _terminal_size()[0], has_color=has_color)
     display = _display(drawer, config)
     transcript = _transcript(config)
     transcript.ask(_question(config, display))
@@ -181,7 +185,15 @@ def _question(config: ChatConfig, display: Display) -> str:
 
 def _display(drawer: AnswerDrawer, config: ChatConfig) -> Display:
     is_terminal = sys.stderr.isatty() and settings.is_color_wanted()
-    return Display(drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal)
+    return Display(
+        drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
+        columns=lambda: columns_of(sys.stderr),
+    )  # fmt: skip
+
+
+def _wrap_columns(config: ChatConfig) -> Callable[[], int | None]:
+    """Where plain answers are wrapped: in a terminal, unless its cursor obeys the model."""
+    return lambda: None if config.raw else columns_of(sys.stdout)
 
 
 def _is_rich(config: ChatConfig) -> bool:
@@ -222,4 +234,6 @@ def _options(config: ChatConfig, temperature: float) -> ChatOptions:
         "seed": config.seed,
     }
     sampling |= {name: value for name, value in asked.items() if value is not None}
-    return ChatOptions(sampling, with_history=not config.no_history)
+    return ChatOptions(
+        sampling, wished_max_tokens=MAX_NEW_TOKENS, with_history=not config.no_history
+    )

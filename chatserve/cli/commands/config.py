@@ -34,7 +34,10 @@ def main(argv: Sequence[str]) -> int:
     for command, config in COMMAND_CONFIGS.items():
         if chosen in (None, command):
             print(f"\n[{command}]")
-            print(_table(settings.sources(config, {}, file=file)))
+            # settings without a flag pass between our own processes
+            shown = {item.name for item in settings.fields_of(config) if item.metadata["flag"]}
+            values = settings.sources(config, {}, file=file)
+            print(_table({name: value for name, value in values.items() if name in shown}))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 
 from chatserve import cache, config, hub
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     width = max(len(_title(model)) for model in models)
     for model in models:
         print(f"{_title(model):{width}}  {model.num_bytes / 1e6:>9,.1f} MB  {model.path}")
-    print(f"chat with one: chatserve chat {_argument(models[0])}")
+    print(f"chat with one: chatserve chat {_argument(models[0])}", file=sys.stderr)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatserve import config
 from chatserve.config import setting
+from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def main(argv: list[str]) -> int:
     flags = parser.flags(argv)
     weights = flags.pop("weights", None)
     options = config.build(TemplateConfig, flags)
+    if weights is None and options.name is not None:
+        raise UsageError(
+            f"--name {options.name} needs WEIGHTS, whose tokenizer renders the template: "
+            f"chatserve template WEIGHTS --name {options.name}"
+        )
     if weights is None:
         from chatserve.models.chat_template import template_names
 

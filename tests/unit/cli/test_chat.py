@@ -398,3 +398,52 @@ def test_one_answer_that_breaks_off_ends_its_line_and_closes_its_stream(
     out, _, server = once("half an", end)
     assert out == "half an\n"
     assert server.num_closed == 1
+
+
+def no_room(param: str = "max_tokens") -> ContextLengthExceeded:
+    return ContextLengthExceeded("no room", param=param)
+
+
+def test_the_default_limit_is_sent_and_named() -> None:
+    cut = ["As I was", ChatDelta("", "length", 512)]
+    session = Session(ScriptedServer(cut, cut), wished_max_tokens=512)
+    note = "\nthe answer stopped at 512 tokens; --max-new-tokens raises the limit\n"
+    assert note in session.type("q")
+    assert session.server.sampling == [{"max_tokens": 512}]
+    session = Session(ScriptedServer(cut), sampling={"max_tokens": 5}, wished_max_tokens=512)
+    session.type("q")
+    assert session.server.sampling == [{"max_tokens": 5}]
+
+
+@pytest.mark.parametrize("num_tokens", [100, None])
+def test_a_default_limit_without_room_is_dropped_once(num_tokens: int | None) -> None:
+    server = ScriptedServer([no_room()], ["ok", ChatDelta("", "length", num_tokens)])
+    session = Session(server, sampling={"seed": 1}, wished_max_tokens=512)
+    assert session.type("q") == (
+        "> q\nok\nthe answer stopped where the model's context of 2048 tokens ends\n> ^D\n"
+    )
+    assert server.sampling == [{"seed": 1, "max_tokens": 512}, {"seed": 1}]
+    assert server.requests[0] == server.requests[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "sampling", "num_requests"),
+    [
+        ([[no_room()]], {"max_tokens": 512}, 1),
+        ([[no_room("messages")]], {}, 1),
+        ([["text", no_room()]], {}, 1),
+        ([[no_room()], [no_room()]], {}, 2),
+    ],
+)
+def test_other_errors_of_length_are_shown(
+    answers: list[list[Piece]], sampling: dict[str, Any], num_requests: int
+) -> None:
+    session = Session(ScriptedServer(*answers), sampling=sampling, wished_max_tokens=512)
+    assert "error: no room\n" in session.type("q")
+    assert len(session.server.requests) == num_requests
+
+
+def test_saving_over_a_file_says_so(tmp_path: Path) -> None:
+    text = Session(ScriptedServer()).type(f"/save {tmp_path}/talk", f"/save {tmp_path}/talk")
+    assert f"saved to {tmp_path}/talk.json\n" in text
+    assert f"\nreplaced {tmp_path}/talk.json\n" in text

@@ -65,8 +65,31 @@ def test_only_settings_that_were_made_are_sent() -> None:
     assert not options.with_history
 
 
+def test_an_answer_has_fastchats_limit_by_default() -> None:
+    options = chat._options(config_of(), 0.0)
+    assert options.wished_max_tokens == 512
+    assert "max_tokens" not in options.sampling
+
+
+def test_weights_given_twice_must_agree() -> None:
+    for argv in (
+        ["/a", "--model-path", "/b"], ["--model-path", "/b", "/a"],
+        ["--model-path", "/a", "--model-name", "/b"], ["--model=/a", "--model=/b"],
+    ):  # fmt: skip
+        assert "weights are given twice: /" in refusal(*argv)
+    commands = []
+
+    def record(config: ChatConfig) -> list[str]:
+        commands.append(config.model)
+        raise UsageError("far enough")
+
+    for argv in (["/a", "--model-path", "/a"], ["--model", "/a", "--model-name", "/a"]):
+        with pytest.raises(UsageError, match="far enough"):
+            chat.main(argv, server_command=record)
+    assert commands == ["/a", "/a"]
+
+
 def test_wrong_settings_are_refused_before_a_server_starts() -> None:
-    assert "given twice" in refusal("/a", "--model-path", "/b")
     assert "--load-8bit is a matter of the server" in refusal(
         "--base-url", "http://127.0.0.1:1", "--load-8bit"
     )

@@ -55,6 +55,11 @@ def test_all_commands_are_shown_by_default(capsys: pytest.CaptureFixture[str]) -
         assert f"\n[{command}]\n" in out
 
 
+def test_internal_settings_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert not {"parent_pipe", "worker_id"} & rows(capsys.readouterr().out).keys()
+
+
 def test_a_command_without_settings_is_refused() -> None:
     with pytest.raises(UsageError, match="'pull' has no settings; there are chat, serve"):
         main(["pull"])

@@ -74,6 +74,14 @@ def test_earlier_lines_come_back(keyboard: PipeInput) -> None:
     assert lines.read() == "first"
 
 
+def test_a_line_that_was_put_aside_comes_back(keyboard: PipeInput) -> None:
+    keyboard.send_text("half a line" + CTRL_C + "other" + ENTER)
+    lines = editor(keyboard)
+    assert lines.read() == "other"
+    keyboard.send_text(UP + UP + ENTER)
+    assert lines.read() == "half a line"
+
+
 def test_the_end_of_the_server_ends_the_prompt(keyboard: PipeInput) -> None:
     looks = iter(["loading", "loading"])
 

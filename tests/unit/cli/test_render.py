@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pyte
 import pytest
 
 from chatserve.cli.answer import Progress
-from chatserve.cli.render import Display, MarkdownDrawer, PlainDrawer, progress_text
+from chatserve.cli.escapes import strip_escapes
+from chatserve.cli.render import (
+    Display,
+    MarkdownDrawer,
+    MarkdownPrinter,
+    PlainDrawer,
+    progress_text,
+)
 
 
 class CountingStream(io.StringIO):
@@ -143,3 +151,54 @@ def test_a_broken_terminal_is_reported_at_the_end_of_the_answer() -> None:
     drawer.begin()
     with pytest.raises(ValueError, match="closed file"):
         drawer.end()
+
+
+def screen_of(text: str, columns: int = 20) -> list[str]:
+    screen = pyte.Screen(columns, 12)
+    screen.set_mode(pyte.modes.LNM)
+    pyte.Stream(screen).feed(text)
+    return [line.rstrip() for line in screen.display if line.strip()]
+
+
+def test_notes_errors_and_turns_end_their_lines_between_words() -> None:
+    err = io.StringIO()
+    display = Display(PlainDrawer(io.StringIO()), err, is_terminal=True, columns=lambda: 20)
+    display.note("one two three four five six")
+    display.error("the quick brown fox jumps")
+    display.turn("USER", "hello there, my old friend")
+    assert screen_of(err.getvalue()) == [
+        "one two three four", "five six", "error: the quick", "brown fox jumps",
+        "USER: hello there,", "my old friend",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_a_live_answer_on_a_terminal_ends_its_lines_between_words(size: int) -> None:
+    text = "The quick brown fox jumps\tover the extraordinarily-long-word 你好世界你好 café déjà vu"
+    out = CountingStream()
+    drawer = PlainDrawer(out, columns=lambda: 20)
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    shown = screen_of(drawn(drawer, out, *pieces))
+    assert shown[:3] == ["The quick brown fox", "jumps   over the", "extraordinarily-lon"]
+    assert shown[3:] == ["g-word 你好世界你好", "café déjà vu"]
+
+
+def test_a_piece_of_a_word_is_on_the_screen_at_once() -> None:
+    out = CountingStream()
+    drawn(PlainDrawer(out, columns=lambda: 20), out, "Hel", "lo")
+    assert out.flushed[1:3] == ["Hel", "Hello"]
+
+
+def test_markdown_that_is_printed_moves_no_cursor() -> None:
+    for has_color in (True, False):
+        out = io.StringIO()
+        drawer = MarkdownPrinter(out, 40, has_color=has_color)
+        for _ in range(2):
+            drawer.begin()
+            drawer.draw("# Ti")
+            drawer.draw("tle\n\n- one\n- **two**\n")
+            drawer.end()
+        lines = strip_escapes(out.getvalue()).split("\n")
+        assert lines == [" " * 17 + "Title", "", " • one", " • two"] * 2 + [""]
+        assert set(re.findall(r"\x1b\[[0-9;]*(.)", out.getvalue())) == {"m"}
+        assert "\r" not in out.getvalue()

@@ -67,6 +67,11 @@ def test_unknown_name(folder: Path) -> None:
         main([str(folder), "--name", "nope"])
 
 
+def test_a_name_needs_weights() -> None:
+    with pytest.raises(UsageError, match="--name chatml needs WEIGHTS"):
+        main(["--name", "chatml"])
+
+
 def test_missing_weights(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="no such folder"):
         main([str(tmp_path / "none")])

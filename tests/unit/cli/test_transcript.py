@@ -105,7 +105,8 @@ def test_a_file_of_fastchat_is_read_and_written_back_unchanged(tmp_path: Path) -
         Turn("assistant", "Hi\nthere"),
         Turn("user", "bye"),
     ]
-    assert transcript.save(str(tmp_path / "again")) == tmp_path / "again.json"
+    assert transcript.save(str(tmp_path / "again")) == (tmp_path / "again.json", False)
+    assert transcript.save(str(tmp_path / "again")) == (tmp_path / "again.json", True)
     assert json.loads((tmp_path / "again.json").read_text("utf-8")) == table
     assert Transcript.load(str(tmp_path / "again")) == transcript
 
@@ -154,7 +155,7 @@ def test_missing_binary_and_huge_files_are_refused(
 
 
 def test_a_failed_save_names_the_reason_and_leaves_the_old_file(tmp_path: Path) -> None:
-    old = talk(("a", "1")).save(str(tmp_path / "chat"))
+    old, _ = talk(("a", "1")).save(str(tmp_path / "chat"))
     before = old.read_bytes()
     with pytest.raises(UsageError, match="cannot save"):
         talk(("a", "lone surrogate \ud800")).save(str(old))

@@ -140,6 +140,7 @@ def test_explicit_name_has_the_last_word(llama: Tokenizer) -> None:
 def test_unknown_name_lists_the_known_ones(llama: Tokenizer) -> None:
     with pytest.raises(UsageError, match="unknown chat template 'one_shot'") as caught:
         choose(llama, explicit="one_shot")
+    assert "zero_shot is the same layout without FastChat's example" in caught.value.message
     assert all(known in caught.value.message for known in template_names())
 
 
