@@ -6,6 +6,8 @@ Source: configuration_llama.py and modeling_rope_utils.py of transformers 5.23.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +26,12 @@ NATIVE_ARCHITECTURES = (
 _MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 _ROPE_TYPES = {"default", "linear", "dynamic", "llama3", "factors"}
 _ACTIVATIONS = {"silu", "swish"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Well above every published model, low enough that no size overflows or is allocated in earnest.
+_MAX_LAYERS = _MAX_HEADS = _MAX_HEAD_DIM = 4096
+_MAX_WIDTH = 1 << 20
+_MAX_VOCAB = 1 << 24
+_MAX_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -75,45 +83,43 @@ class ModelConfig:
         Raises `ModelLoadError` naming the key that is missing, of the wrong type or out of range.
         """
         reader = _Reader(config)
-        model_type = str(config.get("model_type", "llama"))
-        heads = reader.count("num_attention_heads")
-        hidden = reader.count("hidden_size")
-        kv_heads = reader.count("num_key_value_heads", default=heads)
+        refuse_quantized(config)
+        model_type = reader.text("model_type", default="llama")
+        heads = reader.count("num_attention_heads", most=_MAX_HEADS)
+        hidden = reader.count("hidden_size", most=_MAX_WIDTH)
+        kv_heads = reader.count("num_key_value_heads", default=heads, most=_MAX_HEADS)
         if heads % kv_heads:
             raise ModelLoadError(
                 f"config.json: {heads} attention heads do not divide by "
                 f"{kv_heads} key/value heads; the file is damaged"
             )
-        if not config.get("head_dim") and hidden % heads:
-            raise ModelLoadError(
-                f"config.json: hidden_size {hidden} does not divide by {heads} attention heads"
-            )
-        activation = config.get("hidden_act", "silu")
+        activation = reader.text("hidden_act", default="silu")
         if activation not in _ACTIVATIONS:
             raise ModelLoadError(
                 f"config.json: hidden_act {activation!r} is not of the Llama family (silu)"
             )
-        num_layers = reader.count("num_hidden_layers")
-        attention_bias = bool(config.get("attention_bias", False))
-        rope = _read_rope(config, reader)
+        num_layers = reader.count("num_hidden_layers", most=_MAX_LAYERS)
+        attention_bias = reader.flag("attention_bias")
+        head_dim = _head_dim(reader, hidden, heads)
+        rope = _read_rope(config, reader, head_dim)
         return ModelConfig(
             model_type=model_type,
-            vocab_size=reader.count("vocab_size"),
+            vocab_size=reader.count("vocab_size", most=_MAX_VOCAB),
             hidden_size=hidden,
-            intermediate_size=reader.count("intermediate_size"),
+            intermediate_size=reader.count("intermediate_size", most=_MAX_WIDTH),
             num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=reader.count("head_dim", default=hidden // heads),
-            rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
-            context_length=_context_length(config, reader, rope),
+            head_dim=head_dim,
+            rms_norm_eps=reader.number("rms_norm_eps", default=1e-6, most=1.0),
+            context_length=_context_length(reader, rope),
             rope=rope,
-            is_tied=bool(config.get("tie_word_embeddings", False)),
+            is_tied=reader.flag("tie_word_embeddings"),
             has_qkv_bias=model_type == "qwen2" or attention_bias,
             has_output_bias=model_type in ("llama", "qwen3") and attention_bias,
-            has_mlp_bias=bool(config.get("mlp_bias", False)),
+            has_mlp_bias=reader.flag("mlp_bias"),
             has_qk_norm=model_type == "qwen3",
-            sliding_windows=_sliding_windows(config, model_type, num_layers),
+            sliding_windows=_sliding_windows(reader, model_type, num_layers),
         )
 
     @property
@@ -139,28 +145,73 @@ class ModelConfig:
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
-    """Whether the native network can run this `config.json`; the fallback takes the others."""
-    architectures = config.get("architectures") or []
-    if architectures:
-        if not any(name in NATIVE_ARCHITECTURES for name in architectures):
+    """Whether the native network can run this `config.json`; the fallback takes the others.
+
+    Raises `ModelLoadError` naming a key of the wrong type.
+    """
+    reader = _Reader(config)
+    names = architectures(config)
+    model_type = reader.text("model_type", default="")
+    if names:
+        if not any(name in NATIVE_ARCHITECTURES for name in names):
             return False
-    elif config.get("model_type") not in _MODEL_TYPES:
+    elif model_type not in _MODEL_TYPES:
         return False
-    if config.get("hidden_act", "silu") not in _ACTIVATIONS:
+    if reader.text("hidden_act", default="silu") not in _ACTIVATIONS:
         return False
     return _rope_kind(_rope_table(config)) in _ROPE_TYPES
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The class names under `architectures`, often none. Raises `ModelLoadError`."""
+    names = config.get("architectures")
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _wrong("architectures", names, "a list of names")
+    return names
+
+
+def refuse_quantized(config: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` naming the method when the weights are packed by another tool."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    shown = method if isinstance(method, str) and 0 < len(method) <= 40 else "an unnamed method"
+    raise ModelLoadError(
+        f"config.json: quantization_config says the weights are packed ({shown!r}), which "
+        "chatserve does not read; take the original weights, with --load-8bit to save memory"
+    )
+
+
 def _rope_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return table if isinstance(table, Mapping) else {}
+    tables = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
+    for key, table in zip(("rope_parameters", "rope_scaling"), tables, strict=True):
+        if table is not None and not isinstance(table, Mapping):
+            raise _wrong(key, table, "an object")
+    return tables[0] or tables[1] or {}
 
 
 def _rope_kind(table: Mapping[str, Any]) -> str:
-    return str(table.get("rope_type") or table.get("type") or "default")
+    reader = _Reader(table)
+    return reader.text("rope_type", default=reader.text("type", default="default"))
 
 
-def _read_rope(config: Mapping[str, Any], reader: _Reader) -> RopeConfig:
+def _head_dim(reader: _Reader, hidden: int, heads: int) -> int:
+    if reader.table.get("head_dim") is None and hidden % heads:
+        raise ModelLoadError(
+            f"config.json: hidden_size {hidden} does not divide by {heads} attention heads"
+        )
+    head_dim = reader.count("head_dim", default=hidden // heads, most=_MAX_HEAD_DIM)
+    if head_dim % 2 or head_dim < 4:
+        raise ModelLoadError(
+            f"config.json: head_dim is {head_dim}; rotary embedding needs an even number from 4"
+        )
+    return head_dim
+
+
+def _read_rope(config: Mapping[str, Any], reader: _Reader, head_dim: int) -> RopeConfig:
     table = _rope_table(config)
     kind = _rope_kind(table)
     if kind not in _ROPE_TYPES:
@@ -168,67 +219,126 @@ def _read_rope(config: Mapping[str, Any], reader: _Reader) -> RopeConfig:
             f"config.json: rope type {kind!r} is not one of {', '.join(sorted(_ROPE_TYPES))}"
         )
     scaling = _Reader(table)
-    trained = reader.count("max_position_embeddings", default=2048)
-    return RopeConfig(
-        theta=scaling.number("rope_theta", default=reader.number("rope_theta", default=10_000.0)),
+    trained = reader.count("max_position_embeddings", default=2048, most=_MAX_TOKENS)
+    theta = reader.number("rope_theta", default=10_000.0, least=1.0, most=1e12)
+    rope = RopeConfig(
+        theta=scaling.number("rope_theta", default=theta, least=1.0, most=1e12),
         kind=kind,  # type: ignore[arg-type]  # checked against _ROPE_TYPES above
-        factor=scaling.number("factor", default=1.0),
-        low_freq_factor=scaling.number("low_freq_factor", default=1.0),
-        high_freq_factor=scaling.number("high_freq_factor", default=4.0),
-        original_context=scaling.count("original_max_position_embeddings", default=trained),
-        factors=tuple(float(value) for value in table.get("factors", ())),
+        factor=scaling.number("factor", default=1.0, least=1.0, most=1e4),
+        low_freq_factor=scaling.number("low_freq_factor", default=1.0, most=1e6),
+        high_freq_factor=scaling.number("high_freq_factor", default=4.0, most=1e6),
+        original_context=scaling.count(
+            "original_max_position_embeddings", default=trained, most=_MAX_TOKENS
+        ),
+        factors=_rope_factors(table, head_dim) if kind == "factors" else (),
     )
+    if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise ModelLoadError(
+            f"config.json: high_freq_factor {rope.high_freq_factor} is not above "
+            f"low_freq_factor {rope.low_freq_factor}"
+        )
+    return rope
 
 
-def _context_length(config: Mapping[str, Any], reader: _Reader, rope: RopeConfig) -> int:
+def _rope_factors(table: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+    factors = table.get("factors")
+    wanted = head_dim // 2
+    if (
+        not isinstance(factors, list)
+        or len(factors) != wanted
+        or not all(type(value) is float and 0 < value < math.inf for value in factors)
+    ):
+        raise _wrong("factors", factors, f"a list of {wanted} positive numbers")
+    return tuple(factors)
+
+
+def _context_length(reader: _Reader, rope: RopeConfig) -> int:
     """Tokens the model holds. Linear and dynamic scaling stretch max_position_embeddings.
 
     Vicuna v1.5-16k keeps max_position_embeddings 4096 beside a linear factor of 4.
     """
-    length = reader.count("max_position_embeddings", default=2048)
+    length = reader.count("max_position_embeddings", default=2048, most=_MAX_TOKENS)
     if rope.kind in ("linear", "dynamic"):
-        stretched = int(length * rope.factor)
-        return min(stretched, reader.count("max_sequence_length", default=stretched))
+        stretched = min(int(length * rope.factor), _MAX_TOKENS)
+        longest = reader.count("max_sequence_length", default=stretched, most=_MAX_TOKENS)
+        return min(stretched, longest)
     return length
 
 
-def _sliding_windows(
-    config: Mapping[str, Any], model_type: str, num_layers: int
-) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if not window or model_type == "llama":
+def _sliding_windows(reader: _Reader, model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    kinds = _layer_types(reader, num_layers)
+    is_used = reader.flag("use_sliding_window")
+    first = reader.count("max_window_layers", default=num_layers, least=0, most=_MAX_LAYERS)
+    if reader.table.get("sliding_window") is None or model_type == "llama":
         return (None,) * num_layers
-    kinds = config.get("layer_types")
-    if kinds and len(kinds) == num_layers:
+    window = reader.count("sliding_window", most=_MAX_TOKENS)
+    if kinds:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if model_type == "mistral":
         return (window,) * num_layers
-    if not config.get("use_sliding_window", False):
+    if not is_used:
         return (None,) * num_layers
-    first = config.get("max_window_layers", num_layers)
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
+def _layer_types(reader: _Reader, num_layers: int) -> list[str]:
+    """One of `_LAYER_TYPES` per layer, or nothing when the file has no such list."""
+    kinds = reader.table.get("layer_types")
+    if kinds is None:
+        return []
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in kinds)
+    ):
+        known = " or ".join(sorted(_LAYER_TYPES))
+        raise _wrong("layer_types", kinds, f"a list of {num_layers} times {known}")
+    return kinds
+
+
+def _wrong(key: str, value: Any, wanted: str) -> ModelLoadError:
+    # reprlib keeps the line short, whatever the file holds.
+    return ModelLoadError(f"config.json: {key} is {reprlib.repr(value)}, not {wanted}")
+
+
 class _Reader:
-    """Typed access to a config with messages that name the key."""
+    """Typed access to a config with messages that name the key; null counts as absent."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self.table = table
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, *, most: int, least: int = 1) -> int:
         value = self.table.get(key)
         if value is None:
             value = default
         if value is None:
             raise ModelLoadError(f"config.json has no {key!r}; copy it from the model's repository")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ModelLoadError(f"config.json: {key} is {value!r}, not a positive whole number")
+        if type(value) is not int or not least <= value <= most:
+            raise _wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, *, most: float, least: float = 0.0) -> float:
+        """A positive number from `least` to `most`."""
         value = self.table.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ModelLoadError(f"config.json: {key} is {value!r}, not a positive number")
+        # NaN fails every comparison; integers are compared before they could overflow a float.
+        if type(value) not in (int, float) or not (value > 0 and least <= value <= most):
+            raise _wrong(key, value, f"a number from {least:g} to {most:g}")
         return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.table.get(key)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise _wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, *, default: str) -> str:
+        value = self.table.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise _wrong(key, value, "a text")
+        return value

@@ -6,7 +6,8 @@ Slower, and said so at load: sequences run one after another, weights pass throu
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ from torch import nn
 
 from chatserve.errors import GenerationFailed, ModelLoadError
 from chatserve.models.attention import Segment, SequenceCache
+from chatserve.models.config import architectures, refuse_quantized
 from chatserve.models.device import DevicePolicy
 from chatserve.models.linear import Int8Linear
 
 logger = logging.getLogger(__name__)
+
+# Layers are listed one by one as soon as transformers reads a config, so their number is bounded.
+_MAX_LAYERS = 4096
+_LABEL_KEYS = ("num_labels", "id2label", "label2id")  # of classifiers, listed in the same way
+_LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 class FallbackModel:
@@ -69,7 +76,7 @@ class FallbackModel:
 def load_fallback(
     config: Mapping[str, Any], state: Mapping[str, torch.Tensor], policy: DevicePolicy
 ) -> FallbackModel:
-    """Build the transformers model of `config` and fill it from `state` (emptied on the way).
+    """Build the transformers model of `config` and fill it from `state`.
 
     Raises `ModelLoadError` when transformers does not know the architecture, or names and shapes of
     the weights do not match it.
@@ -79,7 +86,7 @@ def load_fallback(
 
     hf_config = read_hf_config(config)
     hf_logging.disable_progress_bar()  # the loader draws its own
-    try:
+    with refusals("transformers cannot load this model"):
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].from_pretrained(
             None,
             config=hf_config,
@@ -88,10 +95,6 @@ def load_fallback(
             attn_implementation="eager" if policy.attention == "plain" else None,
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelLoadError(
-            f"transformers cannot load this model: {_first_line(error)}"
-        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelLoadError(
@@ -107,7 +110,8 @@ def load_fallback(
         replaced = _compress(model, policy)
         logger.info("int8: %d linear layers packed", replaced)
     model.to(policy.device)
-    return FallbackModel(model, policy)
+    with refusals("transformers cannot load this model"):
+        return FallbackModel(model, policy)
 
 
 def read_hf_config(config: Mapping[str, Any]) -> Any:
@@ -119,18 +123,47 @@ def read_hf_config(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    name = (config.get("architectures") or [model_type])[0]
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    name = next(iter(architectures(config)), model_type)
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelLoadError(
             f"unknown architecture {name!r} (model_type {model_type!r}): chatserve runs the Llama "
             "family natively and causal models that the installed transformers knows; "
             "code that comes with a model is never run"
         )
-    known = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    refuse_quantized(config)
+    known = _plain_values(config)
+    del known["model_type"]
+    with refusals(f"config.json of {name!r}"):
+        return AutoConfig.for_model(model_type, **known)
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Whatever transformers raises over a model's files becomes one line of `ModelLoadError`."""
     try:
-        return AutoConfig.for_model(str(model_type), **known)
-    except (TypeError, ValueError) as error:
-        raise ModelLoadError(f"config.json of {name!r}: {_first_line(error)}") from error
+        yield
+    except ModelLoadError:
+        raise
+    # It checks little and computes with the rest: KeyError, AttributeError, ZeroDivisionError and
+    # errors of its own all mean that the files are not what it expects.
+    except Exception as error:
+        raise ModelLoadError(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without the keys that choose code: an attention implementation may be a download."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key.endswith(("_implementation", "_implementation_internal")):
+            continue
+        if key in _LABEL_KEYS or key in ("auto_map", "quantization_config"):
+            continue
+        if key in _LAYER_KEYS and type(value) is int and value > _MAX_LAYERS:
+            raise ModelLoadError(
+                f"config.json: {key} is over {_MAX_LAYERS}, which no model has; the file is damaged"
+            )
+        plain[key] = _plain_values(value) if isinstance(value, Mapping) else value
+    return plain
 
 
 class _PackedLinear(nn.Module):
@@ -209,4 +242,4 @@ def _cache_over(segment: Segment, num_layers: int) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0][:300]

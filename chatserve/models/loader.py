@@ -16,7 +16,7 @@ from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.device import DevicePolicy
-from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
+from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config, refusals
 from chatserve.models.llama import Destination, Llama
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.weights import TensorInfo, WeightSource
@@ -60,11 +60,13 @@ def context_length(config: Mapping[str, object]) -> int:
     """Tokens that the model of a `config.json` holds, native or not."""
     if is_native(config):
         return ModelConfig.from_hf(config).context_length
-    hf_config = read_hf_config(config).get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(hf_config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+    hf_config = read_hf_config(config)
+    with refusals("config.json, context length"):
+        hf_config = hf_config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = getattr(hf_config, name, None)
+            if type(value) is int and 0 < value <= 1 << 31:
+                return value
     raise ModelLoadError("config.json does not say how long a context the model holds")
 
 
@@ -72,11 +74,18 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> in
     """Keys and values of one token in all layers, native or not."""
     if is_native(config):
         return ModelConfig.from_hf(config).kv_bytes_per_token(bytes_per_value)
-    hf_config = read_hf_config(config).get_text_config()
-    heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
-    dim = getattr(hf_config, "head_dim", None)
-    dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
-    return int(2 * hf_config.num_hidden_layers * heads * dim * bytes_per_value)
+    hf_config = read_hf_config(config)
+    with refusals("config.json, size of keys and values"):
+        hf_config = hf_config.get_text_config()
+        heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+        dim = getattr(hf_config, "head_dim", None)
+        dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
+        num_bytes = int(2 * hf_config.num_hidden_layers * heads * dim * bytes_per_value)
+    if not 0 < num_bytes < 1 << 62:
+        raise ModelLoadError(
+            "config.json gives no possible size of keys and values; the file is damaged"
+        )
+    return num_bytes
 
 
 def _native_config(checkpoint: Checkpoint) -> ModelConfig:

@@ -11,7 +11,7 @@ from chatserve.engine.kv_cache import SequenceKV
 from chatserve.errors import ModelLoadError
 from chatserve.models.attention import Segment
 from chatserve.models.device import choose_policy
-from chatserve.models.fallback import load_fallback
+from chatserve.models.fallback import load_fallback, read_hf_config
 from tests import tiny
 
 FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
@@ -92,3 +92,30 @@ def test_missing_weights_are_named() -> None:
     del state["transformer.h.1.mlp.c_fc.weight"]
     with pytest.raises(ModelLoadError, match=r"lack 1 tensors .*h\.1\.mlp\.c_fc\.weight"):
         load_fallback(hf_model.config.to_dict(), state, FLOAT32)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_an_implementation_named_by_the_model_is_not_fetched(key: str) -> None:
+    value = "someone/some-kernel"
+    plain = read_hf_config({"model_type": "gpt2", key: value, "auto_map": {"AutoConfig": "x"}})
+    assert plain._attn_implementation is None
+    assert not hasattr(plain, "auto_map")
+    nested = read_hf_config({"model_type": "gemma3", "text_config": {key: value}})
+    assert nested.get_text_config()._attn_implementation is None
+
+
+def test_packed_weights_are_refused_by_method() -> None:
+    config = {"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(ModelLoadError, match="gptq"):
+        load_fallback(config, {}, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 10**9}, {"n_layer": "two"}, {"n_head": 0}, {"n_embd": [1]},
+     {"get_text_config": 3}, {"n_head": 7}],
+)  # fmt: skip
+def test_what_transformers_cannot_compute_with_is_one_line(changes: dict[str, Any]) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        load_fallback({"model_type": "gpt2", "n_embd": 64, **changes}, {}, FLOAT32)
+    assert "\n" not in caught.value.message
