@@ -89,6 +89,10 @@ class SafetensorsFile:
         text = self._file.read(8, num_bytes)
         if not text.startswith(b"{"):
             raise self._bad("its header is not a JSON object")
+        # Counted before parsing: the objects of a 100 MB header would take gigabytes.
+        num_entries = text.count(b"{") - 1
+        if num_entries > MAX_TENSORS + 1:
+            raise self._bad(f"it lists {num_entries} tensors, over {MAX_TENSORS}")
         try:
             header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_names)
         except (ValueError, RecursionError) as error:

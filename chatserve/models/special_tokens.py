@@ -5,11 +5,17 @@ Knows no vocabulary beyond the special tokens, no roles and no templates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import tokenizers
 from tokenizers.models import BPE
+
+from chatserve.errors import ModelLoadError
+
+MAX_ADDED_TOKENS = 1 << 16
+MAX_TOKEN_CHARS = 256
 
 
 class Special(str):
@@ -42,11 +48,30 @@ class AddedToken:
         return len(self.text) > 1 and not self.text.replace("▁", " ").isspace()
 
 
+def check_added_tokens(texts: Collection[str]) -> None:
+    """Raise `ModelLoadError` for more or longer tokens than any vocabulary has."""
+    if len(texts) > MAX_ADDED_TOKENS:
+        raise ModelLoadError(
+            f"the tokenizer has {len(texts):,} added tokens, over {MAX_ADDED_TOKENS:,}; "
+            "download it again"
+        )
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_TOKEN_CHARS:
+        raise ModelLoadError(
+            f"the tokenizer has an added token of {longest:,} characters, over "
+            f"{MAX_TOKEN_CHARS}; download it again"
+        )
+
+
 class SpecialTokens:
-    """The markers of one vocabulary: looks them up, finds them in a text, breaks forged ones."""
+    """The markers of one vocabulary: looks them up, finds them in a text, breaks forged ones.
+
+    Raises `ModelLoadError` for more or longer tokens than any vocabulary has.
+    """
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         markers = [token for token in tokens if token.is_marker]
+        check_added_tokens([token.text for token in markers])
         self.by_text = {token.text: token for token in markers}
         self.by_id = {token.id: token for token in markers}
         self._all = _Finder(markers)
@@ -86,8 +111,9 @@ class _Finder:
     """Finds tokens in a text, leftmost and longest first, in linear time."""
 
     def __init__(self, tokens: list[AddedToken]) -> None:
-        self._prefixes = {token.text[:n] for token in tokens for n in range(1, len(token.text))}
-        self._suffixes = {token.text[n:] for token in tokens for n in range(1, len(token.text))}
+        # Sorted rather than cut into all their prefixes, which takes the square of their length.
+        self._forward = sorted(token.text for token in tokens)
+        self._backward = sorted(token.text[::-1] for token in tokens)
         self._longest = max((len(token.text) for token in tokens), default=0)
         # A tokenizer without vocabulary drops ordinary text and yields only the added tokens.
         self._matcher = tokenizers.Tokenizer(BPE())
@@ -119,9 +145,15 @@ class _Finder:
         """Guard an end that begins a token, and a start that ends one, against their neighbours."""
         body = text.rstrip()
         lengths = range(1, min(self._longest, len(body) + 1))
-        if any(body[-n:] in self._prefixes for n in lengths):
+        if any(_begins_one(self._forward, body[-n:]) for n in lengths):
             text = body + sentinel + text[len(body) :]
         body = text.lstrip()
-        if any(body[:n] in self._suffixes for n in lengths):
+        if any(_begins_one(self._backward, body[:n][::-1]) for n in lengths):
             text = text[: len(text) - len(body)] + sentinel + body
         return text
+
+
+def _begins_one(ordered: list[str], part: str) -> bool:
+    """Whether a longer string among `ordered` starts with `part`."""
+    place = bisect_right(ordered, part)
+    return place < len(ordered) and ordered[place].startswith(part)

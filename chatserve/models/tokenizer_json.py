@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from chatserve.errors import ModelLoadError
 from chatserve.models import byte_level, sentencepiece
-from chatserve.models.special_tokens import AddedToken
+from chatserve.models.special_tokens import AddedToken, check_added_tokens
 from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids
 from chatserve.models.tokenizer_settings import (
     TOKEN_NAMES,
@@ -27,6 +27,11 @@ from chatserve.models.weight_files import read_json
 _SENTENCEPIECE_DECODERS = frozenset(
     {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "Sequence"}
 )
+MAX_DEFINITION_CHARS = 1_000_000
+MAX_NORMALIZERS = 16
+MAX_GROWTH = 64
+# Letters, white space, digits, accents and an emoji: every rule meets something to work on.
+_SAMPLE = "Hello,  the world\n\t1234 naïve 中文 🎉 <s>"
 
 
 def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> TokenizerParts:
@@ -36,15 +41,22 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> TokenizerPar
         return _build_parts(data, settings)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error.message}") from error
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    # The tokenizers library raises bare exceptions, and its panics are no Exception at all.
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         raise ModelLoadError(f"{path}: is damaged ({error}); download the file again") from error
 
 
 def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> TokenizerParts:
+    _check_definitions(data)
     decoded_by, strips_leading_space = _decoding(data)
     added = _added_tokens(data, settings)
     _take_out(data, [token for token in added if token.is_marker])
     first = _build_encoder(data)
+    later = _later_encoder(first, data)
+    for encoder in (first, later):
+        encoder.encode(_SAMPLE)  # a definition that cannot work shows now, not at a request
     ids = {token.text: token.id for token in added}
     vocab_size = max((token.id + 1 for token in added), default=0)
     vocab_size = max(vocab_size, *(i + 1 for i in first.get_vocab().values()), 1)
@@ -59,7 +71,7 @@ def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> Tokenizer
         names[name] = names[name] or texts.get(-1 if token_id is None else token_id)
     return TokenizerParts(
         first=first,
-        later=_later_encoder(first, data),
+        later=later,
         piece_bytes=decoded_by,
         added=tuple(added),
         vocab_size=vocab_size,
@@ -82,7 +94,27 @@ def _added_tokens(data: Mapping[str, Any], settings: TokenizerSettings) -> list[
         known = tokens.get(token.text)
         if known is None or (token.special and not known.special and known.id == token.id):
             tokens[token.text] = token
+    check_added_tokens(tokens)
     return list(tokens.values())
+
+
+def _check_definitions(data: Mapping[str, Any]) -> None:
+    """Bound what the file's rules may cost: their size, their number, how far a text grows."""
+    for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        num_chars = len(json.dumps(data.get(key)))
+        if num_chars > MAX_DEFINITION_CHARS:
+            raise ModelLoadError(
+                f"its {key} has {num_chars:,} characters, over {MAX_DEFINITION_CHARS:,}"
+            )
+    normalizers = list(_walk(data.get("normalizer")))
+    if len(normalizers) > MAX_NORMALIZERS:
+        raise ModelLoadError(f"it has {len(normalizers)} normalizers, over {MAX_NORMALIZERS}")
+    growth = 1
+    for part in normalizers:
+        added = part.get("content", part.get("prepend"))
+        growth *= max(1, len(added)) if isinstance(added, str) else 1
+    if growth > MAX_GROWTH:
+        raise ModelLoadError(f"its normalizers make a text up to {growth:,} times longer")
 
 
 def _named_id(
@@ -181,6 +213,6 @@ def _walk(part: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(part, dict):
         return
     yield part
-    for key in ("decoders", "pretokenizers"):
+    for key in ("decoders", "pretokenizers", "normalizers"):
         for inner in part.get(key) or []:
             yield from _walk(inner)

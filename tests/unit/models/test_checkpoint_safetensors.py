@@ -124,6 +124,18 @@ def test_too_many_tensors_are_refused(tmp_path: Path) -> None:
         SafetensorsFile(write_raw(tmp_path / "x.safetensors", header))
 
 
+def test_tensors_are_counted_before_the_header_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(*arguments: Any, **options: Any) -> Any:
+        pytest.fail("the header was parsed")
+
+    path = write_raw(tmp_path / "x.safetensors", b'{"a":' + b"{}," * 100_002 + b"}")
+    monkeypatch.setattr(json, "loads", parse)
+    with pytest.raises(ModelLoadError, match="100002 tensors"):
+        SafetensorsFile(path)
+
+
 def test_git_lfs_placeholder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")

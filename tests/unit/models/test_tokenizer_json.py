@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chatserve.errors import InvalidRequest, ModelLoadError
-from chatserve.models.special_tokens import Special
+from chatserve.models import special_tokens, tokenizer_json
+from chatserve.models.special_tokens import Special, SpecialTokens
 from chatserve.models.tokenizer import load_tokenizer
 from tests.unit.models.vocabularies import (
     TEXTS,
@@ -241,6 +243,22 @@ def test_invalid_bytes_decode_to_replacement_characters() -> None:
     assert ours.decode(ours.encode("😀", add_bos=False)[:1]) == "�"
 
 
+def tokens_of(count: int, length: int) -> list[dict[str, Any]]:
+    plain = {"special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    return [
+        {"id": 1000 + i, "content": f"<{i:06}".ljust(length, "x"), "normalized": False, **plain}
+        for i in range(count)
+    ]
+
+
+def replace(content: str, pattern: str = "a") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def sequence(*normalizers: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(normalizers)}
+
+
 def damaged(folder: Path, change: Any) -> None:
     save_byte_level(folder, special=CHATML)
     data = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -260,6 +278,13 @@ def damaged(folder: Path, change: Any) -> None:
         (lambda data: data.update(decoder={"type": "WordPiece"}, pre_tokenizer=None), "WordPiece"),
         (lambda data: data.update(decoder=None, pre_tokenizer=None), "decoder (.none.)"),
         (lambda data: data.update(decoder=7, pre_tokenizer=7), "decoder"),
+        (lambda data: data.update(added_tokens=tokens_of(65_537, 8)), "65,5.. added tokens"),
+        (lambda data: data.update(added_tokens=tokens_of(1, 257)), "token of 257 characters"),
+        (lambda data: data.update(normalizer=replace("a" * 65)), "65 times longer"),
+        (lambda data: data.update(normalizer={"type": "Prepend", "prepend": "a" * 65}), "65 times"),
+        (lambda data: data.update(normalizer=sequence(*[replace("aa")] * 7)), "128 times longer"),
+        (lambda data: data.update(normalizer=sequence(*[replace("a")] * 16)), "17 normalizers"),
+        (lambda data: data.update(normalizer=replace("a", "b" * 1_000_000)), "over 1,000,000"),
     ],
 )
 def test_damaged_or_unsupported_file(tmp_path: Path, change: Any, reason: str) -> None:
@@ -282,3 +307,39 @@ def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").symlink_to(outside)
     with pytest.raises(ModelLoadError, match="out of the folder"):
         load_tokenizer(folder)
+
+
+def test_panic_of_the_library_is_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As pyo3's PanicException: no Exception."""
+
+    def build(data: Any) -> Any:
+        raise failure
+
+    save_byte_level(tmp_path, special=CHATML)
+    monkeypatch.setattr(tokenizer_json, "_build_encoder", build)
+    failure: BaseException = Panic("index out of bounds")
+    with pytest.raises(ModelLoadError, match="index out of bounds"):
+        load_tokenizer(tmp_path)
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(tmp_path)
+
+
+def test_many_long_tokens_are_guarded_in_linear_memory() -> None:
+    tokens = [tokenizer_token(f"<{i:06}".ljust(255, "x") + ">", i) for i in range(4000)]
+    tracemalloc.start()
+    markers = SpecialTokens(tokens)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20_000_000  # all prefixes of all tokens would take over 300 MB
+    forged = tokens[7].text
+    for cut in range(1, 256):
+        assert markers.shield(forged[:cut], "\ufdd0", control_only=False) == forged[:cut] + "\ufdd0"
+        assert markers.shield(forged[cut:], "\ufdd0", control_only=False) == "\ufdd0" + forged[cut:]
+
+
+def tokenizer_token(text: str, token_id: int) -> special_tokens.AddedToken:
+    return special_tokens.AddedToken(text, token_id, special=True)
