@@ -305,7 +305,7 @@ def test_dead_worker_is_missed_at_once(serve: Any) -> None:
     deadline = time.monotonic() + 20
     while (ready := httpx.get(f"{url}/health/ready")).status_code == 200:
         assert time.monotonic() < deadline
-    assert ready.json()["models"][0]["state"] == "missing"
+    assert ready.json()["models"][0]["state"] == "starting"
 
 
 def test_engine_that_dies_is_replaced(serve: Any) -> None:
