@@ -24,11 +24,13 @@ def test_a_second_make_chat_answers_once_without_the_network() -> None:
         if os.environ.get("CI"):
             pytest.fail(f"{STAMP} is missing or stale: run the tests by `make test`")
         pytest.skip("this environment was not made by `make`")
+    prompt = 'PROMPT=What is 2+2? It\'s $5 "or" so.'
+    command = ["make", "--no-print-directory", "chat", prompt, "ARGS=--max-new-tokens 16"]
     result = subprocess.run(
-        ["make", "--no-print-directory", "chat", "PROMPT=What is 2+2? It's $5 \"or\" so.", "ARGS=--max-new-tokens 16",
-         f"VENV={sys.prefix}"],
+        [*command, f"VENV={sys.prefix}"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
-        stdin=subprocess.DEVNULL, env=environment(PIP_NO_INDEX="1", MAKEFLAGS="", CHAT_PROMPT=""),
+        stdin=subprocess.DEVNULL,
+        env=environment(PIP_NO_INDEX="1", MAKEFLAGS="", CHAT_PROMPT=""),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
