@@ -202,7 +202,7 @@ class ChatConfig(ModelOptions):
     top_p: float | None = setting(None, "nucleus sampling; default 1", group="sampling", gt=0, le=1)
     repetition_penalty: float | None = setting(
         None, "over 1 discourages repeats; default 1", group="sampling",
-        flags=("--repetition_penalty",), ge=0.01, le=10,
+        flags=("--repetition_penalty",), ge=0.01, le=2,
     )  # fmt: skip
     max_new_tokens: int | None = setting(
         None,

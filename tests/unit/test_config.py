@@ -72,7 +72,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "heartbeat_expiry_s": ([0.1, 86400.0], [0.09, 86401.0, "nan", "-inf"]),
     "temperature": ([0.0, 2.0], [-0.1, 2.1, "nan", "inf"]),
     "top_p": ([0.001, 1.0], [0.0, 1.1, "nan"]),
-    "repetition_penalty": ([0.01, 10.0], [0.0, 10.1, "nan", "inf"]),
+    "repetition_penalty": ([0.01, 2.0], [0.0, 10.1, "nan", "inf"]),
     "max_new_tokens": ([1, 10**400], [0, -1]),
 }
 """By setting: values that are just in its range, and values that are not."""
