@@ -1,16 +1,20 @@
 """Jinja templates that models bring along, rendered in a sandbox. jinja2 is imported on use.
 
-A template is foreign code: it sees plain strings, lists and dicts, its operators and its output are
-bounded. What a message says stays text: before rendering, every special token in it is broken by a
-character that occurs nowhere else, which is taken out again after the result has been cut at the
-special tokens that the template itself wrote.
+A template is foreign code: it sees plain strings, lists and dicts; its operators, its output and
+its time are bounded. What a message says stays text: before rendering, every special token in it is
+broken by a character that occurs nowhere else, which is taken out again after the result has been
+cut at the special tokens that the template itself wrote.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 from chatserve.errors import InvalidRequest, ModelLoadError
@@ -19,7 +23,13 @@ from chatserve.models.templates import ChatMessage
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_SCAFFOLD_CHARS = 1 << 20
+MAX_RENDER_S = 1.0
 _MAX_EXPONENT = 64
+_WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+_PERCENT_WIDTHS = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)(?:\.(\d+))?")
+_BRACE_WIDTHS = re.compile(r"(\d+)")
+_limit: ContextVar[tuple[int, float]] = ContextVar("limit")
+"""Of the rendering in progress: characters of one value, and when its thread's time is over."""
 # Noncharacters: valid in a Python string, never part of real text.
 _SENTINELS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -86,6 +96,8 @@ class JinjaTemplate:
 
         pieces: list[str] = []
         length = 0
+        # The thread's own time: a busy machine must not make an honest template fail.
+        token = _limit.set((limit, time.thread_time() + MAX_RENDER_S))
         try:
             for piece in self._template.generate(**variables):
                 pieces.append(piece)
@@ -105,7 +117,18 @@ class JinjaTemplate:
                 f"the model's own chat template cannot render this chat: {reason}",
                 param="messages",
             ) from error
-        return "".join(pieces)
+        finally:
+            _limit.reset(token)
+        text = "".join(pieces)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "the model's own chat template writes half of a surrogate pair, which is not valid "
+                "Unicode; choose another with --conv-template",
+                param="messages",
+            ) from None
+        return text
 
 
 def _compile(name: str, source: str) -> Any:
@@ -130,6 +153,7 @@ def _environment() -> Any:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
 
     class Generation(Extension):
         """`{% generation %}` marks training targets; its body is rendered as it is."""
@@ -141,17 +165,43 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
+    class Bounds(NodeTransformer):
+        """Makes every turn of a loop and every `~` a call, because calls are checked."""
+
+        def visit_For(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.body.insert(0, jinja2.nodes.ExprStmt(_call_of("check_time", [])))
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return _call_of("join_texts", node.nodes)
+
     class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        intercepted_binops = frozenset({"*", "**", "+", "%"})
+        check_time = staticmethod(_check_time)
+        join_texts = staticmethod(_join_texts)
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+            tree = Bounds().visit(super()._parse(source, name, filename))
+            return tree.set_environment(self)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operands(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
+        def call(self, context: Any, function: Any, /, *arguments: Any, **options: Any) -> Any:
+            _check_time()
+            _check_method(function, arguments, options)
+            return super().call(context, function, *arguments, **options)
+
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     del environment.globals["lipsum"]
+    for name in ("center", "indent", "wordwrap", "truncate", "round", "batch", "slice"):
+        environment.filters[name] = _bounded(environment.filters[name])
+    environment.filters["format"] = _format
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -165,6 +215,15 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         if not isinstance(right, (int, float)) or abs(right) > _MAX_EXPONENT:
             raise SecurityError(f"exponents over {_MAX_EXPONENT} are not allowed")
         return
+    if operator == "+":
+        for kind in (str, list, tuple):
+            if isinstance(left, kind) and isinstance(right, kind):
+                _check_length(len(left) + len(right))
+        return
+    if operator == "%":
+        if isinstance(left, str):
+            _check_widths(left, right)
+        return
     for sequence, times in ((left, right), (right, left)):
         if (
             isinstance(sequence, (str, list, tuple))
@@ -172,6 +231,102 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
             and len(sequence) * times > MAX_SCAFFOLD_CHARS
         ):
             raise SecurityError(f"repeating to over {MAX_SCAFFOLD_CHARS:,} items is not allowed")
+
+
+def _call_of(name: str, arguments: list[Any]) -> Any:
+    from jinja2 import nodes
+
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+
+
+def _check_time() -> None:
+    from jinja2.exceptions import SecurityError
+
+    if time.thread_time() > _limit.get()[1]:
+        raise SecurityError(f"it computes for more than {MAX_RENDER_S:g} s")
+
+
+def _check_length(length: int) -> None:
+    from jinja2.exceptions import SecurityError
+
+    limit = _limit.get()[0]
+    if length > limit:
+        raise SecurityError(f"it makes a value of more than {limit:,} characters or items")
+
+
+def _join_texts(*values: Any) -> str:
+    texts = [str(value) for value in values]
+    _check_length(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _check_widths(pattern: str, values: Any) -> None:
+    """Bound the result of `pattern % values`: its own widths, and the texts that it repeats."""
+    from jinja2.exceptions import SecurityError
+
+    if re.search(r"%[^%a-zA-Z]*\*", pattern):
+        raise SecurityError("a width that is itself an argument is not allowed")
+    if isinstance(values, dict):
+        values = list(values.values())
+    texts = values if isinstance(values, (tuple, list)) else [values]
+    widths = [digits for pair in _PERCENT_WIDTHS.findall(pattern) for digits in pair]
+    _check_length(len(pattern) + _sum(widths) + pattern.count("%") * _longest(texts))
+
+
+def _check_braces(pattern: str, values: Sequence[Any]) -> None:
+    """The same for `pattern.format(values)`, where a number among the values may be a width."""
+    if re.search(r":[^}]*\{", pattern):
+        _check_length(max((abs(value) for value in values if isinstance(value, int)), default=0))
+    widths = _BRACE_WIDTHS.findall("".join(re.findall(r"\{[^{}]*[:.][^{}]*", pattern)))
+    _check_length(len(pattern) + _sum(widths) + pattern.count("{") * _longest(values))
+
+
+def _sum(numbers: Sequence[str]) -> int:
+    # Over every limit from ten digits on; int() refuses very long numbers.
+    return sum(int(digits) if len(digits) < 10 else 10**10 for digits in numbers if digits)
+
+
+def _longest(values: Sequence[Any]) -> int:
+    return max((len(value) for value in values if isinstance(value, str)), default=0)
+
+
+def _format(value: Any, *arguments: Any, **options: Any) -> str:
+    """Jinja's filter `format`, bounded."""
+    _check_widths(str(value), options or arguments)
+    return str(str(value) % (options or arguments))
+
+
+def _check_method(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Bound what the methods of strings can make of little."""
+    # The sandbox wraps str.format, so that its method is one step further.
+    function = getattr(function, "__wrapped__", function)
+    text, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if not isinstance(text, str):
+        return
+    if name in _WIDTH_METHODS:
+        times = text.count("\t") if name == "expandtabs" else 1
+        for width in arguments:
+            if isinstance(width, int):
+                _check_length(len(text) + width * times)
+    elif name == "format":
+        _check_braces(text, [*arguments, *options.values()])
+    elif name == "replace" and len(arguments) >= 2:
+        old, new = arguments[:2]
+        if isinstance(old, str) and isinstance(new, str):
+            _check_length(len(text) + text.count(old) * len(new))
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter with its numbers bounded; `wraps` keeps jinja's mark of its first argument."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        for value in (*arguments, *options.values()):
+            if isinstance(value, int):
+                _check_length(value)
+        return function(*arguments, **options)
+
+    return checked
 
 
 def _tojson(

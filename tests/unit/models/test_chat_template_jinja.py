@@ -17,6 +17,7 @@ from chatserve.engine.prompt import Message
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.chat_template import load_template_sources
 from chatserve.models.special_tokens import AddedToken, Special, SpecialTokens
+from chatserve.models.templates import jinja
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.models.test_tokenizer_json import LLAMA3
@@ -406,6 +407,30 @@ def test_escape_or_failure_inside_a_template_is_refused(source: str) -> None:
         "{{ 2 ** 'a' }}",
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(99) %}"
+        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(99) %}"
+        "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}"
+        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ ('%(a)s' * 9999) % {'a': 'x' * 9999} }}",
+        "{{ '%999999999d' | format(1) | length }}",
+        "{{ '{:999999999}'.format(1) | length }}",
+        "{{ '{:{}}'.format(1, 999999999) | length }}",
+        "{{ '{:{w}}'.format(1, w=999999999) | length }}",
+        "{{ ('{0}' * 9999).format('x' * 9999) | length }}",
+        "{{ 'a'.center(10**10) }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ 'a'.rjust(10**10) }}",
+        "{{ 'a'.zfill(10**10) }}",
+        "{{ ('\t' * 9999).expandtabs(9999) }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ 'a' | indent(10**10, first=true) }}",
+        "{{ 'a\nb' | indent(width=10**10) }}",
+        "{{ [1] | batch(10**10, 0) | list }}",
     ],
 )
 def test_bomb_is_refused(source: str) -> None:
@@ -425,3 +450,45 @@ def test_long_chats_are_not_taken_for_bombs() -> None:
 def test_rendering_is_repeatable() -> None:
     template = small("{% set ns = namespace(x=0) %}{% set ns.x = ns.x + 1 %}{{ ns.x }}")
     assert template.render(USER) == template.render(USER) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}"
+        "{% for i in r %}{% for j in r if j < 0 %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(40) }}",
+    ],
+    ids=["ranges", "one-range", "filtered", "macros"],
+)
+def test_endless_computation_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja, "MAX_RENDER_S", 0.05)
+    with pytest.raises(InvalidRequest, match=r"computes for more than 0\.05 s"):
+        small(source).render(USER)
+
+
+def test_bounds_leave_honest_loops_and_joins_alone() -> None:
+    template = small(
+        "{% for m in messages %}{{ loop.index ~ '/' ~ loop.length ~ m.role ~ nothing }}"
+        "{% if loop.last %}.{% else %},{% endif %}{% else %}none{% endfor %}"
+        "{% for x in [] %}{% else %}empty{% endfor %}"
+        "{{ '%s-%05d' % ('a', 7) }}{{ 'b'|center(3) }}{{ 'c'.rjust(3) }}{{ [1] + [2] }}{{ 7 % 4 }}"
+        "{{ '20240101 %(x)s'|format(x=1) }}{{ '%s%s'|format(1, 'z') }}"
+        "{{ ' {:>3}{a}'.format(1, a=2) }}"
+    )
+    rendered = "".join(template.render([*USER, *USER]))
+    assert rendered == "1/2user,2/2user.emptya-00007 b   c[1, 2]320240101 11z   12"
+
+
+def test_long_chats_may_be_joined() -> None:
+    text = "word " * 600_000
+    template = small("{{ 'a' + messages[0].content + 'b' ~ messages[0].role }}")
+    assert "".join(template.render([Message("user", text)])) == f"a{text}buser"
+
+
+def test_lone_surrogate_of_the_template_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        small("{{ '\\ud800' }}x").render(USER)
