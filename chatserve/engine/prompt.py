@@ -5,12 +5,15 @@ Nothing is cut away in silence: what does not fit is refused with the numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.models.templates import ChatTemplate
 from chatserve.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # "developer" is OpenAI's newer name for "system".
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -28,7 +31,8 @@ class PromptBuilder:
     """Builds the prompts of one model.
 
     system_message: put in front of chats that bring no system message of their own. stop and
-    stop_token_ids: what ends an answer beside the tokenizer's own end ids.
+    stop_token_ids: what ends an answer beside the tokenizer's own end ids. vocab_size: rows of the
+    model's embedding, where they are known; a tokenizer may have more tokens.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class PromptBuilder:
         system_message: str | None = None,
         *,
         model_name: str = "the model",
+        vocab_size: int | None = None,
     ) -> None:
         self.context_length = context_length
         self.stop = template.stop
@@ -51,6 +56,14 @@ class PromptBuilder:
         self._template = template
         self._system_message = system_message
         self._model_name = model_name
+        self._vocab_size = vocab_size
+        for text in template.stop_tokens:
+            if text not in tokenizer.special_ids:
+                logger.warning(
+                    "the chat template %s ends answers with %r, which the vocabulary of %s lacks; "
+                    "if answers do not end, choose another with --conv-template",
+                    template.name, str(text), model_name,
+                )  # fmt: skip
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat that an answer of the assistant continues.
@@ -64,6 +77,13 @@ class PromptBuilder:
         ids = self._tokenizer.encode(
             rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
         )
+        if not ids:
+            raise InvalidRequest(
+                f"the chat template {self._template.name} turns this chat into an empty prompt; "
+                "send a message with text",
+                param="messages",
+            )
+        self._check_known(ids, "messages")
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
 
@@ -79,6 +99,7 @@ class PromptBuilder:
             ids = self._checked_ids(prompt)
         if not ids:
             raise InvalidRequest("the prompt is empty; send text or token ids", param="prompt")
+        self._check_known(ids, "prompt")
         self._check_length(len(ids), "prompt", "shorten it")
         return ids
 
@@ -138,6 +159,14 @@ class PromptBuilder:
                     param="prompt",
                 )
         return list(ids)
+
+    def _check_known(self, ids: Sequence[int], param: str) -> None:
+        if self._vocab_size is not None and max(ids) >= self._vocab_size:
+            raise InvalidRequest(
+                f"the tokenizer makes the token id {max(ids)} of this {param}, {self._model_name} "
+                f"has only {self._vocab_size}; the tokenizer's files are another model's",
+                param=param,
+            )
 
     def _check_length(self, num_tokens: int, param: str, way_out: str) -> None:
         if num_tokens >= self.context_length:

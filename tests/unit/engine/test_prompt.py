@@ -162,3 +162,33 @@ def test_max_tokens(tokenizer: Tokenizer) -> None:
     assert caught.value.param == "max_tokens"
     with pytest.raises(InvalidRequest, match="at least 1"):
         prompts.max_tokens(60, 0)
+
+
+def test_a_chat_that_renders_to_nothing_is_refused(tokenizer: Tokenizer) -> None:
+    silent = JinjaTemplate("own", "{# nothing #}", tokenizer.special_tokens, {})
+    with pytest.raises(InvalidRequest, match=r"template own .* empty prompt") as caught:
+        PromptBuilder(tokenizer, silent, 100).chat([Message("user", "hi")])
+    assert caught.value.param == "messages"
+
+
+def test_a_stop_token_that_the_vocabulary_lacks_is_reported(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder(tokenizer)
+    assert not caplog.records
+    prompts = PromptBuilder(tokenizer, BUILTIN["vicuna_v1.1"], 100, model_name="tiny")
+    assert prompts.stop_token_ids == ()
+    assert "'</s>', which the vocabulary of tiny lacks" in caplog.text
+
+
+def test_tokens_that_the_model_lacks_are_refused(tokenizer: Tokenizer) -> None:
+    rows = min(tokenizer.special_ids.values())
+    prompts = PromptBuilder(tokenizer, BUILTIN["chatml"], 200, model_name="tiny", vocab_size=rows)
+    with pytest.raises(InvalidRequest, match=f"tiny has only {rows}"):
+        prompts.chat([Message("user", "hi")])
+    with pytest.raises(InvalidRequest, match=f"tiny has only {rows}"):
+        prompts.completion([rows])
+    whole = PromptBuilder(
+        tokenizer, BUILTIN["chatml"], 200, model_name="tiny", vocab_size=tokenizer.vocab_size
+    )
+    assert whole.chat([Message("user", "hi")])
