@@ -74,7 +74,11 @@ class Stream:
         return bool(select.select([self._handler.connection], [], [], within_s)[0])
 
     def wait_for_disconnect(self) -> None:
-        if self._handler.connection.recv(1) == b"":
+        try:
+            data = self._handler.connection.recv(1)
+        except ConnectionResetError:  # it left without reading all that was sent
+            data = b""
+        if data == b"":
             self.is_over = True
             self._handler.server.cancelled.set()
 
