@@ -201,6 +201,8 @@ def _environment() -> Any:
     del environment.globals["lipsum"]
     for name in ("center", "indent", "wordwrap", "truncate", "round", "batch", "slice"):
         environment.filters[name] = _bounded(environment.filters[name])
+    environment.filters["replace"] = _bounded_replace(environment.filters["replace"])
+    environment.filters["join"] = _bounded_join(environment.filters["join"])
     environment.filters["format"] = _format
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -308,12 +310,41 @@ def _check_method(function: Any, arguments: Sequence[Any], options: Mapping[str,
         for width in arguments:
             if isinstance(width, int):
                 _check_length(len(text) + width * times)
+    elif name == "join" and arguments and isinstance(arguments[0], (list, tuple)):
+        _check_joined(arguments[0], text)
     elif name == "format":
         _check_braces(text, [*arguments, *options.values()])
     elif name == "replace" and len(arguments) >= 2:
-        old, new = arguments[:2]
-        if isinstance(old, str) and isinstance(new, str):
-            _check_length(len(text) + text.count(old) * len(new))
+        _check_replaced(text, *arguments[:2])
+
+
+def _check_replaced(text: Any, old: Any, new: Any) -> None:
+    if isinstance(text, str) and isinstance(old, str) and isinstance(new, str):
+        _check_length(len(text) + text.count(old) * len(new))
+
+
+def _check_joined(values: Sequence[Any], separator: str) -> None:
+    texts = (len(value) for value in values if isinstance(value, str))
+    _check_length(sum(texts) + len(separator) * len(values))
+
+
+def _bounded_replace(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def replace(context: Any, text: Any, old: Any, new: Any, count: int | None = None) -> Any:
+        _check_replaced(text, old, new)
+        return function(context, text, old, new, count)
+
+    return replace
+
+
+def _bounded_join(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def join(context: Any, values: Any, d: str = "", attribute: Any = None) -> Any:
+        values = list(values)
+        _check_joined(values, str(d))
+        return function(context, values, d, attribute)
+
+    return join
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:

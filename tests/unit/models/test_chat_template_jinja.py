@@ -428,6 +428,9 @@ def test_escape_or_failure_inside_a_template_is_refused(source: str) -> None:
         "{{ ('\t' * 9999).expandtabs(9999) }}",
         "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
         "{{ 'a' | center(10**10) }}",
+        "{{ ('a' * 9999) | replace('a', 'b' * 9999) | length }}",
+        "{{ (['x' * 9999] * 9999) | join | length }}",
+        "{{ ''.join(['x' * 9999] * 9999) | length }}",
         "{{ 'a' | indent(10**10, first=true) }}",
         "{{ 'a\nb' | indent(width=10**10) }}",
         "{{ [1] | batch(10**10, 0) | list }}",
@@ -476,11 +479,12 @@ def test_bounds_leave_honest_loops_and_joins_alone() -> None:
         "{% if loop.last %}.{% else %},{% endif %}{% else %}none{% endfor %}"
         "{% for x in [] %}{% else %}empty{% endfor %}"
         "{{ '%s-%05d' % ('a', 7) }}{{ 'b'|center(3) }}{{ 'c'.rjust(3) }}{{ [1] + [2] }}{{ 7 % 4 }}"
+        "{{ ['d', 'e']|join('-') }}{{ '+'.join(['f', 'g']) }}{{ 'hh'|replace('h', 'ij', 1) }}"
         "{{ '20240101 %(x)s'|format(x=1) }}{{ '%s%s'|format(1, 'z') }}"
         "{{ ' {:>3}{a}'.format(1, a=2) }}"
     )
     rendered = "".join(template.render([*USER, *USER]))
-    assert rendered == "1/2user,2/2user.emptya-00007 b   c[1, 2]320240101 11z   12"
+    assert rendered == "1/2user,2/2user.emptya-00007 b   c[1, 2]3d-ef+gijh20240101 11z   12"
 
 
 def test_long_chats_may_be_joined() -> None:
