@@ -34,7 +34,6 @@ from chatserve.models.chat_template import (
 )
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
-from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama import Llama
 from chatserve.models.loader import context_length, kv_bytes_per_token, load_model
 from chatserve.models.memory import available_bytes, in_gb
@@ -107,11 +106,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         limits.context_length,
         config.conv_system_msg,
         model_name=names[0],
+        vocab_size=model.vocab_size,
     )
     served = ServedModel(
         names=names,
         context_length=limits.context_length,
-        vocab_size=_vocab_size(model),
+        vocab_size=model.vocab_size,
         prompts=prompts,
         stop=prompts.stop,
         stop_token_ids=prompts.stop_token_ids,
@@ -197,10 +197,6 @@ def _vocab_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the embedding as stored, where it has its usual name."""
     info = checkpoint.weights.tensors().get("model.embed_tokens.weight")
     return info.shape[0] if info else None
-
-
-def _vocab_size(model: Llama | FallbackModel) -> int:
-    return model.config.vocab_size if isinstance(model, Llama) else model.vocab_size
 
 
 def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
