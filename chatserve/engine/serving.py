@@ -81,15 +81,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     with closing(checkpoint.weights):
         metadata = _gguf_metadata(path)
         tokenizer = load_tokenizer(path, metadata)
-        choice = choose_template(
-            config.conv_template,
-            WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint)),
-            tokenizer,
-            load_template_sources(path, metadata),
-        )
+        sources = load_template_sources(path, metadata)
+        facts = WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint))
+        choice = choose_template(config.conv_template, facts, tokenizer, sources)
         logger.info("chat template %s: %s", choice.template.name, choice.reason)
         model = load_model(checkpoint, policy, progress=progress)
-        fingerprint = _fingerprint(checkpoint, policy, choice)
+        fingerprint = _fingerprint(checkpoint, policy, choice, sources)
     limits = _Limits.of(config, checkpoint, policy)
     engine = Engine(
         model,
@@ -210,21 +207,27 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
     }
 
 
-def _fingerprint(checkpoint: Checkpoint, policy: DevicePolicy, choice: TemplateChoice) -> str:
-    """Two workers with the same fingerprint continue a text alike.
+def _fingerprint(
+    checkpoint: Checkpoint,
+    policy: DevicePolicy,
+    choice: TemplateChoice,
+    sources: Mapping[str, str],
+) -> str:
+    """Workers with different fingerprints may continue a text differently.
 
-    Covers config, tensor names, shapes and dtypes, the smallest tensors' content, dtype,
-    quantisation, template and engine version; not every weight, which would cost a full read.
+    Covers config, tensor names, shapes and dtypes, the smallest tensors' content, device, dtype,
+    backends, template and engine version. Not every weight, which would cost a full read: weights
+    that differ in their large matrices alone look alike.
     """
     digest = hashlib.sha256()
     infos = checkpoint.weights.tensors()
-    digest.update(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    for table in (checkpoint.config, sources):
+        digest.update(json.dumps(table, sort_keys=True, default=str).encode())
     for info in infos.values():
         digest.update(f"{info.name} {info.shape} {info.dtype}\n".encode())
     norms = [name for name, info in infos.items() if len(info.shape) == 1]
     for name in norms[:8] + norms[-8:]:
         digest.update(checkpoint.weights.read(name).view(torch.uint8).numpy().tobytes())
-    digest.update(
-        f"{policy.dtype_name} {policy.int8} {choice.template.name} {chatserve.__version__}".encode()
-    )
+    form = (policy.device.type, policy.dtype_name, policy.attention, policy.int8)
+    digest.update(f"{form} {choice.template.name} {chatserve.__version__}".encode())
     return f"fp_{digest.hexdigest()[:16]}"

@@ -1,0 +1,151 @@
+"""From WEIGHTS to an engine: limits by memory, defaults, fingerprint, faults before ready."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatserve.config import WorkerConfig
+from chatserve.engine import serving
+from chatserve.engine.serving import load
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.models import memory
+from tests import tiny
+
+PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes of a float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.save_model(path)
+    return path
+
+
+def config(folder: Path, **options: Any) -> WorkerConfig:
+    return WorkerConfig(weights=str(folder), device="cpu", dtype="float32", **options)
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    """Let memory hold keys and values of so many tokens beside the weights."""
+    free = 2 * num_tokens * PER_TOKEN + serving._RESERVED_BYTES
+    monkeypatch.setattr(serving, "available_bytes", lambda device: free)
+
+
+def test_a_folder_is_loaded_named_and_described(folder: Path) -> None:
+    _, model = load(config(folder))
+    assert model.names == ("tiny",)
+    assert (model.context_length, model.vocab_size) == (512, tiny.VOCAB_SIZE)
+    assert model.description["native"] and model.description["dtype"] == "float32"
+    assert model.fingerprint.startswith("fp_")
+
+
+def test_context_and_pool_follow_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_free(monkeypatch, 300)
+    engine, model = load(config(folder))
+    assert model.context_length == 300
+    assert engine.stats().free_kv_tokens == 300
+    assert "context limited to 300 of 512 tokens by memory" in caplog.text
+    with_free(monkeypatch, 10**6)
+    engine, model = load(config(folder, max_num_seqs=3))
+    assert (model.context_length, engine.stats().free_kv_tokens) == (512, 3 * 512)
+
+
+def test_too_little_for_a_short_context_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, 255)
+    with pytest.raises(DoesNotFit, match="256 tokens of context at 512 bytes each"):
+        load(config(folder))
+
+
+def test_the_context_can_be_capped(folder: Path) -> None:
+    assert load(config(folder, context_length=100))[1].context_length == 100
+
+
+def test_the_fingerprint_tells_weights_form_and_template_apart(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "tiny"
+    tiny.save_model(other, seed=1)
+    prints = [
+        load(item)[1].fingerprint
+        for item in (
+            config(folder), config(folder), config(other), config(folder, load_8bit=True),
+            config(folder, conv_template="chatml"),
+        )
+    ]  # fmt: skip
+    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "max_length": 4096},
+         {"temperature": 0.9, "top_p": 0.6}),
+        ({"do_sample": False, "temperature": 0.9}, {"temperature": 0.0}),
+        ({"temperature": "hot", "top_k": True}, {}),
+    ],
+)  # fmt: skip
+def test_generation_config_is_applied_only_when_asked(
+    table: dict[str, Any], expected: dict[str, float], tmp_path: Path
+) -> None:
+    tiny.save_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(table), "utf-8")
+    assert load(config(tmp_path))[1].defaults == {}
+    assert load(config(tmp_path, use_generation_config=True))[1].defaults == expected
+
+
+def test_weights_that_compute_nothing_finite_are_found_before_ready(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = math.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"cannot generate .*no finite logits"):
+        load(config(tmp_path))
+
+
+def test_an_unknown_template_is_found_before_the_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match="no-such"):
+        load(config(folder, conv_template="no-such"))
+
+
+def test_memory_without_psutil_comes_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_psutil = memory.available_bytes(torch.device("cpu"))
+    monkeypatch.setitem(__import__("sys").modules, "psutil", None)
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("needs /proc/meminfo")
+    assert 0.5 * with_psutil < memory.available_bytes(torch.device("cpu")) < 2 * with_psutil
+
+
+def test_gb_are_decimal() -> None:
+    assert memory.in_gb(13_480_000_000) == "13.5 GB"
+
+
+def test_the_files_are_closed_after_loading(folder: Path) -> None:
+    seen = []
+    real = serving.open_checkpoint
+
+    def opened(path: Path) -> Any:
+        checkpoint = real(path)
+        seen.append(checkpoint)
+        return checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "open_checkpoint", opened)
+        load(config(folder))
+    with pytest.raises((ValueError, OSError, ModelLoadError)), closing(seen[0].weights):
+        seen[0].weights.read("model.norm.weight")
