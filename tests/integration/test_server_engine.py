@@ -86,7 +86,7 @@ def is_free(stats: EngineStats, idle: EngineStats) -> bool:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_leaving_frees_the_cache_within_a_step(worker: Worker, stream: bool) -> None:
+def test_leaving_frees_the_cache_long_before_the_limit(worker: Worker, stream: bool) -> None:
     idle = worker.engine.stats()
     assert idle.num_running == 0
     body = {
