@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatserve import config
+from chatserve import environment
 from chatserve.errors import HubError
 
 _ELSEWHERE = "free some space or set CHATSERVE_HOME to a folder on another disk"
@@ -21,7 +21,7 @@ _ELSEWHERE = "free some space or set CHATSERVE_HOME to a folder on another disk"
 
 def models_folder() -> Path:
     """Where downloaded models lie; it may not exist yet."""
-    return config.home() / "models"
+    return environment.home() / "models"
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from chatserve.config import add_flags
 from chatserve.errors import UsageError
+from chatserve.settings import add_flags
 
 _GPTQ = "GPTQ checkpoints are not supported; use the original weights with --load-8bit"
 _AWQ = "AWQ checkpoints are not supported; use the original weights with --load-8bit"

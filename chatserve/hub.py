@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatserve import cache, config
+from chatserve import cache, config, environment
 from chatserve.errors import HubError, ModelLoadError, UsageError
 
 ALIASES = {
@@ -61,7 +61,7 @@ def resolve_weights(
     Raises `UsageError` for an unknown alias, `ModelLoadError` for a path that is not there or a
     damaged file, `HubError` when a download is needed and fails or is forbidden.
     """
-    offline = offline or config.hub_offline()
+    offline = offline or environment.hub_offline()
     if text is not None and is_path(text):
         _refuse_revision(revision, text)
         check_path(text)
@@ -193,7 +193,7 @@ def _download(model_id: str, revision: str, target: Path, progress: bool) -> Non
     from chatserve.byte_bar import ByteBar
     from chatserve.hub_download import download
 
-    endpoint = (config.hub_endpoint() or constants.ENDPOINT).rstrip("/")
+    endpoint = (environment.hub_endpoint() or constants.ENDPOINT).rstrip("/")
     if not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an http or https URL")
     with ByteBar(f"downloading {model_id}", sys.stderr) as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import settings as hypothesis_settings
 
-from chatserve.config import limit_spinning
+from chatserve.environment import limit_spinning
 
 limit_spinning()  # before the first test imports torch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chatserve.config import home
+from chatserve.environment import home
 
 NAME = "smollm2-135m"
 

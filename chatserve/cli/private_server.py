@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.escapes import one_line, strip_escapes
-from chatserve.config import child_environment
+from chatserve.environment import child_environment
 from chatserve.errors import ChatserveError, StartupError
 
 if TYPE_CHECKING:

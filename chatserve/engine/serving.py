@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 import chatserve
-from chatserve import config as settings
-from chatserve.config import WorkerConfig
+from chatserve.config import WorkerConfig, served_names
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
@@ -73,7 +72,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     Raises a `StartupError` whose exit code says what kind of thing is wrong.
     """
     start = time.perf_counter()
-    names = settings.served_names(config.weights, config.model_names)
+    names = served_names(config.weights, config.model_names)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
     policy = check(choose_policy(config.device, config.dtype, load_8bit=config.load_8bit))
     logger.info("%s", policy.describe())

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chatserve import config as settings
-from chatserve import hub
-from chatserve.config import ControllerConfig, ServeConfig, WorkerConfig
+from chatserve import environment, hub
+from chatserve.config import DEFAULT_WEIGHTS, ControllerConfig, ServeConfig, WorkerConfig, build
 from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 
@@ -47,7 +46,7 @@ def serve(
                 hub.check_path(path)
         return run_server(
             config,
-            weights or [settings.DEFAULT_WEIGHTS],
+            weights or [DEFAULT_WEIGHTS],
             worker_command=worker_command or WORKER_COMMAND,
             policy=policy or default_policy,
         )
@@ -96,7 +95,7 @@ def _parse_and_run(
     try:
         flags: dict[str, Any] = parser.flags(sys.argv[1:] if argv is None else argv)
         weights = flags.pop("weights", []) + flags.pop("model_path", [])
-        return run(settings.build(kind, flags, file=settings.settings_file()), weights)
+        return run(build(kind, flags, file=environment.settings_file()), weights)
     except StartupError as error:
         print(f"chatserve: {error.message}", file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from chatserve import config
+from chatserve import environment
 from chatserve.errors import UsageError
 
 FILE_NAME = "control-token"
@@ -17,9 +17,9 @@ def own_token() -> str:
 
     Raises `UsageError` when the file can be read by others or cannot be used.
     """
-    if token := config.control_token():
+    if token := environment.control_token():
         return token
-    path = config.home() / FILE_NAME
+    path = environment.home() / FILE_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # exclusive, and private from its first byte on
@@ -36,9 +36,9 @@ def own_token() -> str:
 
 def shared_token() -> str:
     """The token a worker shows to its controller. Raises `UsageError` when there is none."""
-    if token := config.control_token():
+    if token := environment.control_token():
         return token
-    path = config.home() / FILE_NAME
+    path = environment.home() / FILE_NAME
     if not path.exists():
         raise UsageError(
             "the controller's token is not known here; copy it from the controller's "

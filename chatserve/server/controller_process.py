@@ -6,7 +6,7 @@ import logging
 import time
 from functools import partial
 
-from chatserve import config as settings
+from chatserve import environment
 from chatserve.config import ControllerConfig
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
@@ -33,7 +33,7 @@ def run_controller(config: ControllerConfig) -> int:
 
 def access_policy(config: ControllerConfig, control_token: str) -> AccessPolicy:
     """Who may come in, by the settings. Raises `UsageError` for strangers without a key."""
-    keys = settings.api_keys(config.api_key_file)
+    keys = environment.api_keys(config.api_key_file)
     check_exposure(config.host, has_key=bool(keys), insecure_no_auth=config.insecure_no_auth)
     if not keys and not is_loopback(config.host):
         logger.warning("anyone who reaches %s can use this server without a key", config.host)

@@ -14,8 +14,8 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from chatserve import config as settings
-from chatserve.config import EngineConfig, ModelOptions, ServeConfig
+from chatserve import environment
+from chatserve.config import EngineConfig, ModelOptions, ServeConfig, served_names
 from chatserve.errors import UsageError
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
@@ -30,6 +30,7 @@ from chatserve.server.process import (
 )
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.supervisor import RestartPolicy, Supervisor
+from chatserve.settings import flags_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,10 +143,10 @@ class _Server:
     def _supervisor(self, control_url: str, name: str, weights: str) -> Supervisor:
         worker_id = ""
 
-        def environment(lifeline_fd: int) -> Mapping[str, str]:
+        def worker_environment(lifeline_fd: int) -> Mapping[str, str]:
             nonlocal worker_id
             worker_id = uuid.uuid4().hex
-            return settings.child_environment(
+            return environment.child_environment(
                 CHATSERVE_CONTROL_TOKEN=self._token,
                 CHATSERVE_WORKER_ID=worker_id,
                 CHATSERVE_PARENT_PIPE=str(lifeline_fd),
@@ -155,7 +156,7 @@ class _Server:
 
         command = [
             *self._worker_command,
-            *settings.flags_of(self._config, ModelOptions, EngineConfig),
+            *flags_of(self._config, ModelOptions, EngineConfig),
             *("--host=127.0.0.1", "--port=0", f"--controller={control_url}"),
             f"--model-names={name}",
             *(["--debug"] if self._config.debug else []),
@@ -165,7 +166,7 @@ class _Server:
         return Supervisor(
             name,
             command,
-            environment,
+            worker_environment,
             self._policy(),
             on_exit=lambda: self._registry.remove(worker_id),
         )
@@ -179,9 +180,7 @@ def named(weights: Sequence[str], model_names: Sequence[str]) -> list[tuple[str,
         raise UsageError(
             f"--model-names has {len(model_names)} names for {len(weights)} WEIGHTS; give one each"
         )
-    names = [
-        settings.served_names(path, model_names[i : i + 1])[0] for i, path in enumerate(weights)
-    ]
+    names = [served_names(path, model_names[i : i + 1])[0] for i, path in enumerate(weights)]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two models would be called {name}; tell them apart by --model-names")

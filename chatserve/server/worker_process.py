@@ -17,9 +17,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from chatserve import config as settings
+from chatserve import environment
 from chatserve.byte_bar import ByteBar
-from chatserve.config import WorkerConfig
+from chatserve.config import WorkerConfig, served_names
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
@@ -51,7 +51,7 @@ Load = Callable[[WorkerConfig, Progress], tuple[Engine, ServedModel]]
 
 def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]:
     """The real thing: weights, network, engine."""
-    settings.limit_spinning()
+    environment.limit_spinning()
     # here and not above: this is where torch comes in
     from chatserve.engine.serving import load
 
@@ -64,7 +64,7 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
     `load` runs in a thread of its own and reports `(loaded_bytes, total_bytes)`. Raises
     `UsageError` for a name that cannot be shown.
     """
-    names = settings.served_names(config.weights, config.model_names)
+    names = served_names(config.weights, config.model_names)
     configure_logging(f"worker {names[0]}", debug=config.debug)
     report: Report = print_failure
     if config.parent_pipe is not None:
@@ -80,7 +80,7 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
 
 async def _serve(config: WorkerConfig, load: Load) -> int:
     stop = StopSignals()
-    slot = ModelSlot(settings.served_names(config.weights, config.model_names))
+    slot = ModelSlot(served_names(config.weights, config.model_names))
     token = shared_token() if config.controller and not config.no_register else None
     policy = _policy(config, token)
     edge = create_slot_app(slot, policy=policy, control_token=token)
@@ -112,7 +112,7 @@ def _policy(config: WorkerConfig, token: str | None) -> AccessPolicy:
     """Behind a controller only its token opens; alone, the rules of a controller hold."""
     if token is not None:
         return AccessPolicy.build(config.host, api_keys=(token,))
-    keys = settings.api_keys(None)
+    keys = environment.api_keys(None)
     check_exposure(config.host, has_key=bool(keys))
     return AccessPolicy.build(config.host, api_keys=keys)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from chatserve import config as settings
+from chatserve import environment
 from chatserve.config import COMMAND_CONFIGS, ControllerConfig, ServeConfig, build, sources
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.settings import fields_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -79,7 +80,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
 NUMBERS = [
     (command, item.name)
     for command, config in COMMAND_CONFIGS.items()
-    for item in settings.fields_of(config)
+    for item in fields_of(config)
     if item.metadata["flag"] and str(item.type).partition(" ")[0] in ("int", "float")
 ]
 
@@ -141,9 +142,9 @@ def test_keys_come_from_file_and_environment_without_comments(
     file = tmp_path / "keys"
     file.write_text("# laptops\nkey-a\n\n key-b \n", "utf-8")
     monkeypatch.setenv("CHATSERVE_API_KEYS", "key-c, key-d,")
-    assert set(settings.api_keys(str(file))) == {"key-a", "key-b", "key-c", "key-d"}
+    assert set(environment.api_keys(str(file))) == {"key-a", "key-b", "key-c", "key-d"}
     with pytest.raises(UsageError, match="no-such-file"):
-        settings.api_keys(str(tmp_path / "no-such-file"))
+        environment.api_keys(str(tmp_path / "no-such-file"))
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "10000"), ("7", "7")])

@@ -13,16 +13,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from chatserve import config as settings
+from chatserve import environment
 from chatserve.cli.chat import Chat, ChatOptions, Server, answer_once
 from chatserve.cli.lines import ProgramLines, spellings
 from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
 from chatserve.cli.transcript import Transcript
-from chatserve.config import ChatConfig, ModelOptions
+from chatserve.config import ChatConfig, ModelOptions, build
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.settings import fields_of, flags_of
 
 if TYPE_CHECKING:
     from chatserve.cli.line_editor import LineEditor
@@ -42,7 +43,7 @@ def server_command(config: ChatConfig) -> list[str]:
     model_options = dataclasses.replace(config, conv_system_msg=None)
     weights = [] if config.model is None else [config.model]
     debug = ["--debug"] if config.debug else []
-    flags = settings.flags_of(model_options, ModelOptions)
+    flags = flags_of(model_options, ModelOptions)
     return [
         sys.executable, "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
         *flags, *debug, "--", *weights,
@@ -60,7 +61,7 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
     parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="folder, .gguf, alias or id")
     parser.let_agree("weights", "weights", "model")
     flags = _with_weights(parser.flags(argv))
-    config = settings.build(ChatConfig, flags, file=settings.settings_file())
+    config = build(ChatConfig, flags, file=environment.settings_file())
     _check(config, flags)
     with exits_on_signals(), _server(config, server_command) as server:
         if config.prompt is None and config.style == "programmatic":
@@ -81,7 +82,7 @@ def _with_weights(flags: dict[str, Any]) -> dict[str, Any]:
 def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
     """Refuse at once what the server would only refuse after it has loaded the model."""
     if config.base_url is not None:
-        here = {field.name for field in settings.fields_of(ModelOptions)} - {"conv_system_msg"}
+        here = {field.name for field in fields_of(ModelOptions)} - {"conv_system_msg"}
         if unused := sorted(here & flags.keys()):
             name = unused[0].replace("_", "-")
             raise UsageError(
@@ -100,7 +101,7 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
         from chatserve.cli.client import ChatClient
         from chatserve.cli.joined_server import JoinedServer
 
-        client = ChatClient(config.base_url, settings.client_api_key())
+        client = ChatClient(config.base_url, environment.client_api_key())
         server = JoinedServer(client, config.model)
     with contextlib.closing(server):
         yield server
@@ -112,7 +113,10 @@ def _chat_with_person(server: Server, config: ChatConfig) -> None:
     )
     if _is_rich(config):
         drawer = MarkdownDrawer(
-            sys.stdout, _terminal_size, has_color=settings.is_color_wanted(), blank_line_after=True
+            sys.stdout,
+            _terminal_size,
+            has_color=environment.is_color_wanted(),
+            blank_line_after=True,
         )
     display = _display(drawer, config)
     chat = Chat(
@@ -132,7 +136,7 @@ def _line_editor(chat: Chat, display: Display, config: ChatConfig) -> LineEditor
 
     history: History = InMemoryHistory()
     if not config.no_save:
-        history = HistoryFile(settings.home() / HISTORY_FILE, display.note)
+        history = HistoryFile(environment.home() / HISTORY_FILE, display.note)
     return LineEditor(
         chat.status, history, spellings(), is_multiline=config.multiline, has_mouse=config.mouse
     )
@@ -152,7 +156,7 @@ def _answer_once(server: Server, config: ChatConfig) -> None:
     if config.style == "programmatic":
         drawer = PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
     elif _is_rich(config):
-        has_color = settings.is_color_wanted()
+        has_color = environment.is_color_wanted()
         if sys.stdout.isatty():
             drawer = MarkdownDrawer(sys.stdout, _terminal_size, has_color=has_color)
         else:
@@ -184,7 +188,7 @@ def _question(config: ChatConfig, display: Display) -> str:
 
 
 def _display(drawer: AnswerDrawer, config: ChatConfig) -> Display:
-    is_terminal = sys.stderr.isatty() and settings.is_color_wanted()
+    is_terminal = sys.stderr.isatty() and environment.is_color_wanted()
     return Display(
         drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
         columns=lambda: columns_of(sys.stderr),
@@ -199,7 +203,7 @@ def _wrap_columns(config: ChatConfig) -> Callable[[], int | None]:
 def _is_rich(config: ChatConfig) -> bool:
     """Markdown is drawn where there is a terminal to draw on, unless colours are unwanted."""
     if config.style == "auto":
-        return sys.stdout.isatty() and settings.is_color_wanted() and not config.raw
+        return sys.stdout.isatty() and environment.is_color_wanted() and not config.raw
     return config.style == "rich"
 
 

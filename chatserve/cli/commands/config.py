@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chatserve import config as settings
-from chatserve.config import COMMAND_CONFIGS
+from chatserve import environment
+from chatserve.config import COMMAND_CONFIGS, sources
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.settings import fields_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.flags(argv)["command"]
     if chosen is not None and chosen not in COMMAND_CONFIGS:
         raise UsageError(f"{chosen!r} has no settings; there are {commands}")
-    file = settings.settings_file()
+    file = environment.settings_file()
     print(f"# settings file: {file or 'none'}")
     for command, config in COMMAND_CONFIGS.items():
         if chosen in (None, command):
             print(f"\n[{command}]")
             # settings without a flag pass between our own processes
-            shown = {item.name for item in settings.fields_of(config) if item.metadata["flag"]}
-            values = settings.sources(config, {}, file=file)
+            shown = {item.name for item in fields_of(config) if item.metadata["flag"]}
+            values = sources(config, {}, file=file)
             print(_table({name: value for name, value in values.items() if name in shown}))
     return 0
 

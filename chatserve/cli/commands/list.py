@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 
 from chatserve import cache, config, hub
-from chatserve.config import setting
 from chatserve.flags import CommandParser
+from chatserve.settings import setting
 
 
 @dataclass(frozen=True)

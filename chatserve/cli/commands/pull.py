@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chatserve import config, hub
-from chatserve.config import setting
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.settings import setting
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatserve import config
-from chatserve.config import setting
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.settings import setting
 
 if TYPE_CHECKING:
     from chatserve.models.chat_template import TemplateChoice

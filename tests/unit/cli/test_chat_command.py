@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from chatserve import config as settings
 from chatserve.cli.commands import chat
-from chatserve.config import ChatConfig
+from chatserve.config import ChatConfig, build
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 
 
 def config_of(*argv: str) -> ChatConfig:
     flags = CommandParser("chatserve chat", "", ChatConfig).flags(argv)
-    return settings.build(ChatConfig, flags, environ={})
+    return build(ChatConfig, flags, environ={})
 
 
 def refusal(*argv: str) -> str:

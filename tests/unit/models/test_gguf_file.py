@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from chatserve import config
+from chatserve import environment
 from chatserve.errors import ModelLoadError
 from chatserve.models.gguf import GGUFWeights
 from chatserve.models.gguf_file import GGUFFile
@@ -39,7 +39,7 @@ from tests.unit.models.gguf_bytes import (
     write_model,
 )
 
-SMOLLM2 = config.home() / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = environment.home() / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUGE = 2**64 - 1
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from chatserve import config as settings
 from chatserve.cli import commands
 from chatserve.config import (
     DEFAULT_WEIGHTS,
@@ -16,13 +15,14 @@ from chatserve.config import (
     ModelOptions,
     ServeConfig,
     WorkerConfig,
-    flags_of,
+    build,
     served_names,
 )
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 from chatserve.server import command_line, launch, worker_process
 from chatserve.server.launch import named
+from chatserve.settings import fields_of, flags_of
 from tests.fakes import FakeEngine, FakeModel
 
 
@@ -164,8 +164,8 @@ def test_settings_survive_the_way_to_the_child() -> None:
         seed=-5,
     )
     flags = flags_of(config, ModelOptions, EngineConfig)
-    parsed = settings.build(WorkerConfig, CommandParser("x", "", WorkerConfig).flags(flags))
+    parsed = build(WorkerConfig, CommandParser("x", "", WorkerConfig).flags(flags))
     for kind in (ModelOptions, EngineConfig):
-        for item in settings.fields_of(kind):
+        for item in fields_of(kind):
             assert getattr(parsed, item.name) == getattr(config, item.name), item.name
     assert not any(flag.startswith(("--port", "--host", "--api")) for flag in flags)

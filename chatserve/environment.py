@@ -1,0 +1,100 @@
+"""Environment variables and the folders they move: the only reader of `os.environ`.
+
+Knows names of variables and nothing of what they configure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from chatserve.errors import UsageError
+
+
+def variables() -> Mapping[str, str]:
+    """This process's environment, for settings that have a variable of their own."""
+    return os.environ
+
+
+def home() -> Path:
+    """The cache folder: `CHATSERVE_HOME`, else the platform's user cache folder."""
+    if value := os.environ.get("CHATSERVE_HOME"):
+        return Path(value).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "chatserve"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "chatserve"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatserve"
+
+
+def settings_file() -> Path | None:
+    """The TOML file with settings, when there is one.
+
+    `CHATSERVE_CONFIG` names it; else `config.toml` in `CHATSERVE_HOME` or in the user's folder for
+    settings. Raises `UsageError` when the named file is missing.
+    """
+    if value := os.environ.get("CHATSERVE_CONFIG"):
+        if not Path(value).expanduser().is_file():
+            raise UsageError(f"CHATSERVE_CONFIG names {value}, which is not a file")
+        return Path(value).expanduser()
+    if os.environ.get("CHATSERVE_HOME") or sys.platform == "win32":
+        folder = home()
+    else:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "chatserve"
+    file = folder / "config.toml"
+    return file if file.is_file() else None
+
+
+def api_keys(api_key_file: str | None) -> tuple[str, ...]:
+    """API keys from `--api-key-file` and `CHATSERVE_API_KEYS`; never from the command line.
+
+    Raises `UsageError` when the file cannot be read.
+    """
+    lines = os.environ.get("CHATSERVE_API_KEYS", "").split(",")
+    if api_key_file:
+        try:
+            lines += Path(api_key_file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read --api-key-file {api_key_file}: {error}") from error
+    return tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+
+
+def control_token() -> str | None:
+    """The shared secret between controller and workers, from `CHATSERVE_CONTROL_TOKEN`."""
+    return os.environ.get("CHATSERVE_CONTROL_TOKEN") or None
+
+
+def client_api_key() -> str | None:
+    """The key that the terminal client sends to a server it joins."""
+    return os.environ.get("CHATSERVE_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+
+
+def hub_endpoint() -> str | None:
+    """`HF_ENDPOINT`, when set: another hub than the public one."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def hub_offline() -> bool:
+    """Whether the environment forbids the network (`HF_HUB_OFFLINE`)."""
+    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+
+
+def is_color_wanted() -> bool:
+    """False when `NO_COLOR` is set or the terminal is dumb."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def limit_spinning() -> None:
+    """Let PyTorch's threads spin only briefly when they wait for each other; before torch loads.
+
+    With its default GNU OpenMP spins for milliseconds: as soon as another program uses a core, each
+    of a step's hundred-odd parallel regions may cost a whole time slice (docs/design/005).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def child_environment(**overrides: str) -> dict[str, str]:
+    """This process's environment for a child, with `overrides`."""
+    return {**os.environ, **overrides}
