@@ -9,27 +9,17 @@ cut at the special tokens that the template itself wrote.
 from __future__ import annotations
 
 import datetime
-import functools
 import json
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
-from chatserve.models.templates import ChatMessage
+from chatserve.models.templates import ChatMessage, jinja_bounds
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_SCAFFOLD_CHARS = 1 << 20
 MAX_RENDER_S = 1.0
-_MAX_EXPONENT = 64
-_WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
-_PERCENT_WIDTHS = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)(?:\.(\d+))?")
-_BRACE_WIDTHS = re.compile(r"(\d+)")
-_limit: ContextVar[tuple[int, float]] = ContextVar("limit")
-"""Of the rendering in progress: characters of one value, and when its thread's time is over."""
 # Noncharacters: valid in a Python string, never part of real text.
 _SENTINELS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -96,16 +86,15 @@ class JinjaTemplate:
 
         pieces: list[str] = []
         length = 0
-        # The thread's own time: a busy machine must not make an honest template fail.
-        token = _limit.set((limit, time.thread_time() + MAX_RENDER_S))
         try:
-            for piece in self._template.generate(**variables):
-                pieces.append(piece)
-                length += len(piece)
-                if length > limit:
-                    raise jinja2.exceptions.SecurityError(
-                        f"it writes more than {limit:,} characters"
-                    )
+            with jinja_bounds.budget(limit, MAX_RENDER_S):
+                for piece in self._template.generate(**variables):
+                    pieces.append(piece)
+                    length += len(piece)
+                    if length > limit:
+                        raise jinja2.exceptions.SecurityError(
+                            f"it writes more than {limit:,} characters"
+                        )
         except (
             jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
             RecursionError, TypeError, ValueError,
@@ -117,8 +106,6 @@ class JinjaTemplate:
                 f"the model's own chat template cannot render this chat: {reason}",
                 param="messages",
             ) from error
-        finally:
-            _limit.reset(token)
         text = "".join(pieces)
         try:
             text.encode("utf-8")
@@ -166,10 +153,11 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Bounds(NodeTransformer):
-        """Makes every turn of a loop and every `~` a call, because calls are checked."""
+        """Makes whatever may be large or slow a call, because calls are checked."""
 
         def visit_For(self, node: Any) -> Any:
             self.generic_visit(node)
+            node.iter = _call_of("timed", [node.iter])
             node.body.insert(0, jinja2.nodes.ExprStmt(_call_of("check_time", [])))
             return node
 
@@ -177,187 +165,75 @@ def _environment() -> Any:
             self.generic_visit(node)
             return _call_of("join_texts", node.nodes)
 
+        def visit_Compare(self, node: Any) -> Any:
+            return _call_of("timed", [self.generic_visit(node)])
+
+        def visit_Getitem(self, node: Any) -> Any:
+            is_slice = isinstance(node.arg, jinja2.nodes.Slice)
+            self.generic_visit(node)
+            return _call_of("spent", [node]) if is_slice else node
+
+        def visit_List(self, node: Any) -> Any:
+            return _call_of("spent", [self.generic_visit(node)])
+
+        def visit_Tuple(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return _call_of("spent", [node]) if node.ctx == "load" else node
+
+        visit_Dict = visit_List
+
+    class Namespace(jinja2.utils.Namespace):
+        """As jinja's, but its text does not spell out what it holds."""
+
+        def __repr__(self) -> str:
+            return "<Namespace>"
+
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "+", "%"})
-        check_time = staticmethod(_check_time)
-        join_texts = staticmethod(_join_texts)
+        check_time = staticmethod(jinja_bounds.check_time)
+        timed = staticmethod(jinja_bounds.timed)
+        spent = staticmethod(jinja_bounds.spent)
+        join_texts = staticmethod(jinja_bounds.join_texts)
+        concat = staticmethod(jinja_bounds.concat)
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
             tree = Bounds().visit(super()._parse(source, name, filename))
             return tree.set_environment(self)
 
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            refused = attr in jinja_bounds.REFUSED_METHODS and callable(value)
+            return not refused and super().is_safe_attribute(obj, attr, value)
+
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
+            jinja_bounds.check_operands(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, function: Any, /, *arguments: Any, **options: Any) -> Any:
-            _check_time()
-            _check_method(function, arguments, options)
-            return super().call(context, function, *arguments, **options)
+            if function in (self.check_time, self.timed, self.spent, self.join_texts):
+                return function(*arguments)
+            arguments = jinja_bounds.checked_arguments(function, arguments, options)
+            return jinja_bounds.spent(super().call(context, function, *arguments, **options))
 
     environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        finalize=jinja_bounds.fitting,
     )
     del environment.globals["lipsum"]
-    for name in ("center", "indent", "wordwrap", "truncate", "round", "batch", "slice"):
-        environment.filters[name] = _bounded(environment.filters[name])
-    environment.filters["replace"] = _bounded_replace(environment.filters["replace"])
-    environment.filters["join"] = _bounded_join(environment.filters["join"])
-    environment.filters["format"] = _format
+    environment.globals["namespace"] = Namespace
     environment.filters["tojson"] = _tojson
+    environment.filters = jinja_bounds.bounded_filters(environment.filters)
+    environment.tests = jinja_bounds.timed_calls(environment.tests)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
-
-
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    from jinja2.exceptions import SecurityError
-
-    if operator == "**":
-        if not isinstance(right, (int, float)) or abs(right) > _MAX_EXPONENT:
-            raise SecurityError(f"exponents over {_MAX_EXPONENT} are not allowed")
-        return
-    if operator == "+":
-        for kind in (str, list, tuple):
-            if isinstance(left, kind) and isinstance(right, kind):
-                _check_length(len(left) + len(right))
-        return
-    if operator == "%":
-        if isinstance(left, str):
-            _check_widths(left, right)
-        return
-    for sequence, times in ((left, right), (right, left)):
-        if (
-            isinstance(sequence, (str, list, tuple))
-            and isinstance(times, int)
-            and len(sequence) * times > MAX_SCAFFOLD_CHARS
-        ):
-            raise SecurityError(f"repeating to over {MAX_SCAFFOLD_CHARS:,} items is not allowed")
 
 
 def _call_of(name: str, arguments: list[Any]) -> Any:
     from jinja2 import nodes
 
     return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-
-
-def _check_time() -> None:
-    from jinja2.exceptions import SecurityError
-
-    if time.thread_time() > _limit.get()[1]:
-        raise SecurityError(f"it computes for more than {MAX_RENDER_S:g} s")
-
-
-def _check_length(length: int) -> None:
-    from jinja2.exceptions import SecurityError
-
-    limit = _limit.get()[0]
-    if length > limit:
-        raise SecurityError(f"it makes a value of more than {limit:,} characters or items")
-
-
-def _join_texts(*values: Any) -> str:
-    texts = [str(value) for value in values]
-    _check_length(sum(map(len, texts)))
-    return "".join(texts)
-
-
-def _check_widths(pattern: str, values: Any) -> None:
-    """Bound the result of `pattern % values`: its own widths, and the texts that it repeats."""
-    from jinja2.exceptions import SecurityError
-
-    if re.search(r"%[^%a-zA-Z]*\*", pattern):
-        raise SecurityError("a width that is itself an argument is not allowed")
-    if isinstance(values, dict):
-        values = list(values.values())
-    texts = values if isinstance(values, (tuple, list)) else [values]
-    widths = [digits for pair in _PERCENT_WIDTHS.findall(pattern) for digits in pair]
-    _check_length(len(pattern) + _sum(widths) + pattern.count("%") * _longest(texts))
-
-
-def _check_braces(pattern: str, values: Sequence[Any]) -> None:
-    """The same for `pattern.format(values)`, where a number among the values may be a width."""
-    if re.search(r":[^}]*\{", pattern):
-        _check_length(max((abs(value) for value in values if isinstance(value, int)), default=0))
-    widths = _BRACE_WIDTHS.findall("".join(re.findall(r"\{[^{}]*[:.][^{}]*", pattern)))
-    _check_length(len(pattern) + _sum(widths) + pattern.count("{") * _longest(values))
-
-
-def _sum(numbers: Sequence[str]) -> int:
-    # Over every limit from ten digits on; int() refuses very long numbers.
-    return sum(int(digits) if len(digits) < 10 else 10**10 for digits in numbers if digits)
-
-
-def _longest(values: Sequence[Any]) -> int:
-    return max((len(value) for value in values if isinstance(value, str)), default=0)
-
-
-def _format(value: Any, *arguments: Any, **options: Any) -> str:
-    """Jinja's filter `format`, bounded."""
-    _check_widths(str(value), options or arguments)
-    return str(str(value) % (options or arguments))
-
-
-def _check_method(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Bound what the methods of strings can make of little."""
-    # The sandbox wraps str.format, so that its method is one step further.
-    function = getattr(function, "__wrapped__", function)
-    text, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-    if not isinstance(text, str):
-        return
-    if name in _WIDTH_METHODS:
-        times = text.count("\t") if name == "expandtabs" else 1
-        for width in arguments:
-            if isinstance(width, int):
-                _check_length(len(text) + width * times)
-    elif name == "join" and arguments and isinstance(arguments[0], (list, tuple)):
-        _check_joined(arguments[0], text)
-    elif name == "format":
-        _check_braces(text, [*arguments, *options.values()])
-    elif name == "replace" and len(arguments) >= 2:
-        _check_replaced(text, *arguments[:2])
-
-
-def _check_replaced(text: Any, old: Any, new: Any) -> None:
-    if isinstance(text, str) and isinstance(old, str) and isinstance(new, str):
-        _check_length(len(text) + text.count(old) * len(new))
-
-
-def _check_joined(values: Sequence[Any], separator: str) -> None:
-    texts = (len(value) for value in values if isinstance(value, str))
-    _check_length(sum(texts) + len(separator) * len(values))
-
-
-def _bounded_replace(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def replace(context: Any, text: Any, old: Any, new: Any, count: int | None = None) -> Any:
-        _check_replaced(text, old, new)
-        return function(context, text, old, new, count)
-
-    return replace
-
-
-def _bounded_join(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def join(context: Any, values: Any, d: str = "", attribute: Any = None) -> Any:
-        values = list(values)
-        _check_joined(values, str(d))
-        return function(context, values, d, attribute)
-
-    return join
-
-
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter with its numbers bounded; `wraps` keeps jinja's mark of its first argument."""
-
-    @functools.wraps(function)
-    def checked(*arguments: Any, **options: Any) -> Any:
-        for value in (*arguments, *options.values()):
-            if isinstance(value, int):
-                _check_length(value)
-        return function(*arguments, **options)
-
-    return checked
 
 
 def _tojson(

@@ -17,7 +17,7 @@ from chatserve.engine.prompt import Message
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.chat_template import load_template_sources
 from chatserve.models.special_tokens import AddedToken, Special, SpecialTokens
-from chatserve.models.templates import jinja
+from chatserve.models.templates import jinja, jinja_bounds
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.models.test_tokenizer_json import LLAMA3
@@ -434,11 +434,54 @@ def test_escape_or_failure_inside_a_template_is_refused(source: str) -> None:
         "{{ 'a' | indent(10**10, first=true) }}",
         "{{ 'a\nb' | indent(width=10**10) }}",
         "{{ [1] | batch(10**10, 0) | list }}",
+        "{{ ([[0] * 9999] * 9999) | sum(start=[]) | length }}",
+        "{% set x = [0] * 9999 %}{{ ('%(a)s' * 9999) % {'a': x} }}",
+        "{% set x = [0] * 9999 %}{{ ('{0}' * 9999).format(x) }}",
+        "{% set n = namespace(a='x' * 9999) %}{{ ('{0.a}' * 9999).format(n) }}",
+        "{{ '{a:999999999}'.format_map({'a': 1}) | length }}",
+        "{{ '\t'.expandtabs(tabsize=999999999) | length }}",
+        "{{ ('x' * 9999).join('a' * 9999) | length }}",
+        "{{ ('x' * 9999).join(range(9999) | map('string')) | length }}",
+        "{{ ('1' * 9999) | replace(1, 'b' * 9999) | length }}",
+        "{{ ('\n' * 9999) | indent('x' * 9999) | length }}",
+        "{{ ('a' * 9999).translate({97: 'x' * 9999}) | length }}",
+        "{{ ('a' | attr('encode'))() }}",
+        "{{ (1).to_bytes(999999999, 'big') | length }}",
+        "{% set x = 10 ** 64 %}{{ x ** 64 > 1 }}",
+        "{% set x = 10 ** 64 %}{% set x = x * x %}{% set x = x * x %}{% set x = x * x %}"
+        "{% set x = x * x %}{% set x = x * x %}{{ x > 1 }}",
+        "{% for i in range(99) %}{% set x = 'x' * 999999 %}{% endfor %}",
     ],
 )
 def test_bomb_is_refused(source: str) -> None:
     with pytest.raises(InvalidRequest, match="chat template cannot render this chat"):
         small(source).render(USER)
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "last"),
+    [
+        ("'\"'", "{% set x = x|tojson %}", "{{ x|length }}"),
+        ("'&'", "{% set x = (x ~ x)|forceescape|string %}", "{{ x|length }}"),
+        ("'a'", "{% set x %}{{ x }}{{ x }}{% endset %}", "{{ x|length }}"),
+        ("[1]", "{% set x = [x, x] %}", "{{ x }}"),
+        ("[1]", "{% set x = (x, x) %}", "{{ x ~ '' }}"),
+        ("[1]", "{% set x = {'a': x, 'b': x} %}", "{{ x == 1 }}"),
+        ("[1]", "{% set x = dict(a=x, b=x) %}", "{{ x.items()|string|length }}"),
+        ("'a'", "{% set x = twice(x) %}", "{{ x|length }}"),
+    ],
+)
+def test_value_that_doubles_without_a_loop_is_refused(first: str, more: str, last: str) -> None:
+    macro = "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"
+    source = f"{macro}{{% set x = {first} %}}{more * 40}{last}"
+    with pytest.raises(InvalidRequest, match=r"makes a value of more than [\d,]+ characters"):
+        small(source).render(USER)
+
+
+def test_namespaces_that_hold_each_other_twice_are_not_written_out() -> None:
+    step = "{% set n = namespace(a=n, b=n) %}"
+    template = small(f"{{% set n = 1 %}}{step * 40}{{{{ n }}}}")
+    assert template.render(USER) == ["<Namespace>"]
 
 
 def test_arithmetic_of_honest_templates_works() -> None:
@@ -464,13 +507,22 @@ def test_rendering_is_repeatable() -> None:
         "{% for i in r %}{% for j in r if j < 0 %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
         "{{ f(40) }}",
+        "{% set r = range(99999)|list %}{{ r|select('in', r)|list|length }}",
+        "{% set r = range(99999)|list %}" + "{% if -1 in r %}{% endif %}" * 500,
+        "{% set r = range(99999)|list %}" + "{% for i in r if i < 0 %}{% endfor %}" * 50,
     ],
-    ids=["ranges", "one-range", "filtered", "macros"],
+    ids=["ranges", "one-range", "filtered", "macros", "select", "comparisons", "loops"],
 )
 def test_endless_computation_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja, "MAX_RENDER_S", 0.05)
     with pytest.raises(InvalidRequest, match=r"computes for more than 0\.05 s"):
         small(source).render(USER)
+
+
+@pytest.mark.parametrize("name", jinja_bounds.REFUSED_FILTERS)
+def test_unbounded_filter_is_refused_when_the_model_is_loaded(name: str) -> None:
+    with pytest.raises(ModelLoadError, match=f"No filter named '{name}'"):
+        small(f"{{{{ 'a'|{name} }}}}")
 
 
 def test_bounds_leave_honest_loops_and_joins_alone() -> None:
@@ -482,9 +534,15 @@ def test_bounds_leave_honest_loops_and_joins_alone() -> None:
         "{{ ['d', 'e']|join('-') }}{{ '+'.join(['f', 'g']) }}{{ 'hh'|replace('h', 'ij', 1) }}"
         "{{ '20240101 %(x)s'|format(x=1) }}{{ '%s%s'|format(1, 'z') }}"
         "{{ ' {:>3}{a}'.format(1, a=2) }}"
+        "{% set a, b = (3, 4) %}{% for k, v in {'x': a}.items() %}{{ k }}{{ v + b }}{% endfor %}"
+        "{{ [1, 2, 3][1:] }}{{ [1, 2]|sum }}{{ 'a\nb'|indent(1) }}"
+        "{{ ','.join(['i', 'k']|map('upper')) }}"
+        "{{ 1 in [1] and messages[0] is mapping }}"
     )
     rendered = "".join(template.render([*USER, *USER]))
-    assert rendered == "1/2user,2/2user.emptya-00007 b   c[1, 2]3d-ef+gijh20240101 11z   12"
+    assert rendered == (
+        "1/2user,2/2user.emptya-00007 b   c[1, 2]3d-ef+gijh20240101 11z   12x7[2, 3]3a\n bI,KTrue"
+    )
 
 
 def test_long_chats_may_be_joined() -> None:
