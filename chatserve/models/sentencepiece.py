@@ -17,7 +17,9 @@ from tokenizers.models import BPE
 
 from chatserve.errors import ModelLoadError
 
+MAX_PIECES = 1 << 20
 MAX_PIECE_LEN = 512
+MAX_MERGES = 1 << 21  # vocabularies in use have about two per piece
 WORD_START = "▁"
 # A noncharacter in front keeps this out of reach: BPE only ever builds what its merges build.
 _UNKNOWN = "\ufdd0unknown"
@@ -64,6 +66,8 @@ def read_vocabulary(data: bytes) -> Vocabulary:
     try:
         for field, value in _fields(data):
             if field == 1:
+                if len(pieces) == MAX_PIECES:
+                    raise ValueError(f"it has more than {MAX_PIECES:,} pieces")
                 piece = dict(_fields(value))
                 pieces.append(piece.get(1, b"").decode("utf-8"))
                 scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
@@ -139,8 +143,8 @@ def _reachable(vocabulary: Vocabulary) -> dict[str, int]:
             )
         if kind == PieceType.USER_DEFINED and not piece.strip(" ▁\t\n\r"):
             raise ModelLoadError(
-                f"piece {i} of tokenizer.model is user-defined white space, which is not "
-                "supported; put the model's tokenizer.json beside it"
+                f"piece {i} of the vocabulary is user-defined white space, which is not "
+                "supported; use the model's Hugging Face folder with its tokenizer.json"
             )
         if kind in (PieceType.NORMAL, PieceType.BYTE):
             ids.setdefault(piece, i)
@@ -154,11 +158,17 @@ def _merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, 
     from the left leaves the longer half on the left, so that split comes first.
     """
     merges = []
+    own = {piece: piece for piece in ids}  # one string per piece, however many merges name it
     for piece, _ in sorted(ids.items(), key=lambda item: (-scores[item[1]], item[1])):
         for cut in range(len(piece) - 1, 0, -1):
-            left, right = piece[:cut], piece[cut:]
-            if left in ids and right in ids:
+            left, right = own.get(piece[:cut]), own.get(piece[cut:])
+            if left is not None and right is not None:
                 merges.append((left, right))
+        if len(merges) > MAX_MERGES:
+            raise ModelLoadError(
+                f"the vocabulary's pieces make each other in more than {MAX_MERGES:,} ways; "
+                "the tokenizer is damaged"
+            )
     return merges
 
 

@@ -49,12 +49,21 @@ class AddedToken:
 
 
 def check_added_tokens(texts: Collection[str]) -> None:
-    """Raise `ModelLoadError` for more or longer tokens than any vocabulary has."""
+    """Raise `ModelLoadError` for tokens that are no Unicode, and for more or longer ones than any
+    vocabulary has."""
     if len(texts) > MAX_ADDED_TOKENS:
         raise ModelLoadError(
             f"the tokenizer has {len(texts):,} added tokens, over {MAX_ADDED_TOKENS:,}; "
             "download it again"
         )
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ModelLoadError(
+                f"the added token {text!r} holds half of a surrogate pair, which is not valid "
+                "Unicode; download the tokenizer again"
+            ) from None
     longest = max(map(len, texts), default=0)
     if longest > MAX_TOKEN_CHARS:
         raise ModelLoadError(

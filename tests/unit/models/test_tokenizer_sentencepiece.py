@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatserve.errors import ModelLoadError
+from chatserve.models import sentencepiece as sentencepiece_model
 from chatserve.models.sentencepiece import piece_bytes, read_vocabulary
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from chatserve.models.tokenizer_model import build_parts
@@ -209,6 +210,27 @@ def test_smallest_model() -> None:
 )
 def test_damaged_or_unsupported_model_is_refused(data: bytes, reason: str) -> None:
     refused(data, reason)
+
+
+def test_more_pieces_than_any_vocabulary_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentencepiece_model, "MAX_PIECES", 4)
+    refused(SPECIALS + piece("a") + piece("b") + BPE_TRAINER + PLAIN_NORMALIZER, "more than 4 pie")
+
+
+def test_pieces_that_make_each_other_in_too_many_ways_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sentencepiece_model, "MAX_MERGES", 100)
+    runs = b"".join(piece("a" * length) for length in range(1, 30))
+    refused(SPECIALS + runs + BPE_TRAINER + PLAIN_NORMALIZER, "in more than 100 ways")
+
+
+def test_added_token_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    data = SPECIALS + piece("a") + BPE_TRAINER + PLAIN_NORMALIZER
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    (tmp_path / "added_tokens.json").write_text(r'{"<\ud800>": 4}')
+    with pytest.raises(ModelLoadError, match=r"'<\\ud800>' holds half of a surrogate pair"):
+        load_tokenizer(tmp_path)
 
 
 def test_truncated_model_is_refused_everywhere_or_lacks_pieces() -> None:
