@@ -7,6 +7,7 @@ of llama.cpp.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from chatserve.models import byte_level, sentencepiece
 from chatserve.models.sentencepiece import PieceType, Vocabulary
 from chatserve.models.special_tokens import AddedToken
 from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids
+
+logger = logging.getLogger(__name__)
 
 _KEY = "tokenizer.ggml."
 
@@ -172,12 +175,17 @@ def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> list[Any]:
 def _token_id(
     metadata: Mapping[str, Any], name: str, vocab_size: int, default: int | None = None
 ) -> int | None:
-    value = metadata.get(f"{_KEY}{name}", default)
-    if value is None:
-        return None
-    if not isinstance(value, int) or not 0 <= value < vocab_size:
-        raise ModelLoadError(
-            f"the GGUF file's {_KEY}{name} is {value!r}, outside its {vocab_size:,} tokens; "
-            "convert or download the model again"
-        )
-    return value
+    """The id of a named token, else the default.
+
+    Ids of no token are ignored as in `gguf.py`: converters have written -1 for "none". That of the
+    end is not: answers would never stop.
+    """
+    value = metadata.get(f"{_KEY}{name}")
+    if isinstance(value, int) and 0 <= value < vocab_size:
+        return value
+    if value is not None:
+        reason = f"the GGUF file's {_KEY}{name} is {value!r}, outside its {vocab_size:,} tokens"
+        if not isinstance(value, int) or name == "eos_token_id":
+            raise ModelLoadError(f"{reason}; convert or download the model again")
+        logger.warning("%s: ignored", reason)
+    return default if default is not None and default < vocab_size else None

@@ -193,8 +193,7 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (put("token_type", [1]), "1 values"),
         (put("eos_token_id", 10**6), "outside its"),
         (put("eos_token_id", "2"), "outside its"),
-        (put("bos_token_id", -1), "outside its"),
-        (put("eot_token_id", 10**6), "outside its"),
+        (put("bos_token_id", "1"), "outside its"),
     ],
 )
 def test_damaged_metadata(
@@ -204,6 +203,17 @@ def test_damaged_metadata(
     change(metadata)
     with pytest.raises(ModelLoadError, match=reason):
         load_tokenizer(GGUF, metadata)
+
+
+@pytest.mark.parametrize("name", ["bos", "eot", "padding"])
+def test_named_token_that_is_none_is_ignored(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_tokenizer(GGUF, metadata_of(folder, "gpt-2"))
+    metadata = metadata_of(folder, "gpt-2", **{f"{name}_token_id": 2**32 - 1})
+    tokenizer = load_tokenizer(GGUF, metadata)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, plain.eos_ids)
+    assert f"tokenizer.ggml.{name}_token_id is 4294967295, outside its" in caplog.text
 
 
 def test_llama_vocabulary_without_scores() -> None:
