@@ -25,7 +25,7 @@ MAX_TENSORS = 64 * 1024
 MAX_DIMS = 4
 MAX_NAME_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 64 * 1024 * 1024  # the largest vocabularies in use need about 20 MB
-MAX_ITEMS = 4 * 1024 * 1024  # of one array
+MAX_ITEMS = 4 * 1024 * 1024  # of all arrays together: two bytes there may be forty in memory
 _DEFAULT_ALIGNMENT = 32
 _FIRST_READ_BYTES = 1 << 20
 
@@ -94,6 +94,7 @@ class _Cursor:
         self.path = path
         self.size = size
         self.position = 0
+        self.num_items = 0  # of the arrays so far
         self._file = file
         self._data = b""
 
@@ -236,8 +237,11 @@ def _read_value(cursor: _Cursor, key: str, kind: int) -> Any:
 
 def _read_array(cursor: _Cursor, key: str) -> list[Any]:
     kind, count = cursor.u32(), cursor.u64()
-    if count > MAX_ITEMS:
-        cursor.fail(f"{quote(key)} is an array of {count:,} items, allowed are {MAX_ITEMS:,}")
+    cursor.num_items += count
+    if cursor.num_items > MAX_ITEMS:
+        cursor.fail(
+            f"{quote(key)} is an array of {count:,} items, allowed are {MAX_ITEMS:,} in all arrays"
+        )
     if layout := _SCALARS.get(kind):
         return cursor.numbers(count, layout)
     if kind == _STRING:

@@ -209,6 +209,10 @@ HOSTILE = {
         "the value of 'k' is not UTF-8",
     ),
     "array count overflows": (gguf_bytes([array("k", UINT32, HUGE, b"")]), "allowed are 4,194,304"),
+    "arrays overflow together": (
+        gguf_bytes([array("a", UINT8, 3 << 20, bytes(3 << 20)), array("b", UINT8, 2 << 20, b"")]),
+        "'b' is an array of 2,097,152 items, allowed are 4,194,304 in all arrays",
+    ),
     "array past the end": (
         gguf_bytes([array("k", UINT32, 100_000, b"")]),
         "asks for 400,000 bytes",
