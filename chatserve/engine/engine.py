@@ -152,7 +152,7 @@ class Engine:
             return self._run([item])
         except torch.AcceleratorError:
             raise
-        except Exception as error:
+        except Exception as error:  # as in `step`: this sequence alone fails
             return [self._fail(item.sequence, error)]
 
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
