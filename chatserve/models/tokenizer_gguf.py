@@ -18,7 +18,7 @@ from chatserve.errors import ModelLoadError
 from chatserve.models import byte_level, sentencepiece
 from chatserve.models.sentencepiece import PieceType, Vocabulary
 from chatserve.models.special_tokens import AddedToken
-from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids
+from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids, damage_refused
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +38,9 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerParts:
             "use the model's Hugging Face folder instead"
         )
     vocabulary = _vocabulary(metadata)
-    try:
-        return (
-            _sentencepiece(vocabulary, metadata) if kind == "llama" else _gpt2(vocabulary, metadata)
-        )
-    except ModelLoadError:
-        raise
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ModelLoadError(
-            f"the tokenizer in the GGUF file is damaged ({error}); download the file again"
-        ) from error
+    build = _sentencepiece if kind == "llama" else _gpt2
+    with damage_refused("the tokenizer in the GGUF file"):
+        return build(vocabulary, metadata)
 
 
 def _sentencepiece(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> TokenizerParts:

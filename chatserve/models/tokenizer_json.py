@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from chatserve.errors import ModelLoadError
 from chatserve.models import byte_level, sentencepiece
 from chatserve.models.special_tokens import AddedToken, check_added_tokens
-from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids
+from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids, damage_refused
 from chatserve.models.tokenizer_settings import (
     TOKEN_NAMES,
     TokenizerSettings,
@@ -38,14 +38,10 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> TokenizerPar
     """Raises `ModelLoadError` when the file is damaged or decodes in a way not supported."""
     data = read_json(path.parent, path.name)
     try:
-        return _build_parts(data, settings)
+        with damage_refused("it"):
+            return _build_parts(data, settings)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error.message}") from error
-    # The tokenizers library raises bare exceptions, and its panics are no Exception at all.
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            raise
-        raise ModelLoadError(f"{path}: is damaged ({error}); download the file again") from error
 
 
 def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> TokenizerParts:

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, as its readers hand it over. Plain data and the choice of stop ids.
+"""What a tokenizer is made of, as its readers hand it over; the choice of stop ids; damaged files.
 
 Knows no file format.
 """
@@ -6,11 +6,13 @@ Knows no file format.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import tokenizers
 
+from chatserve.errors import ModelLoadError
 from chatserve.models.special_tokens import AddedToken
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,18 @@ class TokenizerParts:
     adds_bos: bool
     strips_leading_space: bool
     names: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def damage_refused(source: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises becomes a `ModelLoadError` that names `source`."""
+    try:
+        yield
+    except (ModelLoadError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    # The library raises bare exceptions, and its panics are no Exception at all.
+    except BaseException as error:
+        raise ModelLoadError(f"{source} is damaged ({error}); download the file again") from error
 
 
 def choose_eos_ids(

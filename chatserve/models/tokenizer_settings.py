@@ -83,7 +83,7 @@ class TokenizerSettings:
         }
         decoder = self.tokenizer_config.get("added_tokens_decoder")
         for token_id, entry in (decoder if isinstance(decoder, dict) else {}).items():
-            if text := token_text(entry):
+            if isinstance(entry, dict) and (text := token_text(entry)):
                 tokens[text] = added_token(entry, _checked_id(token_id, text))
         return list(tokens.values())
 
@@ -129,10 +129,10 @@ def _is_id(value: Any) -> TypeGuard[int]:
 
 
 def _checked_id(value: Any, text: str) -> int:
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) <= 10:
         value = int(value)
     if not _is_id(value) or value >= 1 << 31:
         raise ModelLoadError(
-            f"the added token {text!r} has the id {value!r}, which is not a number"
+            f"the added token {text!r} has the id {str(value)[:40]!r}, which is no number"
         )
     return value

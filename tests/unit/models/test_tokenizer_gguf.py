@@ -216,6 +216,17 @@ def test_named_token_that_is_none_is_ignored(
     assert f"tokenizer.ggml.{name}_token_id is 4294967295, outside its" in caplog.text
 
 
+def test_vocabulary_over_which_the_library_panics() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a"] * 4,
+        "tokenizer.ggml.token_type": [1] * 4,
+        "tokenizer.ggml.merges": ["a a"],
+    }
+    with pytest.raises(ModelLoadError, match="the tokenizer in the GGUF file is damaged"):
+        load_tokenizer(GGUF, metadata)
+
+
 def test_llama_vocabulary_without_scores() -> None:
     metadata = {
         "tokenizer.ggml.model": "llama",

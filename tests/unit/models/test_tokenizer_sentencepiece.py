@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import struct
 from pathlib import Path
@@ -231,6 +232,20 @@ def test_added_token_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(r'{"<\ud800>": 4}')
     with pytest.raises(ModelLoadError, match=r"'<\\ud800>' holds half of a surrogate pair"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token_id", ["9" * 5000, "²", "x"])
+def test_added_token_whose_id_is_no_number_is_refused(tmp_path: Path, token_id: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(
+        SPECIALS + piece("a") + BPE_TRAINER + PLAIN_NORMALIZER
+    )
+    table = {"added_tokens_decoder": {token_id: {"content": "<x>"}, "5": "no table"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+    with pytest.raises(ModelLoadError, match=r"'<x>' has the id .* no number"):
+        load_tokenizer(tmp_path)
+    table["added_tokens_decoder"]["4"] = table["added_tokens_decoder"].pop(token_id)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+    assert load_tokenizer(tmp_path).special_ids["<x>"] == 4
 
 
 def test_truncated_model_is_refused_everywhere_or_lacks_pieces() -> None:
