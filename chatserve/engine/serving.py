@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +34,23 @@ from chatserve.models.chat_template import (
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.llama import Llama
-from chatserve.models.loader import context_length, kv_bytes_per_token, load_model
+from chatserve.models.loader import Progress, context_length, kv_bytes_per_token, load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes in all)."""
-
 _KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of the memory left beside the weights
 _RESERVED_BYTES = 512 << 20  # activations and the rest of the process
 _MIN_CONTEXT = 256  # tokens; below it a chat is not worth starting
-# fields of a generation_config.json that are sampling defaults
-_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")
+# fields of a generation_config.json that are sampling defaults, with what a request may ask for
+_GENERATION_DEFAULTS = {
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "top_k": (-1, 1 << 31),
+    "repetition_penalty": (0.01, 2),
+    "min_p": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -197,13 +200,19 @@ def _vocab_rows(checkpoint: Checkpoint) -> int | None:
 
 def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
     table = checkpoint.generation_config
-    if table.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {
-        name: float(table[name])
-        for name in _GENERATION_DEFAULTS
-        if isinstance(table.get(name), int | float) and not isinstance(table[name], bool)
-    }
+    is_greedy = table.get("do_sample") is False
+    defaults = {"temperature": 0.0} if is_greedy else {}
+    for name, (low, high) in _GENERATION_DEFAULTS.items():
+        value = table.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if is_greedy and name != "repetition_penalty":
+            continue
+        if low <= value <= high:
+            defaults[name] = float(value)
+        else:  # also NaN and Infinity, which Python's JSON lets through
+            logger.warning("generation_config.json: ignored %s %r", name, value)
+    return defaults
 
 
 def _fingerprint(

@@ -92,7 +92,11 @@ def test_the_fingerprint_tells_weights_form_and_template_apart(
     [
         ({"temperature": 0.9, "top_p": 0.6, "max_length": 4096},
          {"temperature": 0.9, "top_p": 0.6}),
-        ({"do_sample": False, "temperature": 0.9}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.1},
+         {"temperature": 0.0, "repetition_penalty": 1.1}),
+        ({"temperature": -1, "top_p": 0, "top_k": math.inf, "min_p": math.nan,
+          "repetition_penalty": 0}, {}),
+        ({"top_k": -1, "top_p": 1}, {"top_k": -1.0, "top_p": 1.0}),
         ({"temperature": "hot", "top_k": True}, {}),
     ],
 )  # fmt: skip
