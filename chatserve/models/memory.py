@@ -6,8 +6,6 @@ import sys
 
 import torch
 
-GIB = 1 << 30
-
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that this process may still allocate on `device`."""
