@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatserve.errors import InvalidRequest, ModelLoadError
+from chatserve.errors import GenerationFailed, InvalidRequest, ModelLoadError
 from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
 from chatserve.models.tokenizer_gguf import read_gguf_tokenizer
 from chatserve.models.tokenizer_json import read_tokenizer_json
@@ -119,13 +119,24 @@ class Tokenizer:
 
 
 def encode_text(encoder: Any, text: str) -> list[int]:
-    """Ids of ordinary text. Raises `InvalidRequest` for a lone surrogate."""
+    """Ids of ordinary text.
+
+    Raises `InvalidRequest` for a lone surrogate, `GenerationFailed` where the vocabulary's own
+    rules give up.
+    """
     try:
         return list(encoder.encode(text, add_special_tokens=False).ids)
     except (TypeError, UnicodeEncodeError):
         raise InvalidRequest(
             "the text holds half of a surrogate pair, which is not valid Unicode"
         ) from None
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    # The library's panics are no Exception: a pattern that backtracks too long is one.
+    except BaseException as error:
+        raise GenerationFailed(
+            f"this model's tokenizer failed on the text ({error}); send another text"
+        ) from error
 
 
 def load_tokenizer(path: Path, metadata: Mapping[str, Any] | None = None) -> Tokenizer:

@@ -27,6 +27,7 @@ from chatserve.models.weight_files import read_json
 _SENTENCEPIECE_DECODERS = frozenset(
     {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "Sequence"}
 )
+MAX_FILE_BYTES = 64 << 20  # 256,000 pieces and their merges take 35 MB
 MAX_DEFINITION_CHARS = 1_000_000
 MAX_NORMALIZERS = 16
 MAX_GROWTH = 64
@@ -36,7 +37,7 @@ _SAMPLE = "Hello,  the world\n\t1234 naïve 中文 🎉 <s>"
 
 def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> TokenizerParts:
     """Raises `ModelLoadError` when the file is damaged or decodes in a way not supported."""
-    data = read_json(path.parent, path.name)
+    data = read_json(path.parent, path.name, max_bytes=MAX_FILE_BYTES)
     try:
         with damage_refused("it"):
             return _build_parts(data, settings)

@@ -144,7 +144,7 @@ def test_bad_json_is_named(tmp_path: Path, name: str, content: bytes) -> None:
 
 def test_json_over_the_limit_is_not_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", "safetensors single")
-    os.truncate(folder / "config.json", (64 << 20) + 1)
+    os.truncate(folder / "config.json", (16 << 20) + 1)
     refused(folder, "the limit is")
 
 

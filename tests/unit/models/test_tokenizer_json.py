@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from chatserve.errors import InvalidRequest, ModelLoadError
+from chatserve.errors import GenerationFailed, InvalidRequest, ModelLoadError
 from chatserve.models import special_tokens, tokenizer_json
 from chatserve.models.special_tokens import Special, SpecialTokens
 from chatserve.models.tokenizer import load_tokenizer
@@ -292,6 +292,26 @@ def test_damaged_or_unsupported_file(tmp_path: Path, change: Any, reason: str) -
     with pytest.raises(ModelLoadError, match=reason) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in caught.value.message
+
+
+def test_pattern_that_backtracks_without_end_fails_the_text_alone(tmp_path: Path) -> None:
+    def split_slowly(data: dict[str, Any]) -> None:
+        slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+        parts = [slow | {"invert": False}, data["pre_tokenizer"]]
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+
+    damaged(tmp_path, split_slowly)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(GenerationFailed, match="tokenizer failed on the text"):
+        tokenizer.encode("a" * 40 + "b", add_bos=False)
+    assert tokenizer.decode(tokenizer.encode("ab", add_bos=False)) == "ab"
+
+
+def test_file_larger_than_other_json_is_read(tmp_path: Path) -> None:
+    save_byte_level(tmp_path, special=CHATML)
+    with (tmp_path / "tokenizer.json").open("ab") as file:
+        file.write(b" " * (17 << 20))
+    assert load_tokenizer(tmp_path).vocab_size > len(CHATML)
 
 
 def test_file_that_is_no_json(tmp_path: Path) -> None:
