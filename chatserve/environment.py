@@ -86,6 +86,11 @@ def is_color_wanted() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def kernels() -> str | None:
+    """`CHATSERVE_KERNELS`: an instruction set level of the CPU kernels, or `off`."""
+    return os.environ.get("CHATSERVE_KERNELS") or None
+
+
 def limit_spinning() -> None:
     """Let PyTorch's threads spin only briefly when they wait for each other; before torch loads.
 

@@ -1,0 +1,241 @@
+#include "interface.h"
+
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "network.h"
+
+using namespace chatserve;
+
+struct cs_team {
+  Team team;
+};
+struct cs_matrix {
+  PackedMatrix matrix;
+};
+struct cs_network {
+  Network network;
+  Team& team;
+};
+struct cs_pool {
+  KVPool pool;
+};
+
+namespace {
+
+const LevelKernels* const kLevels[] = {
+#if defined(__x86_64__)
+    &kAvx512,
+    &kAvx2,
+#elif defined(__aarch64__)
+    &kNeon,
+#endif
+};
+
+const LevelKernels* find_level(const char* name) {
+  for (const LevelKernels* level : kLevels) {
+    if (std::strcmp(level->name, name) == 0 && level->is_supported()) return level;
+  }
+  return nullptr;
+}
+
+const PackedMatrix* matrix_of(const cs_matrix* handle) {
+  return handle ? &handle->matrix : nullptr;
+}
+
+bool has_size(const cs_matrix* handle, int rows, int columns) {
+  return handle && handle->matrix.view().rows == rows && handle->matrix.view().columns == columns;
+}
+
+bool is_within(int value, int limit) { return value >= 0 && value < limit; }
+
+bool is_valid(const cs_shape& s) {
+  return s.hidden > 0 && s.hidden % kGroup == 0 && s.ffn > 0 && s.ffn % kGroup == 0 &&
+         s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0 &&
+         s.head_dim > 0 && s.head_dim % 16 == 0 && s.head_dim <= kMaxHeadDim &&
+         s.num_heads * s.head_dim % kGroup == 0 && s.num_layers > 0 && s.vocab > 0 &&
+         s.max_rows > 0 && s.max_positions > 0;
+}
+
+// Whether every index of a step lies inside what it points into.
+bool is_valid(const cs_step& step, const NetworkShape& shape, const KVPool& pool) {
+  if (step.num_rows < 1 || step.num_rows > shape.max_rows || step.num_segments < 1 ||
+      step.num_segments > step.num_rows || !is_within(step.num_outputs, step.num_rows + 1)) {
+    return false;
+  }
+  int next_row = 0;
+  for (int s = 0; s < step.num_segments; s++) {
+    const int rows = step.segment_rows[s];
+    if (step.segment_starts[s] != next_row || rows < 1 || rows > step.num_rows - next_row) {
+      return false;
+    }
+    const int first = step.positions[next_row];
+    if (!is_within(first, shape.max_positions)) return false;
+    for (int i = 0; i < rows; i++) {
+      const int row = next_row + i;
+      if (!is_within(step.tokens[row], shape.vocab) || step.positions[row] != first + i) {
+        return false;
+      }
+    }
+    if (first + rows > shape.max_positions) return false;
+    for (int b = 0; b <= (first + rows - 1) / kBlockSize; b++) {
+      if (!is_within(step.block_tables[s][b], pool.num_blocks())) return false;
+    }
+    next_row += rows;
+  }
+  if (next_row != step.num_rows) return false;
+  for (int i = 0; i < step.num_outputs; i++) {
+    if (!is_within(step.output_rows[i], step.num_rows)) return false;
+  }
+  return step.num_outputs == 0 ||
+         (step.logits && step.logits_stride >= static_cast<size_t>(shape.vocab));
+}
+
+}  // namespace
+
+int cs_version(void) { return CS_VERSION; }
+
+const char* cs_levels(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const LevelKernels* level : kLevels) {
+      if (level->is_supported()) all += (all.empty() ? "" : " ") + std::string(level->name);
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
+cs_team* cs_team_create(int num_threads) { return new (std::nothrow) cs_team{Team(num_threads)}; }
+
+void cs_team_destroy(cs_team* team) { delete team; }
+
+cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped) {
+  const LevelKernels* kernels = find_level(level);
+  if (!kernels || rows < 1 || columns < kGroup || columns % kGroup || columns > 1 << 16 ||
+      (bits != 8 && bits != 4) || (bits == 4 && !is_grouped)) {
+    return nullptr;
+  }
+  cs_matrix* handle = new (std::nothrow) cs_matrix;
+  if (handle && !handle->matrix.create(*kernels, rows, columns, bits, is_grouped)) {
+    delete handle;
+    return nullptr;
+  }
+  return handle;
+}
+
+void cs_matrix_destroy(cs_matrix* matrix) { delete matrix; }
+
+size_t cs_matrix_bytes(const cs_matrix* matrix) { return matrix->matrix.num_bytes(); }
+
+int cs_matrix_load(cs_matrix* matrix, cs_team* team, int start, int num_rows, const void* rows,
+                   int dtype, int row_map) {
+  const Matrix& view = matrix->matrix.view();
+  const int room = row_map == 0 ? view.rows : view.rows / 2;
+  if (start < 0 || num_rows < 1 || num_rows > room - start || !is_within(dtype, 3) ||
+      !is_within(row_map, 3) || (row_map && view.rows % kPanelRows)) {
+    return CS_BAD_ARGUMENT;
+  }
+  matrix->matrix.load(team->team, start, num_rows, rows, static_cast<Dtype>(dtype),
+                      static_cast<RowMap>(row_map));
+  return CS_OK;
+}
+
+int cs_matrix_row(const cs_matrix* matrix, int row, float* out) {
+  if (!is_within(row, matrix->matrix.view().rows)) return CS_BAD_ARGUMENT;
+  matrix->matrix.level().unpack_row(matrix->matrix.view(), row, out);
+  return CS_OK;
+}
+
+int cs_matrix_multiply(const cs_matrix* matrix, cs_team* team, const float* x, int num_rows,
+                       float* y) {
+  if (num_rows < 1) return CS_BAD_ARGUMENT;
+  return matrix->matrix.multiply(team->team, x, num_rows, y) ? CS_OK : CS_NO_MEMORY;
+}
+
+cs_network* cs_network_create(const cs_shape* s, const char* level, cs_team* team) {
+  const LevelKernels* kernels = find_level(level);
+  if (!kernels || !is_valid(*s)) return nullptr;
+  const NetworkShape shape = {s->hidden, s->num_heads,  s->num_kv_heads, s->head_dim,      s->ffn,
+                              s->num_layers, s->vocab, s->max_rows,     s->max_positions, s->eps};
+  cs_network* handle =
+      new (std::nothrow) cs_network{Network(shape, *kernels, team->team), team->team};
+  if (handle && !handle->network.create()) {
+    delete handle;
+    return nullptr;
+  }
+  return handle;
+}
+
+void cs_network_destroy(cs_network* network) { delete network; }
+
+int cs_network_set_layer(cs_network* network, int index, const cs_layer* layer) {
+  const NetworkShape& s = network->network.shape();
+  const int heads_out = s.num_heads * s.head_dim;
+  if (!is_within(index, s.num_layers) || layer->window < 0 || !layer->attention_norm ||
+      !layer->mlp_norm ||
+      !has_size(layer->qkv, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden) ||
+      !has_size(layer->output, s.hidden, heads_out) ||
+      !has_size(layer->gate_up, 2 * s.ffn, s.hidden) || !has_size(layer->down, s.hidden, s.ffn)) {
+    return CS_BAD_ARGUMENT;
+  }
+  network->network.set_layer(
+      index, {matrix_of(layer->qkv), matrix_of(layer->output), matrix_of(layer->gate_up),
+              matrix_of(layer->down), layer->attention_norm, layer->mlp_norm, layer->qkv_bias,
+              layer->output_bias, layer->gate_up_bias, layer->down_bias, layer->query_norm,
+              layer->key_norm, layer->window});
+  return CS_OK;
+}
+
+int cs_network_set_ends(cs_network* network, const cs_ends* ends) {
+  const NetworkShape& s = network->network.shape();
+  if (!has_size(ends->head, s.vocab, s.hidden) || !ends->norm || !ends->cos || !ends->sin ||
+      (ends->embedding && ends->embedding_dtype != 0 && ends->embedding_dtype != 2)) {
+    return CS_BAD_ARGUMENT;
+  }
+  network->network.set_ends({matrix_of(ends->head), ends->embedding,
+                             static_cast<Dtype>(ends->embedding_dtype), ends->norm, ends->cos,
+                             ends->sin});
+  return CS_OK;
+}
+
+int cs_network_set_threads(cs_network* network, int num_threads) {
+  if (num_threads < 1 || num_threads > kMaxThreads) return CS_BAD_ARGUMENT;
+  network->team.set_num_threads(num_threads);
+  return network->network.create_scores() ? CS_OK : CS_NO_MEMORY;
+}
+
+int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) {
+  if (!is_valid(*step, network->network.shape(), pool->pool)) return CS_BAD_ARGUMENT;
+  network->network.forward(pool->pool,
+                           {step->num_rows, step->num_segments, step->num_outputs, step->tokens,
+                            step->positions, step->segment_starts, step->segment_rows,
+                            step->block_tables, step->output_rows, step->logits,
+                            step->logits_stride});
+  return CS_OK;
+}
+
+cs_pool* cs_pool_create(const cs_shape* s, int num_blocks) {
+  if (!is_valid(*s) || num_blocks < 1) return nullptr;
+  const NetworkShape shape = {s->hidden, s->num_heads,  s->num_kv_heads, s->head_dim,      s->ffn,
+                              s->num_layers, s->vocab, s->max_rows,     s->max_positions, s->eps};
+  cs_pool* handle = new (std::nothrow) cs_pool;
+  if (handle && !handle->pool.create(shape, num_blocks)) {
+    delete handle;
+    return nullptr;
+  }
+  return handle;
+}
+
+void cs_pool_destroy(cs_pool* pool) { delete pool; }
+
+size_t cs_pool_bytes(const cs_pool* pool) { return pool->pool.num_bytes(); }
+
+int cs_pool_copy_block(cs_pool* pool, int source, int target) {
+  if (!is_within(source, pool->pool.num_blocks()) || !is_within(target, pool->pool.num_blocks())) {
+    return CS_BAD_ARGUMENT;
+  }
+  pool->pool.copy_block(source, target);
+  return CS_OK;
+}

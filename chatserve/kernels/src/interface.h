@@ -1,0 +1,96 @@
+// The library's C interface: raw pointers, int results, no exceptions, no globals.
+//
+// 0 is success; other results are the codes below. Handles are freed by the matching _destroy. One
+// caller at a time per team.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised with every change of this file; the Python side refuses another number.
+#define CS_VERSION 1
+
+enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
+
+#if defined(__GNUC__)
+#define CS_API __attribute__((visibility("default")))
+#else
+#define CS_API
+#endif
+
+typedef struct cs_team cs_team;
+typedef struct cs_matrix cs_matrix;
+typedef struct cs_network cs_network;
+typedef struct cs_pool cs_pool;
+
+typedef struct {
+  int32_t hidden, num_heads, num_kv_heads, head_dim, ffn, num_layers, vocab;
+  int32_t max_rows, max_positions;
+  float eps;
+} cs_shape;
+
+typedef struct {
+  const cs_matrix *qkv, *output, *gate_up, *down;
+  const float *attention_norm, *mlp_norm;
+  const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;  // padded to whole panels, or null
+  const float *query_norm, *key_norm;                              // [head_dim], or null
+  int32_t window;                                                  // tokens; 0: no window
+} cs_layer;
+
+typedef struct {
+  const cs_matrix* head;
+  const void* embedding;    // [vocab][hidden], or null: the head's rows
+  int32_t embedding_dtype;  // 0 float32, 2 bfloat16
+  const float* norm;
+  const float *cos, *sin;  // [max_positions][head_dim / 2]
+} cs_ends;
+
+// Arrays as in chatserve::StepInput (network.h).
+typedef struct {
+  int32_t num_rows, num_segments, num_outputs;
+  const int32_t *tokens, *positions;
+  const int32_t *segment_starts, *segment_rows;
+  const int32_t* const* block_tables;
+  const int32_t* output_rows;
+  float* logits;
+  size_t logits_stride;
+} cs_step;
+
+CS_API int cs_version(void);
+// Names of the levels that this processor has, best first, separated by spaces.
+CS_API const char* cs_levels(void);
+
+CS_API cs_team* cs_team_create(int num_threads);
+CS_API void cs_team_destroy(cs_team* team);
+
+// bits 8 or 4; is_grouped: a weight scale per 32 columns. Null: bad size, or no memory.
+CS_API cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped);
+CS_API void cs_matrix_destroy(cs_matrix* matrix);
+CS_API size_t cs_matrix_bytes(const cs_matrix* matrix);
+// dtype: 0 float32, 1 float16, 2 bfloat16. row_map: 0 plain, 1 gate, 2 up (rows of one half each).
+CS_API int cs_matrix_load(cs_matrix* matrix, cs_team* team, int start, int num_rows, const void* rows,
+                   int dtype, int row_map);
+CS_API int cs_matrix_row(const cs_matrix* matrix, int row, float* out);
+// y[num_rows][rows rounded up to 32] = x[num_rows][columns] times the transposed matrix.
+CS_API int cs_matrix_multiply(const cs_matrix* matrix, cs_team* team, const float* x, int num_rows,
+                       float* y);
+
+CS_API cs_network* cs_network_create(const cs_shape* shape, const char* level, cs_team* team);
+CS_API void cs_network_destroy(cs_network* network);
+CS_API int cs_network_set_layer(cs_network* network, int index, const cs_layer* layer);
+CS_API int cs_network_set_ends(cs_network* network, const cs_ends* ends);
+// Also resizes the team, which no other network may use.
+CS_API int cs_network_set_threads(cs_network* network, int num_threads);
+CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step);
+
+CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);
+CS_API void cs_pool_destroy(cs_pool* pool);
+CS_API size_t cs_pool_bytes(const cs_pool* pool);
+CS_API int cs_pool_copy_block(cs_pool* pool, int source, int target);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,92 @@
+// What one instruction set level offers: plain functions over raw memory. No threads, no allocation.
+//
+// Every function treats each activation row by itself and in one fixed order of additions, so a
+// row's result does not depend on how many rows come with it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace chatserve {
+
+constexpr int kGroup = 32;      // columns that share one activation scale, and a group's weight scale
+constexpr int kPanelRows = 32;  // output rows that are packed together
+constexpr int kBlockSize = 32;  // token places of a KV block
+constexpr int kKeyLanes = 16;   // positions side by side in a block's keys
+constexpr int kMaxHeadDim = 256;
+
+enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// How rows of a checkpoint tensor spread over panels: `gate` and `up` share panels, 16 rows each.
+enum class RowMap : int { plain = 0, gate = 1, up = 2 };
+
+// A packed weight (rows, columns). Codes: [panel][columns / 4][32 rows][4 columns] bytes for 8 bits,
+// [panel][columns / 8][32 rows][4] for 4 bits, where a byte's low half is column j and its high half
+// column j + 4. Codes are stored with the level's offset added.
+struct Matrix {
+  int rows, columns, panels, groups, bits;
+  bool is_grouped;         // one half-precision scale per 32 columns instead of one per row
+  size_t panel_bytes;
+  uint8_t* codes;
+  uint16_t* group_scales;  // [panel][group][32 rows]
+  float* row_scales;       // [panel][32 rows]
+};
+
+// Quantised activation rows: codes[M][columns], scales[M][groups], and what an accumulator starts
+// with, -offset * sum(codes), in corrections[M][groups].
+struct Activations {
+  int8_t* codes;
+  float* scales;
+  int32_t* corrections;
+};
+
+enum class Epilogue : int { store, add, swiglu };
+
+// Where a product goes: out[M][stride]; `bias` per output row or null (for `swiglu` in panel order).
+struct Output {
+  Epilogue epilogue;
+  float* out;
+  size_t stride;
+  const float* bias;
+};
+
+constexpr int kMaxAttentionRows = 6;
+
+// Rows of query heads that share the keys and values of one KV head of one sequence.
+struct AttentionJob {
+  const float* const* queries;   // [rows] -> [head_dim]
+  float* const* outputs;         // [rows] -> [head_dim]
+  const int* first;              // [rows] first position that the row sees
+  const int* last;               // [rows] last position that the row sees
+  int num_rows;                  // at most kMaxAttentionRows
+  int head_dim;
+  float scale;
+  const uint16_t* keys;          // this layer's and KV head's place in block 0; values follow keys
+  size_t block_stride;           // from one block to the next, in elements
+  const int* block_ids;          // the sequence's block table
+  float* scores;                 // [rows][score_stride]
+  size_t score_stride;
+};
+
+struct LevelKernels {
+  const char* name;
+  bool (*is_supported)();
+  int offset8, offset4;  // added to signed codes in storage
+  void (*pack)(const Matrix&, int start, int num_rows, const void* rows, Dtype, RowMap);
+  void (*unpack_row)(const Matrix&, int row, float* out);
+  void (*multiply)(const Matrix&, const Activations&, int num_rows, int first_panel, int last_panel,
+                   const Output&);
+  // Codes of one row, after RMSNorm where `norm` is given. Non-finite input gives NaN scales.
+  void (*quantise)(const float* x, const float* norm, float eps, int columns, int offset,
+                   int8_t* codes, float* scales, int32_t* corrections);
+  // In place: optional RMSNorm over the head, then rotation by cos, sin [head_dim / 2].
+  void (*rotate)(float* head, const float* norm, float eps, const float* cos, const float* sin,
+                 int head_dim);
+  // One token's key and value into a KV block at `place`.
+  void (*store_kv)(const float* key, const float* value, int head_dim, int place, uint16_t* block);
+  void (*attend)(const AttentionJob&);
+  void (*rms_norm)(const float* x, const float* norm, float eps, int columns, float* out);
+};
+
+extern const LevelKernels kAvx512, kAvx2, kNeon;
+
+}  // namespace chatserve

@@ -1,0 +1,141 @@
+// One step of a Llama-family network: embedding, blocks, head, over a flat batch of sequences.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "level.h"
+#include "memory.h"
+#include "team.h"
+
+namespace chatserve {
+
+// Owns what a Matrix points to.
+class PackedMatrix {
+ public:
+  // False when there is no memory.
+  bool create(const LevelKernels& level, int rows, int columns, int bits, bool is_grouped);
+  void load(Team& team, int start, int num_rows, const void* rows, Dtype dtype, RowMap map);
+
+  // y[num_rows][panels * kPanelRows] = x[num_rows][columns] W^T. False when there is no memory.
+  bool multiply(Team& team, const float* x, int num_rows, float* y) const;
+
+  const Matrix& view() const { return view_; }
+  const LevelKernels& level() const { return *level_; }
+  int offset() const { return view_.bits == 4 ? level_->offset4 : level_->offset8; }
+  size_t num_bytes() const {
+    return codes_.num_bytes() + group_scales_.num_bytes() + row_scales_.num_bytes();
+  }
+
+ private:
+  const LevelKernels* level_ = nullptr;
+  Matrix view_{};
+  Buffer<uint8_t> codes_;
+  Buffer<uint16_t> group_scales_;
+  Buffer<float> row_scales_;
+};
+
+struct NetworkShape {
+  int hidden, num_heads, num_kv_heads, head_dim, ffn, num_layers, vocab;
+  int max_rows;       // of one step
+  int max_positions;  // of one sequence
+  float eps;
+};
+
+// Pointers that the caller keeps alive; null where the family has no such part.
+struct LayerParts {
+  const PackedMatrix *qkv, *output, *gate_up, *down;
+  const float *attention_norm, *mlp_norm;
+  const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
+  const float *query_norm, *key_norm;
+  int window;  // tokens that a query may look back, itself included; 0: all
+};
+
+struct EndParts {
+  const PackedMatrix* head;
+  const void* embedding;  // [vocab][hidden] of `embedding_dtype`; null: the head's rows
+  Dtype embedding_dtype;
+  const float* norm;
+  const float *cos, *sin;  // [max_positions][head_dim / 2]
+};
+
+// Keys and values: [layer][block][KV head][keys, values] in half precision.
+class KVPool {
+ public:
+  bool create(const NetworkShape& shape, int num_blocks);
+  void copy_block(int source, int target);
+
+  int num_blocks() const { return num_blocks_; }
+  size_t block_stride() const { return block_stride_; }
+  uint16_t* layer(int index) const { return data_.data() + layer_stride_ * index; }
+  size_t num_bytes() const { return data_.num_bytes(); }
+
+ private:
+  int num_layers_ = 0, num_blocks_ = 0;
+  size_t block_stride_ = 0, layer_stride_ = 0;
+  Buffer<uint16_t> data_;
+};
+
+// Rows side by side by sequence, in order of positions.
+struct StepInput {
+  int num_rows, num_segments, num_outputs;
+  const int *tokens, *positions;              // [num_rows]
+  const int *segment_starts, *segment_rows;   // [num_segments]
+  const int* const* block_tables;             // [num_segments]
+  const int* output_rows;                     // [num_outputs]
+  float* logits;                              // [num_outputs][logits_stride]
+  size_t logits_stride;                       // at least vocab, rounded up to kPanelRows
+};
+
+class Network {
+ public:
+  Network(const NetworkShape& shape, const LevelKernels& level, Team& team);
+  // False when there is no memory.
+  bool create();
+  // To be called again when the team's number of threads has changed.
+  bool create_scores();
+  void set_layer(int index, const LayerParts& parts) { layers_[index] = parts; }
+  void set_ends(const EndParts& parts) { ends_ = parts; }
+
+  const NetworkShape& shape() const { return shape_; }
+  // The caller has checked `input` against the shape and the pool.
+  void forward(KVPool& pool, const StepInput& input);
+
+ private:
+  struct Job {  // of one KV head of one sequence
+    int segment, kv_head, first_row, first_head, num_rows;
+  };
+
+  void work(int thread);
+  void embed(int row);
+  void quantise(const float* x, const float* norm, const PackedMatrix& next, int row);
+  void quantise_stage(int thread, const float* x, size_t stride, const float* norm,
+                      const PackedMatrix& next);
+  void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);
+  void rotate_and_store(const LayerParts& layer, int index, int row);
+  void attend_stage(int thread, const LayerParts& layer, int index);
+  void plan_jobs();
+  template <typename Last>
+  void meet(int next_units, Last last);
+
+  NetworkShape shape_;
+  const LevelKernels& level_;
+  Team& team_;
+  std::vector<LayerParts> layers_;
+  EndParts ends_{};
+  int qkv_stride_;
+
+  Buffer<float> x_, qkv_, mixed_, ffn_;
+  Buffer<int8_t> codes_;
+  Buffer<float> scales_;
+  Buffer<int32_t> corrections_;
+  std::vector<std::unique_ptr<Buffer<float>>> scores_;  // by thread
+
+  KVPool* pool_ = nullptr;
+  StepInput input_{};
+  bool is_small_ = false;
+  std::vector<int> row_segments_;
+  std::vector<Job> jobs_;
+  Units units_;
+};
+
+}  // namespace chatserve
