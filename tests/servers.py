@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -82,6 +83,12 @@ def send_raw(port: int, request: bytes) -> socket.socket:
     sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
     sock.sendall(request)
     return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """Leave as a client does that crashes: the other side gets an RST at once."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def http_request(
