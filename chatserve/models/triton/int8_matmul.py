@@ -1,0 +1,145 @@
+"""x W^T over int8 codes with one scale per output row, dequantised inside the kernel.
+
+One row is a product of vectors, bound by memory; more rows go through the tensor cores, the codes
+converted in registers. Reference: `chatserve.models.quantize.matmul_dequantise`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from chatserve.models.triton.matmul_tiles import Tiles, choose_tiles, sum_parts
+
+_VECTOR_OUTPUTS = 16
+_VECTOR_DEPTH = 512
+
+
+@triton.jit
+def _vector_kernel(
+    x,
+    codes,
+    scales,
+    out,
+    num_outputs,
+    NUM_COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_output = output < num_outputs
+    place = codes + output.to(tl.int64)[:, None] * NUM_COLUMNS
+    # one sum per thread and column until the end: the reduction across threads comes once
+    sums = tl.zeros((OUTPUTS, DEPTH), tl.float32)
+    for start in tl.range(0, NUM_COLUMNS, DEPTH, num_stages=3):
+        column = start + tl.arange(0, DEPTH)
+        is_column = column < NUM_COLUMNS
+        weight = tl.load(
+            place + column[None, :], mask=is_output[:, None] & is_column[None, :], other=0
+        )
+        values = tl.load(x + column, mask=is_column, other=0.0).to(tl.float32)
+        sums += weight.to(tl.float32) * values[None, :]
+    scale = tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)
+    result = tl.sum(sums, axis=1) * scale
+    tl.store(out + output, result.to(out.dtype.element_ty), mask=is_output)
+
+
+@triton.jit
+def _tiled_kernel(
+    x,
+    codes,
+    scales,
+    out,
+    num_rows,
+    num_outputs,
+    NUM_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    # programs that share a tile of the weight run side by side
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    split = tl.program_id(2)
+    is_row = row < num_rows
+    is_output = output < num_outputs
+    row_place = x + row.to(tl.int64)[:, None] * NUM_COLUMNS
+    code_place = codes + output.to(tl.int64)[:, None] * NUM_COLUMNS
+    SPAN: tl.constexpr = (NUM_COLUMNS + DEPTH * NUM_SPLITS - 1) // (DEPTH * NUM_SPLITS) * DEPTH
+    first = split * SPAN
+    # the weight is the left operand: it may stay in registers after its conversion
+    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for start in range(first, min(first + SPAN, NUM_COLUMNS), DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        is_column = (column < NUM_COLUMNS)[None, :]
+        weight = tl.load(code_place + column[None, :], mask=is_output[:, None] & is_column, other=0)
+        values = tl.load(row_place + column[None, :], mask=is_row[:, None] & is_column, other=0.0)
+        sums = tl.dot(weight.to(values.dtype), tl.trans(values), sums, input_precision="ieee")
+    is_stored = is_output[:, None] & is_row[None, :]
+    target = row.to(tl.int64)[None, :] * num_outputs + output[:, None]
+    if NUM_SPLITS == 1:
+        scale = tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)
+        result = (sums * scale[:, None]).to(out.dtype.element_ty)
+        tl.store(out + target, result, mask=is_stored)
+    else:
+        part = out + split.to(tl.int64) * num_rows * num_outputs
+        tl.store(part + target, sums, mask=is_stored)
+
+
+def matmul_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x (M, K) times the transpose of codes (N, K) int8 * scales (N,) -> (M, N) in x's dtype.
+
+    Sums in float32; codes are exact in every activation dtype and the scale comes last.
+    """
+    x = x.contiguous()
+    num_rows, num_columns = x.shape
+    num_outputs = codes.shape[0]
+    out = x.new_empty(num_rows, num_outputs)
+    if num_rows == 1:
+        _vector_kernel[(triton.cdiv(num_outputs, _VECTOR_OUTPUTS),)](
+            x,
+            codes,
+            scales,
+            out,
+            num_outputs,
+            NUM_COLUMNS=num_columns,
+            OUTPUTS=_VECTOR_OUTPUTS,
+            DEPTH=_VECTOR_DEPTH,
+            num_warps=4,
+        )
+    elif num_rows:
+        _tiled(x, codes, scales, out, choose_tiles(num_rows, num_outputs, num_columns))
+    return out
+
+
+def _tiled(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, tiles: Tiles
+) -> None:
+    num_rows, num_outputs = out.shape
+    grid = (
+        triton.cdiv(num_rows, tiles.rows),
+        triton.cdiv(num_outputs, tiles.outputs),
+        tiles.num_splits,
+    )
+    target = out
+    if tiles.num_splits > 1:
+        target = out.new_empty(tiles.num_splits, *out.shape, dtype=torch.float32)
+    _tiled_kernel[grid](
+        x,
+        codes,
+        scales,
+        target,
+        num_rows,
+        num_outputs,
+        NUM_COLUMNS=x.shape[1],
+        ROWS=tiles.rows,
+        OUTPUTS=tiles.outputs,
+        DEPTH=tiles.depth,
+        NUM_SPLITS=tiles.num_splits,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if tiles.num_splits > 1:
+        sum_parts(target, scales, out)
