@@ -26,7 +26,7 @@ _FLAGS = (
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
 _COMMON = ("memory", "team", "network", "interface")
-_LEVELS = {
+_LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         # GCC 12 warns about its own headers
         "level_avx512": (
@@ -56,7 +56,7 @@ def build(
     levels = _LEVELS.get(_MACHINES.get(machine, machine))
     if levels is None:
         raise BuildFailed(f"there are no kernels for {machine} processors")
-    units = {**dict.fromkeys(_COMMON, ()), **levels}
+    units: dict[str, tuple[str, ...]] = {**dict.fromkeys(_COMMON, ()), **levels}
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{name}.o" for name in units]
@@ -69,7 +69,9 @@ def build(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, zip(units.items(), objects, strict=True)))
         linked = Path(folder) / target.name
-        _run([*compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(linked)])
+        _run(
+            [*compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(linked)]
+        )
         linked.replace(target)
     return target
 

@@ -55,7 +55,6 @@ class RotaryTable:
         self._head_dim = head_dim
         self._device = device
         self._dtype = dtype
-        self._inverse = inverse_frequencies(rope, head_dim)
         self._cos = torch.empty(0, head_dim, device=device, dtype=dtype)
         self._sin = self._cos
 
@@ -66,25 +65,30 @@ class RotaryTable:
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def _grow(self, num_positions: int) -> None:
-        positions = torch.arange(num_positions, dtype=torch.float32)
-        angles = positions[:, None] * self._inverse
-        if self._rope.kind == "dynamic" and num_positions > self._rope.original_context:
-            tail = positions[self._rope.original_context :]
-            angles[self._rope.original_context :] = tail[:, None] * self._dynamic(tail + 1)
-        angles = torch.cat((angles, angles), dim=-1)
-        self._cos = angles.cos().to(device=self._device, dtype=self._dtype)
+        cos, sin = angles(self._rope, self._head_dim, num_positions)
+        self._cos = torch.cat((cos, cos), dim=-1).to(device=self._device, dtype=self._dtype)
         # rotate_half's sign lives in the table: out = x * cos + swap(x) * sin
-        sign = torch.ones(self._head_dim)
-        sign[: self._head_dim // 2] = -1
-        self._sin = (angles.sin() * sign).to(device=self._device, dtype=self._dtype)
+        self._sin = torch.cat((-sin, sin), dim=-1).to(device=self._device, dtype=self._dtype)
 
-    def _dynamic(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Frequencies for sequences of `lengths` (N,) beyond the trained context: (N, D/2)."""
-        rope, dim = self._rope, self._head_dim
-        stretch = rope.factor * lengths / rope.original_context - (rope.factor - 1)
-        theta = rope.theta * stretch ** (dim / (dim - 2))
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        return 1.0 / theta[:, None] ** exponents
+
+def angles(
+    rope: RopeConfig, head_dim: int, num_positions: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position below `num_positions`, each (num_positions, D/2) float32."""
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    turns = positions[:, None] * inverse_frequencies(rope, head_dim)
+    if rope.kind == "dynamic" and num_positions > rope.original_context:
+        tail = positions[rope.original_context :]
+        turns[rope.original_context :] = tail[:, None] * _dynamic(rope, head_dim, tail + 1)
+    return turns.cos(), turns.sin()
+
+
+def _dynamic(rope: RopeConfig, dim: int, lengths: torch.Tensor) -> torch.Tensor:
+    """Frequencies for sequences of `lengths` (N,) beyond the trained context: (N, D/2)."""
+    stretch = rope.factor * lengths / rope.original_context - (rope.factor - 1)
+    theta = rope.theta * stretch ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    return 1.0 / theta[:, None] ** exponents
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,398 @@
+"""The Llama family's network on the CPU kernels: packed weights, a whole step in one call.
+
+The same mathematics as `llama`, which judges it; here are only sizes, addresses and ownership. A
+row's logits are bit-identical whatever else is in the batch, and however its prompt was cut into
+chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from chatserve.errors import DoesNotFit
+from chatserve.kernels import library
+from chatserve.kernels.library import Kernels
+from chatserve.models.batch import Batch
+from chatserve.models.config import ModelConfig
+from chatserve.models.destinations import (
+    BlockTargets,
+    Destination,
+    NetworkTargets,
+    RowLoader,
+    destinations,
+)
+from chatserve.models.device import DevicePolicy
+from chatserve.models.rope import angles
+
+_DTYPES = {
+    torch.float32: library.FLOAT32,
+    torch.float16: library.FLOAT16,
+    torch.bfloat16: library.BFLOAT16,
+}
+_MAX_HEAD_DIM = 256
+_MAX_COLUMNS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are compressed: 8 or 4 bits, one scale per output row or per 32 columns."""
+
+    bits: int = 8
+    is_grouped: bool = False
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Codes and, where grouped, half-precision scales; a row's own scale is not counted."""
+        return self.bits / 8 + (2 / library.GROUP if self.is_grouped else 0)
+
+
+def misfit(config: ModelConfig) -> str | None:
+    """Why the kernels cannot hold this network; None when they can."""
+    heads_out = config.num_heads * config.head_dim
+    for name, size in (
+        ("hidden_size", config.hidden_size),
+        ("intermediate_size", config.intermediate_size),
+        ("heads times head_dim", heads_out),
+    ):
+        if size % library.GROUP or size > _MAX_COLUMNS:
+            return f"{name} {size} is no multiple of {library.GROUP} up to {_MAX_COLUMNS:,}"
+    if config.head_dim % 16 or config.head_dim > _MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is no multiple of 16 up to {_MAX_HEAD_DIM}"
+    return None
+
+
+class KernelMatrix:
+    """A packed matrix (rows, columns), filled by checkpoint rows of any float dtype."""
+
+    def __init__(
+        self, kernels: Kernels, team: int, rows: int, columns: int, packing: Packing
+    ) -> None:
+        self._functions = kernels.functions
+        self._team = team
+        self.shape = (rows, columns)
+        handle = self._functions.cs_matrix_create(
+            kernels.level_name, rows, columns, packing.bits, packing.is_grouped
+        )
+        if not handle:
+            raise DoesNotFit(f"no memory for a packed matrix of {rows:,} x {columns:,} weights")
+        self.handle: int = handle
+        weakref.finalize(self, self._functions.cs_matrix_destroy, handle)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._functions.cs_matrix_bytes(self.handle))
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        self.load_mapped(start, rows, library.PLAIN)
+
+    def load_mapped(self, start: int, rows: torch.Tensor, row_map: int) -> None:
+        """Pack `rows` (n, columns) on the CPU, spread over panels by `row_map`."""
+        if rows.dtype not in _DTYPES:
+            rows = rows.float()
+        rows = rows.contiguous()
+        _check(
+            self._functions.cs_matrix_load(
+                self.handle, self._team, start, rows.shape[0], rows.data_ptr(),
+                _DTYPES[rows.dtype], row_map,
+            )
+        )  # fmt: skip
+
+    def row(self, index: int) -> torch.Tensor:
+        """One row (columns,) float32 as the kernels see it."""
+        out = torch.empty(self.shape[1])
+        _check(self._functions.cs_matrix_row(self.handle, index, out.data_ptr()))
+        return out
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, columns) float32 times the transpose -> (M, rows); for tests and hybrids."""
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], _padded(self.shape[0]))
+        _check(
+            self._functions.cs_matrix_multiply(
+                self.handle, self._team, x.data_ptr(), x.shape[0], out.data_ptr()
+            )
+        )
+        return out[:, : self.shape[0]]
+
+
+class GateUpRows:
+    """Gate and up share panels, 16 rows each, so that SwiGLU happens in registers."""
+
+    def __init__(self, matrix: KernelMatrix) -> None:
+        self._matrix = matrix
+        self._half = matrix.shape[0] // 2
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        is_gate = start < self._half
+        row_map = library.GATE if is_gate else library.UP
+        self._matrix.load_mapped(start if is_gate else start - self._half, rows, row_map)
+
+
+class Vector:
+    """A float32 vector with room for whole panels; `order` says where each loaded value goes."""
+
+    def __init__(self, size: int, order: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.values = torch.zeros(_padded(size))
+        self._order = order
+
+    @property
+    def address(self) -> int:
+        return self.values.data_ptr()
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        places = torch.arange(start, start + rows.shape[0])
+        if self._order is not None:
+            places = self._order(places)
+        self.values[places] = rows.float()
+
+
+class Table:
+    """An untied embedding (rows, columns) in float32 or bfloat16, only ever looked up."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self.values = torch.empty(rows, columns, dtype=dtype)
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        self.values[start : start + rows.shape[0]].copy_(rows)
+
+
+class KernelKVPool:
+    """Keys and values of all layers in half precision, in the kernels' own layout."""
+
+    def __init__(self, kernels: Kernels, shape: library.Shape, num_blocks: int) -> None:
+        self._functions = kernels.functions
+        self.num_blocks = num_blocks
+        self.block_size = library.BLOCK_SIZE
+        handle = self._functions.cs_pool_create(ctypes.byref(shape), num_blocks)
+        if not handle:
+            raise DoesNotFit(f"no memory for {num_blocks:,} blocks of KV cache")
+        self.handle: int = handle
+        weakref.finalize(self, self._functions.cs_pool_destroy, handle)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._functions.cs_pool_bytes(self.handle))
+
+    def copy_block(self, source: int, target: int) -> None:
+        _check(self._functions.cs_pool_copy_block(self.handle, source, target))
+
+
+class _Block:
+    """One block's matrices and vectors, which the kernels only point to."""
+
+    def __init__(
+        self, config: ModelConfig, build: Callable[[int, int], KernelMatrix], window: int | None
+    ) -> None:
+        hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        heads_out = config.num_heads * dim
+        qkv_rows = heads_out + 2 * config.num_kv_heads * dim
+        self.window = window or 0
+        self.qkv = build(qkv_rows, hidden)
+        self.output = build(hidden, heads_out)
+        self.gate_up = build(2 * ffn, hidden)
+        self.down = build(hidden, ffn)
+        self.attention_norm, self.mlp_norm = Vector(hidden), Vector(hidden)
+        has_mlp = config.has_mlp_bias
+        self.vectors: dict[str, Vector | None] = {
+            "qkv_bias": Vector(qkv_rows) if config.has_qkv_bias else None,
+            "output_bias": Vector(hidden) if config.has_output_bias else None,
+            "gate_up_bias": Vector(2 * ffn, _interleaved(ffn)) if has_mlp else None,
+            "down_bias": Vector(hidden) if has_mlp else None,
+            "query_norm": Vector(dim) if config.has_qk_norm else None,
+            "key_norm": Vector(dim) if config.has_qk_norm else None,
+        }
+
+    def targets(self) -> BlockTargets:
+        return BlockTargets(
+            self.attention_norm, self.qkv, self.output, self.mlp_norm, GateUpRows(self.gate_up),
+            self.down, **self.vectors,
+        )  # fmt: skip
+
+    def layer(self) -> library.Layer:
+        return library.Layer(
+            qkv=self.qkv.handle, output=self.output.handle, gate_up=self.gate_up.handle,
+            down=self.down.handle, attention_norm=self.attention_norm.address,
+            mlp_norm=self.mlp_norm.address, window=self.window,
+            **{name: vector.address for name, vector in self.vectors.items() if vector},
+        )  # fmt: skip
+
+
+class KernelLlama:
+    """Token ids in, logits out, over a flat batch of sequences; see `Llama`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: DevicePolicy,
+        kernels: Kernels,
+        packing: Packing,
+        *,
+        max_rows: int,
+        num_threads: int,
+    ) -> None:
+        """`max_rows`: tokens of one step. Raises `DoesNotFit` when there is no memory."""
+        self.config = config
+        self.policy = policy
+        self.packing = packing
+        self.num_threads = num_threads
+        self.max_rows = max_rows
+        self._kernels = kernels
+        self._functions = kernels.functions
+        self._team: int = self._functions.cs_team_create(num_threads)
+        weakref.finalize(self, self._functions.cs_team_destroy, self._team)
+        hidden = config.hidden_size
+
+        def build(rows: int, columns: int) -> KernelMatrix:
+            return KernelMatrix(kernels, self._team, rows, columns, packing)
+
+        self._head = build(config.vocab_size, hidden)
+        self._table: Table | None = None
+        if not config.is_tied:
+            self._table = Table(config.vocab_size, hidden, policy.dtype)
+        self._blocks = [_Block(config, build, window) for window in config.sliding_windows]
+        self._norm = Vector(hidden)
+        self._stride = _padded(config.vocab_size)
+        self._network = 0
+        self._num_positions = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Packed matrices, scales included."""
+        matrices = [self._head]
+        for block in self._blocks:
+            matrices += [block.qkv, block.output, block.gate_up, block.down]
+        return sum(matrix.num_bytes for matrix in matrices)
+
+    def destinations(self) -> Mapping[str, Destination]:
+        """Every checkpoint tensor (Hugging Face names) and where it goes."""
+        embedding: RowLoader = self._head if self._table is None else self._table
+        blocks = [block.targets() for block in self._blocks]
+        return destinations(self.config, NetworkTargets(embedding, self._head, self._norm, blocks))
+
+    def build_kv_pool(self, num_blocks: int, block_size: int) -> KernelKVPool:
+        """Raises `DoesNotFit` when there is no memory."""
+        assert block_size == library.BLOCK_SIZE
+        self._build_network(min(self.config.context_length, num_blocks * block_size))
+        return KernelKVPool(self._kernels, self._shape(), num_blocks)
+
+    def forward(self, batch: Batch, pool: KernelKVPool) -> torch.Tensor:
+        """Logits (R, V) float32 of the batch's output rows. Stores keys and values."""
+        segments = batch.segments
+        tokens, positions = _int32(batch.token_ids), _int32(batch.positions)
+        starts = _int32([segment.start for segment in segments])
+        counts = _int32([segment.num_tokens for segment in segments])
+        ids = _int32(list(chain.from_iterable(segment.block_ids for segment in segments)))
+        lengths = [len(segment.block_ids) for segment in segments]
+        ends = np.cumsum(lengths, dtype=np.uintp)
+        tables = np.uintp(ids.ctypes.data) + np.uintp(4) * (ends - np.array(lengths, np.uintp))
+        outputs = _int32(batch.output_rows)
+        logits = torch.empty(len(outputs), self._stride)
+        step = library.Step(
+            num_rows=len(tokens), num_segments=len(starts), num_outputs=len(outputs),
+            tokens=tokens.ctypes.data, positions=positions.ctypes.data,
+            segment_starts=starts.ctypes.data, segment_rows=counts.ctypes.data,
+            block_tables=tables.ctypes.data, output_rows=outputs.ctypes.data,
+            logits=logits.data_ptr(), logits_stride=self._stride,
+        )  # fmt: skip
+        _check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
+        return logits[:, : self.config.vocab_size]
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Between steps only."""
+        _check(self._functions.cs_network_set_threads(self._network, num_threads))
+        self.num_threads = num_threads
+
+    def choose_threads(self, pool: KernelKVPool, candidates: Sequence[int]) -> Mapping[int, float]:
+        """Measure a one-token step with each number of threads, keep the fastest.
+
+        Uses the first block of `pool`. Returns the seconds of each candidate.
+        """
+        from chatserve.models.batch import Segment
+
+        batch = Batch([0], [0], [Segment(0, 1, 0, [0])], [0])
+        seconds: dict[int, float] = {}
+        for number in candidates:
+            self.set_num_threads(number)
+            self.forward(batch, pool)
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                self.forward(batch, pool)
+                times.append(time.perf_counter() - start)
+            seconds[number] = min(times)
+        self.set_num_threads(min(seconds, key=seconds.__getitem__))
+        return seconds
+
+    def _shape(self) -> library.Shape:
+        config = self.config
+        return library.Shape(
+            hidden=config.hidden_size, num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            ffn=config.intermediate_size, num_layers=config.num_layers, vocab=config.vocab_size,
+            max_rows=self.max_rows, max_positions=self._num_positions, eps=config.rms_norm_eps,
+        )  # fmt: skip
+
+    def _build_network(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        handle = self._functions.cs_network_create(
+            ctypes.byref(self._shape()), self._kernels.level_name, self._team
+        )
+        if not handle:
+            raise DoesNotFit(f"no memory for the buffers of {self.max_rows:,} tokens a step")
+        self._network = handle
+        weakref.finalize(self, self._functions.cs_network_destroy, handle)
+        self._cos, self._sin = angles(self.config.rope, self.config.head_dim, num_positions)
+        ends = library.Ends(
+            head=self._head.handle, norm=self._norm.address, cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+        )  # fmt: skip
+        if self._table is not None:
+            ends.embedding = self._table.values.data_ptr()
+            ends.embedding_dtype = _DTYPES[self._table.values.dtype]
+        _check(self._functions.cs_network_set_ends(handle, ctypes.byref(ends)))
+        for index, block in enumerate(self._blocks):
+            layer = block.layer()
+            _check(self._functions.cs_network_set_layer(handle, index, ctypes.byref(layer)))
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // library.PANEL_ROWS) * library.PANEL_ROWS
+
+
+def _interleaved(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Where the rows of gate (0..half) and up (half..) lie in panels of 16 and 16."""
+
+    def order(places: torch.Tensor) -> torch.Tensor:
+        row, is_up = places % half, places // half
+        return row // 16 * 32 + row % 16 + 16 * is_up
+
+    return order
+
+
+def _int32(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(values, dtype=np.int32)
+
+
+def _check(status: int) -> None:
+    """A refusal is a bug here, never user input; a lack of memory is not."""
+    if status == 2:
+        raise DoesNotFit("no memory for the kernels' buffers")
+    if status:
+        raise RuntimeError(f"the kernels refused their arguments (status {status})")
