@@ -141,9 +141,12 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         choice: int = 0,
+        salt: bytes = b"",
         strip_leading_space: bool = False,
     ) -> TokenStream:
         """Start a sequence; iterate over its events and `aclose` the stream in a `finally`.
+
+        The choices of one request share their prompt, requests of the same `salt` its beginning.
 
         Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit,
         `GenerationFailed` when the engine thread is gone.
@@ -162,9 +165,23 @@ class AsyncEngine:
         if not self._streams:
             self._last_progress = time.monotonic()
         self._streams[seq_id] = stream
-        self._command(
-            lambda: self._add(seq_id, tuple(prompt_ids), params, choice, strip_leading_space)
-        )
+        prompt_ids = tuple(prompt_ids)
+
+        def add() -> None:
+            try:
+                self._engine.add(
+                    seq_id,
+                    prompt_ids,
+                    params,
+                    choice=choice,
+                    group=request_id,
+                    salt=salt,
+                    strip_leading_space=strip_leading_space,
+                )
+            except ChatserveError as error:
+                self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
+
+        self._command(add)
         return stream
 
     def _close(self, seq_id: str) -> None:
@@ -205,25 +222,6 @@ class AsyncEngine:
                 command()
             if self._engine.has_work:
                 return True
-
-    def _add(
-        self,
-        seq_id: str,
-        prompt_ids: tuple[int, ...],
-        params: SamplingParams,
-        choice: int,
-        strip_leading_space: bool,
-    ) -> None:
-        try:
-            self._engine.add(
-                seq_id,
-                prompt_ids,
-                params,
-                choice=choice,
-                strip_leading_space=strip_leading_space,
-            )
-        except ChatserveError as error:
-            self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._call(self._dispatch, events)

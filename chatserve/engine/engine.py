@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from chatserve.engine.kv_cache import KVCache
+from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
 from chatserve.engine.output import OutputText, TokenBytes
-from chatserve.engine.runner import Model, Runner
+from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import SamplingRow, sample
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
+from chatserve.models.batch import Model
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +39,25 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Model[Any],
         tokenizer: EngineTokenizer,
         *,
         num_kv_tokens: int,
+        block_size: int = BLOCK_SIZE,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
         seed: int | None = None,
     ) -> None:
-        """`num_kv_tokens`: tokens of all running sequences that memory holds."""
+        """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks."""
         self._tokenizer = tokenizer
-        self._runner = Runner(model)
+        self._blocks = BlockManager(num_kv_tokens // block_size, block_size)
+        self._runner = Runner(model, self._blocks.num_blocks, block_size)
         self._vocab_size = model.vocab_size
         # a tokenizer may know padding that the model has no row for
         forbidden = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
         self._forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=model.device)
-        self._kv_cache = KVCache(num_kv_tokens)
         self._scheduler = Scheduler(
-            self._kv_cache,
+            self._blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
@@ -76,7 +78,7 @@ class Engine:
 
     @property
     def num_free_kv_tokens(self) -> int:
-        return self._kv_cache.num_free_tokens
+        return self._blocks.num_free_blocks * self._blocks.block_size
 
     def check(self, prompt_ids: Rows[int], params: SamplingParams) -> None:
         """Raises `InvalidRequest` for a prompt that is empty or has ids the model has no row for,
@@ -100,10 +102,14 @@ class Engine:
         params: SamplingParams,
         *,
         choice: int = 0,
+        group: str | None = None,
+        salt: bytes = b"",
         strip_leading_space: bool = False,
     ) -> None:
         """Queue a sequence. `choice` tells the n answers of one request apart.
 
+        The prompt is computed once for all of a `group` that have the same; prompts that begin
+        alike share that beginning's keys and values if their `salt` is the same.
         `strip_leading_space` drops the space that a word-start mark puts before an answer.
 
         Raises what `check` raises.
@@ -113,7 +119,9 @@ class Engine:
         seed = params.seed
         if seed is None:
             seed = self._seed if self._seed is not None else secrets.randbits(63)
-        sequence = Sequence(seq_id, tuple(prompt_ids), params, seed, choice)
+        sequence = Sequence(
+            seq_id, tuple(prompt_ids), params, seed, choice, group, BlockTable(salt)
+        )
         self._scheduler.add(sequence)
         output = OutputText(
             self._tokenizer,
@@ -133,9 +141,11 @@ class Engine:
         A fault in the model fails only the sequences whose own retry fails too. A device that is
         lost raises: no retry can help, the process has to be replaced.
         """
-        batch = self._scheduler.schedule()
+        plan = self._scheduler.schedule()
+        batch = plan.items
         if not batch:
             return []
+        self._runner.copy(plan.copies)
         try:
             return self._run(batch)
         except torch.AcceleratorError:
@@ -147,7 +157,6 @@ class Engine:
         return [event for item in batch for event in self._run_alone(item)]
 
     def _run_alone(self, item: Scheduled) -> list[TokenEvent]:
-        item.cache.truncate(item.sequence.num_computed)
         try:
             return self._run([item])
         except torch.AcceleratorError:
@@ -155,14 +164,15 @@ class Engine:
         except Exception as error:  # as in `step`: this sequence alone fails
             return [self._fail(item.sequence, error)]
 
+    @torch.inference_mode()
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
         logits = self._runner.run(batch)
         if self._forbidden_ids.numel():
-            logits = logits.index_fill(1, self._forbidden_ids, -torch.inf)
+            logits.index_fill_(1, self._forbidden_ids, -torch.inf)
         sampled = [item.sequence for item in batch if item.is_sampled]
-        token_ids = sample(logits, [self._sampling_row(item) for item in sampled])
+        token_ids = sample(logits, [self._sampling_row(sequence) for sequence in sampled])
         for item in batch:
-            item.sequence.num_computed += item.num_tokens
+            self._scheduler.complete(item)
         return [
             self._advance(sequence, token_id)
             for sequence, token_id in zip(sampled, token_ids, strict=True)
@@ -174,13 +184,16 @@ class Engine:
         if sequence.num_generated_tokens < params.min_tokens:
             ends = {*self._tokenizer.eos_ids, *params.stop_token_ids}
             masked = tuple(sorted(id_ for id_ in ends if id_ < self._vocab_size))
+        generated: Rows[int] = ()
+        if params.has_penalties:
+            generated = sequence.token_ids[sequence.num_prompt_tokens :]
         return SamplingRow(
             params=params,
             seed=sequence.seed,
             choice=sequence.choice,
             position=len(sequence.token_ids),
             prompt_ids=sequence.prompt_ids,
-            generated_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+            generated_ids=generated,
             masked_ids=masked,
         )
 
@@ -206,6 +219,7 @@ class Engine:
             token_ids=(token_id,),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_generated_tokens=sequence.num_generated_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
             finish_reason=reason,
         )
         if reason:
@@ -213,7 +227,9 @@ class Engine:
         return event
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
-        self.abort(sequence.seq_id)
+        del self._live[sequence.seq_id]
+        # whatever spoiled its numbers may be in what it has stored
+        self._scheduler.remove(sequence, forget=True)
         if isinstance(error, torch.OutOfMemoryError):
             error = OutOfMemory(
                 "the device ran out of memory while it generated this answer; "

@@ -1,65 +1,51 @@
-"""A scheduled batch to logits: the only engine file that prepares tensors for the model.
+"""A planned step to logits: the only engine file that prepares a batch for the model.
 
 No queues, no text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from typing import Generic
 
 import torch
 
+from chatserve.engine.block_manager import Copy
 from chatserve.engine.scheduler import Scheduled
-from chatserve.models.attention import Segment
+from chatserve.models.batch import Batch, Model, Pool, Segment
 
 
-class Model(Protocol):
-    """A network over a flat batch; see `chatserve.models.llama.Llama.__call__`."""
+class Runner(Generic[Pool]):
+    """Runs the model's forward over its pool."""
 
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        segments: Rows[Segment],
-        output_rows: torch.Tensor,
-    ) -> torch.Tensor: ...
-
-
-class Runner:
-    """Runs one step of the model."""
-
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model[Pool], num_blocks: int, block_size: int) -> None:
         self._model = model
+        self._pool = model.build_kv_pool(num_blocks, block_size)
 
     @torch.inference_mode()
-    def run(self, batch: Rows[Scheduled]) -> torch.Tensor:
-        """Logits (R, V) for those of the batch that are sampled, in order; R may be 0.
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """Copy blocks, before anything is written to them."""
+        for source, target in copies:
+            self._pool.copy_block(source, target)
 
-        Appends the scheduled tokens' keys and values to each sequence's cache.
+    @torch.inference_mode()
+    def run(self, items: Rows[Scheduled]) -> torch.Tensor:
+        """Logits (R, V) of those items that are sampled, in order; R may be 0.
+
+        Stores the scheduled tokens' keys and values in each sequence's blocks.
         """
-        ids: list[int] = []
+        token_ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
         output_rows: list[int] = []
-        for item in batch:
-            first = item.sequence.num_computed
-            last = first + item.num_tokens
-            segments.append(Segment(len(ids), item.num_tokens, first, item.cache))
-            ids += item.sequence.token_ids[first:last]
-            positions += range(first, last)
+        for item in items:
+            sequence, first = item.sequence, item.sequence.num_computed
+            end = first + item.num_tokens
+            block_ids = sequence.table.block_ids
+            segments.append(Segment(len(token_ids), item.num_tokens, first, block_ids))
+            token_ids += sequence.token_ids[first:end]
+            positions += range(first, end)
             if item.is_sampled:
-                output_rows.append(len(ids) - 1)
-        device = self._model.device
-        return self._model(
-            torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
-            segments,
-            torch.tensor(output_rows, dtype=torch.int64, device=device),
-        )
+                output_rows.append(len(token_ids) - 1)
+        return self._model.forward(Batch(token_ids, positions, segments, output_rows), self._pool)

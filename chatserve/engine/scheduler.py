@@ -1,48 +1,69 @@
 """Who runs in the next step: waiting and running sequences under a token budget. No tensors.
 
 Decode first, then prefill in chunks with what is left of the budget, first come first served. A
-sequence is admitted only when its worst case fits the KV cache.
+sequence is admitted when its prompt fits the free blocks with some to spare. Where a running one
+finds no block, the youngest is preempted: it gives its blocks back, goes to the front of the queue
+and computes its tokens again.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
 
-from chatserve.engine.kv_cache import KVCache, SequenceKV
+from chatserve.engine.block_manager import BlockManager, Copy
 from chatserve.engine.sequence import SamplingParams, Sequence, Status
 from chatserve.errors import ContextLengthExceeded
+
+logger = logging.getLogger(__name__)
+
+_WATERMARK = 100  # one block in so many stays free at admission, for those that run
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """The next `num_tokens` uncomputed tokens of a sequence take part in the step."""
+    """The next `num_tokens` uncomputed tokens of a sequence take part in the step.
+
+    `is_sampled`: they reach the sequence's end, so that a token is sampled.
+    """
 
     sequence: Sequence
     num_tokens: int
-    cache: SequenceKV
+    is_sampled: bool
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the step reaches the sequence's end, so that a token is sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed
+
+@dataclass
+class Plan:
+    """A step's batch, and the blocks to copy before it runs."""
+
+    items: list[Scheduled] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        is_sampled = num_tokens == sequence.num_uncomputed
+        self.items.append(Scheduled(sequence, num_tokens, is_sampled))
+        self.num_tokens += num_tokens
 
 
 class Scheduler:
-    """Keeps the queues; `schedule` picks a batch, the engine moves the sequences along."""
+    """Keeps the queues; `schedule` plans a step, `complete` moves a sequence along."""
 
     def __init__(
-        self,
-        kv_cache: KVCache,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
-        self._kv_cache = kv_cache
-        self._max_num_seqs = max_num_seqs
+        self._blocks = blocks
+        # a running sequence has a token to compute in every step
+        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[str, tuple[Sequence, SequenceKV]] = {}
+        self._watermark = blocks.num_blocks // _WATERMARK
+        # both in the order of arrival
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: dict[str, Sequence] = {}
+        # per group, the sequence that computes the prompt for all
+        self._leaders: dict[str, Sequence] = {}
+        self.num_preempted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -57,50 +78,128 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
-        """Raises `ContextLengthExceeded` when such a sequence could never fit the KV cache."""
+        """Raises `ContextLengthExceeded` when such a sequence could never fit, even alone."""
         worst_case = num_prompt_tokens + params.max_tokens
-        if worst_case > self._kv_cache.num_tokens:
+        num_tokens = self._blocks.num_blocks * self._blocks.block_size
+        if worst_case > num_tokens:
             raise ContextLengthExceeded(
                 f"prompt and max_tokens need {worst_case:,} tokens of KV cache, this machine's "
-                f"memory holds {self._kv_cache.num_tokens:,}; ask for fewer max_tokens",
+                f"memory holds {num_tokens:,}; ask for fewer max_tokens",
                 param="max_tokens",
             )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that passed `check`."""
-        self._waiting.append(sequence)
+        self._waiting[sequence.seq_id] = sequence
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a finished or aborted sequence out and free its cache; also while it waits."""
+    def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Take a finished or aborted sequence out and free its blocks; also while it waits.
+
+        `forget`: keep nothing in the prefix cache of what it alone has computed.
+        """
         if self._running.pop(sequence.seq_id, None) is None:
-            self._waiting = deque(item for item in self._waiting if item is not sequence)
-        self._kv_cache.free(sequence.seq_id)
+            self._waiting.pop(sequence.seq_id, None)
+        self._blocks.free(sequence.table, forget=forget)
         sequence.status = Status.FINISHED
+        if sequence.group is not None and self._leaders.get(sequence.group) is sequence:
+            del self._leaders[sequence.group]
 
-    def schedule(self) -> list[Scheduled]:
-        """Pick the next step's batch; empty when there is nothing to do."""
-        self._admit()
-        budget = self._max_num_batched_tokens
-        batch: list[Scheduled] = []
-        by_need = sorted(self._running.values(), key=lambda item: item[0].num_uncomputed > 1)
-        for sequence, cache in by_need:
-            num_tokens = min(sequence.num_uncomputed, budget)
-            if num_tokens:
-                batch.append(Scheduled(sequence, num_tokens, cache))
-                budget -= num_tokens
-        return batch
+    def schedule(self) -> Plan:
+        """Plan the next step; no items when there is nothing to do."""
+        plan = Plan()
+        running = list(self._running.values())
+        prefilling: list[Sequence] = []
+        num_preempted = self.num_preempted
+        for sequence in running:
+            if sequence.num_uncomputed > 1:
+                prefilling.append(sequence)
+            elif sequence.status is Status.RUNNING and self._make_room(sequence, plan):
+                plan.add(sequence, 1)
+        for sequence in prefilling:
+            if sequence.status is Status.RUNNING:
+                self._prefill(sequence, plan)
+        if self.num_preempted == num_preempted:
+            self._admit(plan)
+        return plan
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            worst_case = _worst_case(sequence)
-            if not self._kv_cache.can_allocate(worst_case):
+    def complete(self, item: Scheduled) -> None:
+        """The tokens of `item` are computed: their blocks can serve others."""
+        sequence = item.sequence
+        sequence.num_computed += item.num_tokens
+        self._blocks.publish(sequence.table, sequence.token_ids, sequence.num_computed)
+
+    def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
+        """Find a slot for the next token, if need be by preempting; false if by its own."""
+        first = sequence.num_computed
+        while not self._blocks.can_append(sequence.table, first, first + 1):
+            youngest = next(reversed(self._running.values()))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        plan.copies += self._blocks.append(sequence.table, first, first + 1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.seq_id]
+        self._blocks.free(sequence.table)
+        sequence.num_computed = 0
+        sequence.status = Status.PREEMPTED
+        self._waiting[sequence.seq_id] = sequence
+        self._waiting.move_to_end(sequence.seq_id, last=False)
+        self.num_preempted += 1
+        logger.debug("preempted %s: no block is free", sequence.seq_id)
+
+    def _prefill(self, sequence: Sequence, plan: Plan) -> None:
+        budget = self._max_num_batched_tokens - plan.num_tokens
+        if num_tokens := min(sequence.num_uncomputed, budget):
+            plan.add(sequence, num_tokens)
+
+    def _admit(self, plan: Plan) -> None:
+        while (
+            self._waiting
+            and len(self._running) < self._max_num_seqs
+            and plan.num_tokens < self._max_num_batched_tokens
+        ):
+            sequence = next(iter(self._waiting.values()))
+            leader = self._find_leader(sequence)
+            is_new = sequence.status is Status.WAITING
+            if leader is sequence or not is_new:
+                if not self._allocate(sequence, plan):
+                    return
+            elif not self._fork(leader, sequence, plan):
                 return
-            self._waiting.popleft()
-            cache = self._kv_cache.allocate(sequence.seq_id, worst_case)
+            if is_new:
+                sequence.num_cached_tokens = sequence.num_computed
+            del self._waiting[sequence.seq_id]
             sequence.status = Status.RUNNING
-            self._running[sequence.seq_id] = (sequence, cache)
+            self._running[sequence.seq_id] = sequence
+            self._prefill(sequence, plan)
 
+    def _find_leader(self, sequence: Sequence) -> Sequence:
+        """Who computes the prompt: the first of its group that is still there, perhaps itself."""
+        if sequence.group is None:
+            return sequence
+        leader = self._leaders.setdefault(sequence.group, sequence)
+        is_alike = leader is sequence or (
+            leader.prompt_ids == sequence.prompt_ids and leader.table.salt == sequence.table.salt
+        )
+        return leader if is_alike else sequence
 
-def _worst_case(sequence: Sequence) -> int:
-    return sequence.num_prompt_tokens + sequence.params.max_tokens
+    def _allocate(self, sequence: Sequence, plan: Plan) -> bool:
+        # who is alone is admitted in any case: `check` has seen that it fits
+        num_spare = 1 + self._watermark if self._running else 0
+        if not self._blocks.can_allocate(sequence.table, sequence.token_ids, num_spare):
+            return False
+        sequence.num_computed, copies = self._blocks.allocate(sequence.table, sequence.token_ids)
+        plan.copies += copies
+        return True
+
+    def _fork(self, leader: Sequence, sequence: Sequence, plan: Plan) -> bool:
+        """Share the leader's prompt once it is computed; the last token is computed again."""
+        num_prompt = sequence.num_prompt_tokens
+        if leader.num_computed < num_prompt or self._blocks.num_free_blocks < 2 + self._watermark:
+            return False
+        self._blocks.fork(leader.table, sequence.table, num_prompt)
+        sequence.num_computed = num_prompt - 1
+        plan.copies += self._blocks.append(sequence.table, num_prompt - 1, num_prompt)
+        return True

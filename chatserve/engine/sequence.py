@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from chatserve.engine.block_manager import BlockTable
 from chatserve.errors import ChatserveError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -41,19 +42,28 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature < 1e-5
 
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
 
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    PREEMPTED = "preempted"
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One continuation being generated: its tokens, and how far the KV cache has come.
 
     `token_ids` is prompt plus generated ids; the first `num_computed` of them have keys and values
-    in the cache.
+    in the blocks of `table`. Sequences of one `group` that have the same prompt compute it once.
     """
 
     seq_id: str
@@ -61,20 +71,21 @@ class Sequence:
     params: SamplingParams
     seed: int
     choice: int = 0
+    group: str | None = None
+    table: BlockTable = field(default_factory=BlockTable)
     status: Status = Status.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached_tokens: int = 0
+    """How many of the prompt needed no computing when it was first admitted."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
+        self.num_prompt_tokens = len(self.prompt_ids)
 
     @property
     def num_generated_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -86,7 +97,8 @@ class TokenEvent:
     """What one step did for one sequence.
 
     `text` is the newly safe text (may be empty while a character or a stop string is incomplete).
-    The last event of a sequence has a `finish_reason` or an `error`, never both.
+    `num_cached_tokens` of the prompt came from the prefix cache. The last event of a sequence has a
+    `finish_reason` or an `error`, never both.
     """
 
     seq_id: str
@@ -94,6 +106,7 @@ class TokenEvent:
     token_ids: tuple[int, ...] = ()
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: ChatserveError | None = None
 

@@ -20,6 +20,7 @@ import torch
 import chatserve
 from chatserve.config import WorkerConfig, served_names
 from chatserve.engine.async_engine import AsyncEngine
+from chatserve.engine.block_manager import BLOCK_SIZE
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
@@ -153,7 +154,8 @@ class _Limits:
             context = min(context, config.context_length)
         per_token = kv_bytes_per_token(checkpoint.config, policy.dtype.itemsize)
         left = max(0, available_bytes(policy.device) - _RESERVED_BYTES)
-        fits = int(left * _KV_SHARE[policy.device.type]) // per_token
+        num_blocks = int(left * _KV_SHARE[policy.device.type]) // (per_token * BLOCK_SIZE)
+        fits = num_blocks * BLOCK_SIZE
         if fits < min(_MIN_CONTEXT, context):
             raise DoesNotFit(
                 f"beside the weights {in_gb(left)} are left on {policy.device.type}, too little "
@@ -165,7 +167,8 @@ class _Limits:
                 "context limited to %d of %d tokens by memory (%d bytes a token)",
                 fits, context, per_token,
             )  # fmt: skip
-        return _Limits(min(context, fits), min(fits, context * config.max_num_seqs))
+        whole_blocks = -(-context // BLOCK_SIZE) * BLOCK_SIZE
+        return _Limits(min(context, fits), min(fits, whole_blocks * config.max_num_seqs))
 
 
 def _try_out(engine: Engine, path: Path) -> None:

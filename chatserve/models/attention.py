@@ -1,4 +1,4 @@
-"""Attention over one sequence's cached keys and values: one signature, two backends. No scheduler.
+"""Attention over the keys and values in the pool: one signature, two backends. No scheduler.
 
 `sdpa` is PyTorch's fused attention. `plain` is matmul, explicit mask and float32 softmax: the
 reference, and the only one trusted on Metal, whose fused kernels have been silently wrong
@@ -7,46 +7,16 @@ reference, and the only one trusted on Metal, whose fused kernels have been sile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from chatserve.models.kv_pool import Placement, Span, TorchKVPool
+
 AttentionBackend = Literal["sdpa", "plain"]
 _Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-class SequenceCache(Protocol):
-    """Keys and values of one sequence in all layers. The engine implements it."""
-
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys, values (K, T, D) of the newest T tokens; returns all so far, (K, S, D)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The rows of one sequence in a flat batch.
-
-    `start` and `num_tokens` are rows of the batch; `num_past` tokens are in the cache already.
-    """
-
-    start: int
-    num_tokens: int
-    num_past: int
-    cache: SequenceCache
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + self.num_tokens)
-
-    @property
-    def num_total(self) -> int:
-        return self.num_past + self.num_tokens
 
 
 def attend(
@@ -117,37 +87,25 @@ def attend_batch(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    segments: Sequence[Segment],
     layer: int,
+    pool: TorchKVPool,
+    placement: Placement,
     *,
     backend: AttentionBackend,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Store the batch's keys and values in each sequence's cache and attend, sequence by sequence.
+    """Store the batch's keys and values in the pool and attend, sequence by sequence.
 
     queries: (N, H, D); keys, values: (N, K, D) over all rows of the batch. Returns (N, H * D).
     """
-    if len(segments) == 1:
-        return _attend_segment(queries, keys, values, segments[0], layer, backend, window)
-    return torch.cat(
-        [
-            _attend_segment(
-                queries[item.rows], keys[item.rows], values[item.rows], item, layer, backend, window
-            )
-            for item in segments
-        ]
-    )
+    pool.store(layer, placement, keys, values)
 
+    def attend_span(span: Span) -> torch.Tensor:
+        rows = queries[span.rows]
+        mixed = attend(
+            rows.transpose(0, 1), *pool.read(layer, span), backend=backend, window=window
+        )
+        return mixed.transpose(0, 1).reshape(rows.shape[0], -1)
 
-def _attend_segment(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    segment: Segment,
-    layer: int,
-    backend: AttentionBackend,
-    window: int | None,
-) -> torch.Tensor:
-    all_keys, all_values = segment.cache.append(layer, keys.transpose(0, 1), values.transpose(0, 1))
-    mixed = attend(queries.transpose(0, 1), all_keys, all_values, backend=backend, window=window)
-    return mixed.transpose(0, 1).reshape(queries.shape[0], -1)
+    mixed = [attend_span(span) for span in placement.spans]
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

@@ -6,7 +6,7 @@ Slower, and said so at load: sequences run one after another, weights pass throu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from chatserve.errors import GenerationFailed, ModelLoadError
-from chatserve.models.attention import Segment, SequenceCache
+from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import architectures, refuse_quantized
 from chatserve.models.device import DevicePolicy
+from chatserve.models.kv_pool import Placement, TorchKVPool
 from chatserve.models.linear import Int8Linear
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,18 @@ class FallbackModel:
     def device(self) -> torch.device:
         return self.policy.device
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        segments: Sequence[Segment],
-        output_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """As `Llama.__call__`: logits (R, V) of `output_rows`."""
-        wanted = output_rows.tolist()
+    def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
+        return TorchKVPool(num_blocks, block_size, self.device)
+
+    def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
+        """As `Llama.forward`."""
+        ids = torch.tensor(batch.token_ids, device=self.device)
+        positions = torch.tensor(batch.positions, device=self.device)
+        num_layers = self._model.config.get_text_config().num_hidden_layers
         logits = []
-        for segment in segments:
-            rows = [row - segment.start for row in wanted if row in range(*_span(segment))]
-            cache = _cache_over(segment, self._model.config.get_text_config().num_hidden_layers)
+        for segment in batch.segments:
+            rows = [row - segment.start for row in batch.output_rows if row in _span(segment)]
+            cache = _cache_over(segment, pool, num_layers)
             output = self._model(
                 input_ids=ids[segment.rows][None],
                 position_ids=positions[segment.rows][None],
@@ -197,31 +197,33 @@ def _compress(model: nn.Module, policy: DevicePolicy) -> int:
     return count
 
 
-def _span(segment: Segment) -> tuple[int, int]:
-    return segment.start, segment.start + segment.num_tokens
+def _span(segment: Segment) -> range:
+    return range(segment.start, segment.start + segment.num_tokens)
 
 
-def _cache_over(segment: Segment, num_layers: int) -> Any:
-    """A transformers `Cache` whose layers store into the segment's own cache."""
+def _cache_over(segment: Segment, pool: TorchKVPool, num_layers: int) -> Any:
+    """A transformers `Cache` whose layers store into the segment's blocks."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     class LayerView(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-        """One layer of the segment's cache; grows by `update` alone."""
+        """One layer of the pool; grows by `update` alone."""
 
         is_sliding = False
 
-        def __init__(self, layer: int, cache: SequenceCache, length: int) -> None:
+        def __init__(self, layer: int, placement: Placement, length: int) -> None:
             super().__init__()
             self.is_initialized = True
-            self._layer, self._cache, self._length = layer, cache, length
+            self._layer, self._placement, self._length = layer, placement, length
 
         def lazy_initialization(self, *arguments: Any, **options: Any) -> None:
-            """Nothing to prepare: the buffers are the engine's."""
+            """Nothing to prepare: the tensors are the pool's."""
 
         def update(
             self, keys: torch.Tensor, values: torch.Tensor, *arguments: Any, **options: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            all_keys, all_values = self._cache.append(self._layer, keys[0], values[0])
+            rows = (keys[0].transpose(0, 1), values[0].transpose(0, 1))
+            pool.store(self._layer, self._placement, *rows)
+            all_keys, all_values = pool.read(self._layer, self._placement.spans[0])
             self._length += keys.shape[-2]
             return all_keys[None], all_values[None]
 
@@ -236,8 +238,9 @@ def _cache_over(segment: Segment, num_layers: int) -> Any:
 
         get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
+    placement = pool.place([segment])
     return Cache(
-        layers=[LayerView(index, segment.cache, segment.num_past) for index in range(num_layers)]
+        layers=[LayerView(index, placement, segment.num_past) for index in range(num_layers)]
     )
 
 

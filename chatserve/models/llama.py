@@ -7,15 +7,17 @@ modeling_qwen3.py and modeling_mistral.py of transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from chatserve.models.attention import Segment, attend_batch
+from chatserve.models.attention import attend_batch
+from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
+from chatserve.models.kv_pool import Placement, TorchKVPool
 from chatserve.models.linear import Linear, Parameter, RowLoader, build_matrix
 from chatserve.models.rope import RotaryTable, rotate
 
@@ -27,6 +29,16 @@ class Destination:
     target: RowLoader
     start: int
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer needs to know of a batch: its angles (N, ·), and its place in the pool."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pool: TorchKVPool
+    placement: Placement
 
 
 class RMSNorm:
@@ -66,9 +78,8 @@ class Attention:
             self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, policy)
             self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, policy)
 
-    def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Sequence[Segment]
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        cos, sin = step.cos, step.sin
         heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)  # (N, H + 2K, D)
         num_heads, num_kv_heads, _ = self._heads
         values = heads[:, num_heads + num_kv_heads :]
@@ -82,8 +93,9 @@ class Attention:
             queries,
             keys,
             values,
-            segments,
             self._layer,
+            step.pool,
+            step.placement,
             backend=self._backend,
             window=self._window,
         )
@@ -113,10 +125,8 @@ class Block:
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, policy)
         self.mlp = MLP(config, policy)
 
-    def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Sequence[Segment]
-    ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, segments)
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), step)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -142,27 +152,23 @@ class Llama:
     def device(self) -> torch.device:
         return self.policy.device
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        segments: Sequence[Segment],
-        output_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits of `output_rows`.
+    def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
+        return TorchKVPool(num_blocks, block_size, self.device)
 
-        ids, positions: (N,) int64 on the device, the rows of `segments` side by side.
-        output_rows: (R,) int64, the rows whose logits are wanted. Returns (R, V) in the dtype.
-        Appends the batch's keys and values to each segment's cache.
-        """
-        num_positions = max(segment.num_total for segment in segments)
+    def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
+        """Logits (R, V) of the batch's output rows, in the dtype. Stores keys and values."""
+        ids = torch.tensor(batch.token_ids, device=self.device)
+        positions = torch.tensor(batch.positions, device=self.device)
+        num_positions = max(segment.num_total for segment in batch.segments)
         cos, sin = self.rotary.at(positions, num_positions)
+        step = Step(cos, sin, pool, pool.place(batch.segments))
         x = self.embedding.embed(ids, self.policy.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin, segments)
-        if not output_rows.numel():
+            x = block(x, step)
+        if not batch.output_rows:
             return x.new_empty(0, self.config.vocab_size)
-        return self.head(self.norm(x[output_rows]))
+        rows = torch.tensor(batch.output_rows, device=self.device)
+        return self.head(self.norm(x[rows]))
 
     def destinations(self) -> Mapping[str, Destination]:
         """Every checkpoint tensor (Hugging Face names) and where it goes."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatserve.engine.kv_cache import SequenceKV
-from chatserve.models.attention import Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import check, choose_policy
 from chatserve.models.llama import Llama
-from tests import tiny
+from tests import networks, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,9 +35,8 @@ def test_logits_are_near_the_cpus(dtype: str, load_8bit: bool, tolerance: float)
     state = hf_model.state_dict()
     for name, place in native.destinations().items():
         place.target.load_rows(place.start, state[name])
-    ids = torch.arange(2, 60, device="cuda")
-    rows = torch.arange(len(ids), device="cuda")
-    logits = native(ids, rows, [Segment(0, len(ids), 0, SequenceKV(len(ids)))], rows)
-    expected = hf_model(ids.cpu()[None]).logits[0]
+    ids = torch.arange(2, 60)
+    logits = networks.logits(native, ids)
+    expected = hf_model(ids[None]).logits[0]
     error = (logits.float().cpu() - expected).abs().max()
     assert error < tolerance * expected.abs().max()

@@ -19,6 +19,7 @@ from chatserve.models.linear import Int8Linear
 from chatserve.models.llama import Llama
 from chatserve.models.loader import load_model
 from chatserve.models.tokenizer import load_tokenizer
+from tests import networks
 from tests.weights import default_model
 
 pytestmark = pytest.mark.weights
@@ -121,9 +122,4 @@ def test_8_bits_stay_close_and_take_half(prompts: list[list[int]]) -> None:
 
 @torch.inference_mode()
 def _teacher_forced(model: Llama, ids: list[int]) -> torch.Tensor:
-    from chatserve.engine.kv_cache import SequenceKV
-    from chatserve.models.attention import Segment
-
-    rows = torch.arange(len(ids))
-    segment = Segment(0, len(ids), 0, SequenceKV(len(ids)))
-    return model(torch.tensor(ids), rows, [segment], rows)
+    return networks.logits(model, ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from chatserve.engine.async_engine import AsyncEngine, TokenStream
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
-from tests.unit.engine.test_engine import GREEDY, Scripted, scripted_engine, text
+from tests.unit.engine.test_engine import GREEDY, NUM_KV_TOKENS, Scripted, scripted_engine, text
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=5000, ignore_eos=True)
 PROMPT = [0, 1, 2, 3]
@@ -46,7 +47,7 @@ def test_many_requests_at_once_get_their_own_text() -> None:
         answers = await asyncio.gather(*(collect(events, str(index)) for index in range(40)))
         assert {text(answer) for answer in answers} == {"Hello"}
         stats = events.stats()
-        assert (stats.num_running, stats.num_waiting, stats.free_kv_tokens) == (0, 0, 10_000)
+        assert (stats.num_running, stats.num_waiting, stats.free_kv_tokens) == (0, 0, NUM_KV_TOKENS)
         assert stats.tick >= 6 and stats.last_token_age_s == 0
 
     run(check)
@@ -58,7 +59,7 @@ def test_closing_the_stream_aborts_the_sequence() -> None:
             await anext(stream)
         # commands run in order: when this answer is there, the abort has happened
         await collect(events, "b")
-        assert engine.num_free_kv_tokens == 10_000
+        assert engine.num_free_kv_tokens == NUM_KV_TOKENS
 
     run(check)
 
@@ -67,7 +68,7 @@ def test_a_stream_that_was_never_read_can_be_closed() -> None:
     async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
         await events.submit("a", PROMPT, ENDLESS).aclose()
         await collect(events, "b")
-        assert engine.num_free_kv_tokens == 10_000
+        assert engine.num_free_kv_tokens == NUM_KV_TOKENS
 
     run(check)
 
@@ -87,7 +88,7 @@ def test_a_cancelled_reader_aborts() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await collect(events, "b")
-        assert engine.num_free_kv_tokens == 10_000
+        assert engine.num_free_kv_tokens == NUM_KV_TOKENS
 
     run(check)
 
@@ -174,7 +175,7 @@ def test_more_requests_at_once_than_may_run_wait_without_being_refused() -> None
 
 def test_a_long_prefill_counts_as_progress() -> None:
     async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
-        stream = events.submit("a", [1] * 5000, GREEDY)
+        stream = events.submit("a", [1] * 5000, replace(ENDLESS, max_tokens=4000))
         first = events.stats()
         await anext(stream)
         ages = events.stats()

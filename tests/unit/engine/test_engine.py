@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,11 +11,12 @@ import torch
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, OutOfMemory
-from chatserve.models.attention import Segment
+from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import choose_policy
 from chatserve.models.llama import Llama
 from tests import tiny
+from tests.unit.engine.ledger import LedgerModel, LedgerPool
 
 
 class ByteTokenizer:
@@ -29,48 +30,37 @@ class ByteTokenizer:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-class Scripted:
+class Scripted(LedgerModel):
     """A model that continues every sequence with a script, and fails when it is told to."""
 
-    device = torch.device("cpu")
-    vocab_size = tiny.VOCAB_SIZE
-
     def __init__(self, script: str, *, eos: bool = True) -> None:
+        super().__init__()
         self.ids = [*script.encode(), *([tiny.EOS_ID] if eos else [])]
         self.failures: dict[int, Exception] = {}
         self.nan_first_ids: set[int] = set()
-        self.first_ids: dict[int, int] = {}
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        segments: Sequence[Segment],
-        output_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        logits = []
-        for segment in segments:
-            if segment.num_past == 0:
-                self.first_ids[id(segment.cache)] = int(ids[segment.start])
-            first = self.first_ids[id(segment.cache)]
+    def forward(self, batch: Batch, pool: LedgerPool) -> torch.Tensor:
+        logits = super().forward(batch, pool)
+        for segment in batch.segments:
+            first, *_ = pool.history(segment, 1)
             if first in self.failures:
                 raise self.failures[first]
-            row = torch.zeros(tiny.VOCAB_SIZE)
-            row[self.ids[(segment.num_total - PROMPT_LEN) % len(self.ids)]] = 9.0
-            if first in self.nan_first_ids:
-                row[3] = torch.nan
-            logits.append(row)
-        rows = [row in output_rows.tolist() for row in (s.rows.stop - 1 for s in segments)]
-        return torch.stack(logits)[torch.tensor(rows)]
+        return logits
+
+    def write_row(self, row: torch.Tensor, history: list[int]) -> None:
+        row[self.ids[(len(history) - PROMPT_LEN) % len(self.ids)]] = 9.0
+        if history[0] in self.nan_first_ids:
+            row[3] = torch.nan
 
 
 PROMPT_LEN = 4
+NUM_KV_TOKENS = 9_984  # 312 blocks
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 
 
 def scripted_engine(script: str, *, eos: bool = True, **options: Any) -> tuple[Engine, Scripted]:
     model = Scripted(script, eos=eos)
-    return Engine(model, ByteTokenizer(), num_kv_tokens=10_000, **options), model
+    return Engine(model, ByteTokenizer(), num_kv_tokens=NUM_KV_TOKENS, **options), model
 
 
 def drain(engine: Engine) -> dict[str, list[TokenEvent]]:
@@ -159,9 +149,9 @@ def test_leading_space_is_stripped_when_asked() -> None:
 
 
 def test_abort_frees_everything_at_every_stage() -> None:
-    engine, _ = scripted_engine("x" * 50, max_num_seqs=2, max_num_batched_tokens=4)
+    engine, _ = scripted_engine("x", eos=False, max_num_seqs=2, max_num_batched_tokens=4)
     baseline = engine.num_free_kv_tokens
-    for seq_id in ("prefill", "decode", "waiting"):
+    for seq_id in ("decode", "prefill", "waiting"):
         engine.add(seq_id, [1] * (3 if seq_id == "decode" else 9), GREEDY)
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (2, 1)
@@ -177,7 +167,7 @@ def test_one_failing_sequence_leaves_its_neighbours_unchanged() -> None:
     events = generate(engine, a=GREEDY, b=GREEDY, c=GREEDY)
     assert (text(events["a"]), text(events["c"])) == ("Hello", "Hello")
     assert isinstance(events["b"][-1].error, GenerationFailed)
-    assert engine.num_free_kv_tokens == 10_000
+    assert engine.num_free_kv_tokens == NUM_KV_TOKENS
 
 
 def test_out_of_memory_fails_that_sequence_alone() -> None:

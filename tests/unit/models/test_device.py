@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chatserve.engine.kv_cache import SequenceKV
 from chatserve.errors import StartupError, UsageError
 from chatserve.models import attention, device, quantize
-from chatserve.models.attention import Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import check, choose_policy, policy_for
 from chatserve.models.llama import Llama
 from tests import tiny
+from tests.networks import SCATTERED, Solo
 
 
 def test_auto_says_why() -> None:
@@ -174,11 +173,10 @@ def test_every_operator_of_the_metal_policy_has_a_metal_kernel(
     state = hf_model.state_dict()
     for name, place in native.destinations().items():
         place.target.load_rows(place.start, state[name])
-    kv = SequenceKV(32)
+    solo = Solo(native, SCATTERED)
     with torch.no_grad(), Recorder() as recorder:
-        native(torch.arange(20), torch.arange(20), [Segment(0, 20, 0, kv)], torch.tensor([19]))
-        one = torch.tensor([3])
-        native(one, torch.tensor([20]), [Segment(0, 1, 20, kv)], torch.tensor([0]))
+        solo.feed(range(20))
+        solo.feed([3])
     assert "_softmax" in recorder.names and ("mm" in recorder.names) != load_8bit
     assert ("_weight_int8pack_mm" in recorder.names) == load_8bit
     without = sorted(name for name in recorder.names if not has_metal_kernel(name))

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from chatserve.engine.kv_cache import SequenceKV
 from chatserve.errors import ModelLoadError
-from chatserve.models.attention import Segment
+from chatserve.models.batch import Batch, Segment
 from chatserve.models.device import choose_policy
 from chatserve.models.fallback import load_fallback, read_hf_config
 from tests import tiny
@@ -42,15 +41,17 @@ def test_logits_equal_transformers_in_prefill_step_by_step_and_batched(
     fallback = load_fallback(hf_model.config.to_dict(), state_of(hf_model), policy)
     ids = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1))
     expected = hf_model(ids[None]).logits[0]
-    cache, other = SequenceKV(40), SequenceKV(40)
-    segments = [Segment(0, 20, 0, cache), Segment(20, 30, 0, other)]
-    positions = torch.cat((torch.arange(20), torch.arange(30)))
-    rows = torch.tensor([*range(20), 49])
-    parts = [fallback(torch.cat((ids[:20], ids[:30])), positions, segments, rows)]
+    pool = fallback.build_kv_pool(6, 16)
+    first, second = (4, 1, 0), (2, 3)
+    segments = [Segment(0, 20, 0, first), Segment(20, 30, 0, second)]
+    both = Batch(
+        [*ids[:20].tolist(), *ids[:30].tolist()], [*range(20), *range(30)], segments,
+        [*range(20), 49],
+    )  # fmt: skip
+    parts = [fallback.forward(both, pool)]
     for index in range(20, 40):
-        one = ids[index : index + 1]
-        position = torch.tensor([index])
-        parts.append(fallback(one, position, [Segment(0, 1, index, cache)], torch.tensor([0])))
+        one = Batch([int(ids[index])], [index], [Segment(0, 1, index, first)], [0])
+        parts.append(fallback.forward(one, pool))
     logits = torch.cat(parts)
     scale = expected.abs().max()
     assert (logits[:20] - expected[:20]).abs().max() < tolerance * scale
@@ -61,9 +62,8 @@ def test_logits_equal_transformers_in_prefill_step_by_step_and_batched(
 def test_a_step_without_sampled_rows_gives_no_logits() -> None:
     hf_model = tiny.build_hf_model("gpt2", **MODELS["gpt2"][1])
     fallback = load_fallback(hf_model.config.to_dict(), state_of(hf_model), FLOAT32)
-    segment = Segment(0, 3, 0, SequenceKV(9))
-    none = torch.empty(0, dtype=torch.int64)
-    assert fallback(torch.arange(3), torch.arange(3), [segment], none).shape[0] == 0
+    batch = Batch([0, 1, 2], [0, 1, 2], [Segment(0, 3, 0, (0,))], [])
+    assert fallback.forward(batch, fallback.build_kv_pool(1, 16)).shape[0] == 0
 
 
 def test_a_model_with_a_running_state_is_refused() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from chatserve.engine.kv_cache import SequenceKV
-from chatserve.models.attention import Segment
+from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.device import DevicePolicy, choose_policy, policy_for
 from chatserve.models.llama import Llama
 from tests import tiny
+from tests.networks import CONSECUTIVE, SCATTERED, Solo, logits
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -47,12 +47,6 @@ def load(model: Any, policy: DevicePolicy) -> Llama:
     return native
 
 
-def prefill(native: Llama, ids: torch.Tensor, cache: SequenceKV, past: int = 0) -> torch.Tensor:
-    positions = torch.arange(past, past + len(ids))
-    segment = Segment(0, len(ids), past, cache)
-    return native(ids, positions, [segment], torch.arange(len(ids)))
-
-
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"relative error {error:.2e}"
@@ -68,14 +62,16 @@ FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
 
 
 @torch.no_grad()
-def test_logits_equal_transformers_in_prefill_and_step_by_step(family: Any) -> None:
+@pytest.mark.parametrize("block_ids", [CONSECUTIVE, SCATTERED], ids=["in one piece", "scattered"])
+def test_logits_equal_transformers_in_prefill_and_step_by_step(
+    family: Any, block_ids: tuple[int, ...]
+) -> None:
     ids = torch.randint(0, tiny.VOCAB_SIZE, (90,), generator=torch.Generator().manual_seed(1))
     expected = family(ids[None]).logits[0]
     native = load(family, FLOAT32)
-    assert_near(prefill(native, ids, SequenceKV(90)), expected)
-    cache = SequenceKV(90)
-    parts = [prefill(native, ids[:40], cache)]
-    parts += [prefill(native, ids[i : i + 1], cache, i) for i in range(40, 90)]
+    assert_near(Solo(native, block_ids).feed(ids), expected)
+    solo = Solo(native, block_ids)
+    parts = [solo.feed(ids[:40]), *(solo.feed(ids[i : i + 1]) for i in range(40, 90))]
     assert_near(torch.cat(parts), expected)
 
 
@@ -83,15 +79,15 @@ def test_logits_equal_transformers_in_prefill_and_step_by_step(family: Any) -> N
 def test_a_batch_of_sequences_gives_each_its_own_logits(family: Any) -> None:
     native = load(family, FLOAT32)
     prompts = [torch.arange(3, 3 + n) for n in (7, 30, 1)]
-    caches = [SequenceKV(40) for _ in prompts]
     segments, start = [], 0
-    for prompt, cache in zip(prompts, caches, strict=True):
-        segments.append(Segment(start, len(prompt), 0, cache))
+    for prompt, block_ids in zip(prompts, ((1, 3, 5), (0, 4, 2), (6,)), strict=True):
+        segments.append(Segment(start, len(prompt), 0, block_ids))
         start += len(prompt)
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-    last = torch.tensor([item.start + item.num_tokens - 1 for item in segments])
-    together = native(torch.cat(prompts), positions, segments, last)
-    alone = torch.stack([prefill(native, prompt, SequenceKV(40))[-1] for prompt in prompts])
+    last = [item.start + item.num_tokens - 1 for item in segments]
+    batch = Batch(torch.cat(prompts).tolist(), positions.tolist(), segments, last)
+    together = native.forward(batch, native.build_kv_pool(8, 16))
+    alone = torch.stack([logits(native, prompt)[-1] for prompt in prompts])
     assert_near(together, alone, 1e-5)
     assert together.argmax(-1).tolist() == alone.argmax(-1).tolist()
 
@@ -102,9 +98,8 @@ def test_dynamic_rope_beyond_the_trained_context_equals_transformers_decoding() 
     model = tiny.build_hf_model(max_position_embeddings=32, rope_parameters=rope)
     ids = torch.randint(0, tiny.VOCAB_SIZE, (60,), generator=torch.Generator().manual_seed(1))
     native = load(model, FLOAT32)
-    cache = SequenceKV(60)
-    ours = [prefill(native, ids[:30], cache)]
-    ours += [prefill(native, ids[i : i + 1], cache, i) for i in range(30, 60)]
+    solo = Solo(native)
+    ours = [solo.feed(ids[:30]), *(solo.feed(ids[i : i + 1]) for i in range(30, 60))]
     output = model(ids[None, :30], use_cache=True)
     theirs = [output.logits[0]]
     for index in range(30, 60):
@@ -120,4 +115,4 @@ def test_the_metal_policy_on_cpu_tensors_is_near_the_reference(family: Any) -> N
     ids = torch.arange(2, 60)
     expected = family(ids[None]).logits[0]
     native = load(family, policy_for("mps", torch.float16, load_8bit=False))
-    assert_near(prefill(native, ids, SequenceKV(58)).float(), expected, 0.02)
+    assert_near(logits(native, ids).float(), expected, 0.02)

@@ -13,16 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatserve.engine.kv_cache import SequenceKV
 from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.models import loader
-from chatserve.models.attention import Segment
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama import Llama
 from chatserve.models.loader import context_length, kv_bytes_per_token, load_model
-from tests import tiny
+from tests import networks, tiny
 
 FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
 IDS = torch.arange(5, 45)
@@ -38,8 +36,7 @@ def load(folder: Path, policy: DevicePolicy, **options: Any) -> Llama | Fallback
 def logits(folder: Path, **options: Any) -> torch.Tensor:
     policy = choose_policy("cpu", "float32", load_8bit=options.pop("load_8bit", False))
     model = load(folder, policy, **options)
-    segment = Segment(0, len(IDS), 0, SequenceKV(len(IDS)))
-    return model(IDS, torch.arange(len(IDS)), [segment], torch.arange(len(IDS)))
+    return networks.logits(model, IDS)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
