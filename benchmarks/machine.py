@@ -5,30 +5,34 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 import chatserve
 
+# what decides which kernels an engine picks
+_TELLING = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+
 
 def describe() -> dict[str, object]:
-    """Commit, date-free machine description, versions."""
+    """Commit, machine, versions; no date, so that lines of one state compare equal."""
+    model_name, flags = _cpu()
     return {
         "commit": _commit(),
         "chatserve": chatserve.__version__,
-        "cpu": _cpu_name(),
+        "cpu": model_name,
+        "cpu_flags": " ".join(flag for flag in _TELLING if flag in flags),
         "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": _version("torch"),
         "python": platform.python_version(),
     }
 
 
 def _commit() -> str:
+    """With `-dirty` where the tree differs from the commit."""
     try:
         result = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
             cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
@@ -36,9 +40,21 @@ def _commit() -> str:
     return result.stdout.strip()
 
 
-def _cpu_name() -> str:
+def _cpu() -> tuple[str, frozenset[str]]:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+        return platform.processor(), frozenset()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    flags = facts.get("flags") or facts.get("Features") or ""
+    return facts.get("model name", platform.processor()), frozenset(flags.split())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""One module per engine that is compared: how it is started, asked and read."""
