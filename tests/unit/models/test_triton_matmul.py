@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.models.triton_device import DEVICE, is_close
+
 # isort: split
 
 from chatserve.models.quantize import quantise_rows

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.unit.models.triton_device import DEVICE, is_close
+
 # isort: split
 
 from chatserve.models.config import RopeConfig
