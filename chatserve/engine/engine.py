@@ -77,6 +77,11 @@ class Engine:
         return self._scheduler.num_waiting
 
     @property
+    def num_preempted(self) -> int:
+        """How often a running sequence has had to give its blocks back."""
+        return self._scheduler.num_preempted
+
+    @property
     def num_free_kv_tokens(self) -> int:
         return self._blocks.num_free_blocks * self._blocks.block_size
 

@@ -12,7 +12,7 @@ from chatserve.engine.async_engine import AsyncEngine, TokenStream
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
-from tests.unit.engine.test_engine import GREEDY, NUM_KV_TOKENS, Scripted, scripted_engine, text
+from tests.unit.engine.scripted import GREEDY, NUM_KV_TOKENS, Scripted, scripted_engine, text
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=5000, ignore_eos=True)
 PROMPT = [0, 1, 2, 3]

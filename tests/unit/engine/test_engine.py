@@ -1,9 +1,6 @@
-"""The engine on a tiny random model: batches, limits, ends, faults. No HTTP, no asyncio."""
+"""The engine with a scripted model: ends, limits, faults. No HTTP, no asyncio."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -11,70 +8,17 @@ import torch
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, OutOfMemory
-from chatserve.models.batch import Batch
-from chatserve.models.config import ModelConfig
-from chatserve.models.device import choose_policy
-from chatserve.models.llama import Llama
 from tests import tiny
-from tests.unit.engine.ledger import LedgerModel, LedgerPool
-
-
-class ByteTokenizer:
-    """Token n is byte n; three special ids after them."""
-
-    eos_ids = frozenset({tiny.EOS_ID})
-    forbidden_ids = frozenset(range(tiny.EOS_ID + 1, tiny.VOCAB_SIZE))
-    strips_leading_space = True
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < 256 else b""
-
-
-class Scripted(LedgerModel):
-    """A model that continues every sequence with a script, and fails when it is told to."""
-
-    def __init__(self, script: str, *, eos: bool = True) -> None:
-        super().__init__()
-        self.ids = [*script.encode(), *([tiny.EOS_ID] if eos else [])]
-        self.failures: dict[int, Exception] = {}
-        self.nan_first_ids: set[int] = set()
-
-    def forward(self, batch: Batch, pool: LedgerPool) -> torch.Tensor:
-        logits = super().forward(batch, pool)
-        for segment in batch.segments:
-            first, *_ = pool.history(segment, 1)
-            if first in self.failures:
-                raise self.failures[first]
-        return logits
-
-    def write_row(self, row: torch.Tensor, history: list[int]) -> None:
-        row[self.ids[(len(history) - PROMPT_LEN) % len(self.ids)]] = 9.0
-        if history[0] in self.nan_first_ids:
-            row[3] = torch.nan
-
-
-PROMPT_LEN = 4
-NUM_KV_TOKENS = 9_984  # 312 blocks
-GREEDY = SamplingParams(temperature=0, max_tokens=64)
-
-
-def scripted_engine(script: str, *, eos: bool = True, **options: Any) -> tuple[Engine, Scripted]:
-    model = Scripted(script, eos=eos)
-    return Engine(model, ByteTokenizer(), num_kv_tokens=NUM_KV_TOKENS, **options), model
-
-
-def drain(engine: Engine) -> dict[str, list[TokenEvent]]:
-    events: dict[str, list[TokenEvent]] = {}
-    for _ in range(5000):
-        if not engine.has_work:
-            return events
-        for event in engine.step():
-            events.setdefault(event.seq_id, []).append(event)
-    raise AssertionError("the engine never finished")
-
-
-def text(events: Iterable[TokenEvent]) -> str:
-    return "".join(event.text for event in events)
+from tests.unit.engine.scripted import (
+    GREEDY,
+    NUM_KV_TOKENS,
+    PROMPT_LEN,
+    ByteTokenizer,
+    Scripted,
+    drain,
+    scripted_engine,
+    text,
+)
 
 
 def generate(engine: Engine, **requests: SamplingParams) -> dict[str, list[TokenEvent]]:
@@ -224,92 +168,3 @@ def test_a_prompt_the_model_cannot_read_is_refused(prompt: list[int]) -> None:
     with pytest.raises(InvalidRequest):
         engine.add("a", prompt, GREEDY)
     assert not engine.has_work
-
-
-# Equalities on a real (tiny) network, float32, token for token.
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    hf_model = tiny.build_hf_model()
-    native = Llama(
-        ModelConfig.from_hf(hf_model.config.to_dict()),
-        choose_policy("cpu", "float32", load_8bit=False),
-    )
-    state = hf_model.state_dict()
-    for name, place in native.destinations().items():
-        place.target.load_rows(place.start, state[name])
-    return native
-
-
-PROMPTS = {"a": [5, 6, 7], "b": list(range(100)), "c": [9] * 17, "d": [1]}
-MIXED = {
-    "a": SamplingParams(max_tokens=20, seed=1, ignore_eos=True),
-    "b": SamplingParams(max_tokens=30, temperature=0, ignore_eos=True),
-    "c": SamplingParams(max_tokens=25, seed=2, top_p=0.9, presence_penalty=1, ignore_eos=True),
-    "d": SamplingParams(max_tokens=15, seed=3, top_k=40, temperature=1.5, ignore_eos=True),
-}
-
-
-def tokens(model: Llama, names: str, **options: Any) -> dict[str, list[int]]:
-    engine = Engine(model, ByteTokenizer(), num_kv_tokens=10_000, **options)
-    for name in names:
-        engine.add(name, PROMPTS[name], MIXED[name])
-    return {
-        name: [token_id for event in events for token_id in event.token_ids]
-        for name, events in drain(engine).items()
-    }
-
-
-def alone(model: Llama) -> dict[str, list[int]]:
-    return {name: tokens(model, name)[name] for name in PROMPTS}
-
-
-def test_batched_equals_alone(model: Llama) -> None:
-    assert tokens(model, "abcd") == alone(model)
-
-
-def test_chunked_prefill_equals_whole(model: Llama) -> None:
-    assert tokens(model, "abcd", max_num_batched_tokens=7) == alone(model)
-
-
-def test_waiting_equals_undisturbed(model: Llama) -> None:
-    assert tokens(model, "dcba", max_num_seqs=1) == alone(model)
-
-
-def test_a_seed_repeats_and_another_choice_differs(model: Llama) -> None:
-    engine = Engine(model, ByteTokenizer(), num_kv_tokens=10_000)
-    for choice in (0, 1):
-        engine.add(str(choice), PROMPTS["a"], MIXED["a"], choice=choice)
-    first, second = (
-        [event.token_ids for event in events] for _, events in sorted(drain(engine).items())
-    )
-    assert first != second
-    assert [token_id for (token_id,) in first] == tokens(model, "a")["a"]
-
-
-def test_forbidden_ids_are_never_produced(model: Llama) -> None:
-    produced = {token_id for ids in tokens(model, "abcd").values() for token_id in ids}
-    assert not produced & ByteTokenizer.forbidden_ids
-
-
-def test_a_batch_that_failed_half_way_leaves_no_trace(model: Llama) -> None:
-    """The first layers have stored keys and values when the last block raises."""
-    block = model.blocks[-1]
-    num_calls = 0
-
-    def fails_once(*arguments: Any) -> torch.Tensor:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == 4:
-            raise RuntimeError("a kernel failed")
-        return block(*arguments)
-
-    model.blocks[-1] = fails_once  # type: ignore[call-overload]
-    try:
-        disturbed = tokens(model, "ab")
-    finally:
-        model.blocks[-1] = block
-    assert num_calls > 4
-    undisturbed = alone(model)
-    assert disturbed == {name: undisturbed[name] for name in "ab"}
