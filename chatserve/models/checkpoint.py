@@ -104,8 +104,8 @@ class ShardedWeights:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._shards[self._home[name]].read(name)
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        return self._shards[self._home[name]].read(name, rows)
 
     def close(self) -> None:
         for source in self._shards.values():

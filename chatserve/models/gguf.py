@@ -83,16 +83,15 @@ class GGUFWeights:
         headers = self._file.tensors()
         return {name: headers[raw]._replace(name=name) for name, raw in self._sources.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU, contiguous; quantised types as float32."""
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """One tensor on the CPU, or some of its rows, contiguous; quantised types as float32."""
         source = self._sources.get(name)
         if source is None:
             raise ModelLoadError(f"{self._file.path} has no tensor for {name!r}; download it again")
-        tensor = self._file.read(source)
         layer = _LAYER.fullmatch(source)
         if self._is_interleaved and layer and layer[2] in ("attn_q", "attn_k"):
-            return self._halves(tensor, self._num_heads[layer[2][-1]], source)
-        return tensor
+            return self._read_halves(source, self._num_heads[layer[2][-1]], rows)
+        return self._file.read(source, rows)
 
     def close(self) -> None:
         """Close the file."""
@@ -159,15 +158,20 @@ class GGUFWeights:
             )
         return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
 
-    def _halves(self, tensor: torch.Tensor, num_heads: int, name: str) -> torch.Tensor:
+    def _read_halves(self, name: str, num_heads: int, rows: range | None) -> torch.Tensor:
         """Undo the converter's permutation of rows: in each head (D/2, 2) goes back to (2, D/2)."""
-        rows = tensor.shape[0]
-        if rows % (2 * num_heads):
+        num_rows = self._file.tensors()[name].shape[0]
+        if num_rows % (2 * num_heads):
             self._fail(
-                f"tensor {quote(name)} has {rows:,} rows, which {num_heads} heads do not share"
+                f"tensor {quote(name)} has {num_rows:,} rows, which {num_heads} heads do not share"
             )
-        pairs = tensor.reshape(num_heads, rows // num_heads // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(tensor.shape)
+        dim = num_rows // num_heads
+        wanted = range(num_rows) if rows is None else rows
+        whole = range(wanted.start // dim * dim, -(-wanted.stop // dim) * dim)  # whole heads
+        tensor = self._file.read(name, whole)
+        pairs = tensor.reshape(len(whole) // dim, dim // 2, 2, -1)
+        halves = pairs.transpose(1, 2).reshape(tensor.shape)
+        return halves[wanted.start - whole.start : wanted.stop - whole.start]
 
     def _fail(self, what: str) -> NoReturn:
         raise ModelLoadError(f"{self._file.path}: {what}; take another conversion of the model")

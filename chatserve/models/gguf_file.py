@@ -1,11 +1,12 @@
 """GGUFFile: the metadata and the tensors of one GGUF file, safe on hostile ones.
 
 Raw GGUF names; knows no architecture. Version 2 and 3, little-endian. Tensors are read one at a
-time into their final memory; nothing is mapped.
+time, or some rows of one; nothing is mapped.
 """
 
 from __future__ import annotations
 
+import math
 import stat
 import threading
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 from chatserve.errors import ModelLoadError
 from chatserve.models.gguf_header import AGAIN, Entry, Header, quote, read_header
 from chatserve.models.gguf_quants import Dequantize
+from chatserve.models.weight_file import allocate
 from chatserve.models.weights import TensorInfo
 
 _CHUNK_VALUES = 1 << 18  # per step of a dequantisation: its temporaries stay in the CPU's cache
@@ -55,26 +57,33 @@ class GGUFFile:
         """Headers by GGUF name, in disk order."""
         return {name: entry.info for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU: F32, F16 and BF16 as stored, quantised types as float32.
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """The tensor or `rows` of it, on the CPU: F32, F16, BF16 as stored, quantised as float32.
 
         Raises `ModelLoadError` when the file cannot be read or ends before the tensor does.
         """
         entry = self._entries.get(name)
         if entry is None:
             raise ModelLoadError(f"{self.path} has no tensor {quote(name)}; {AGAIN}")
-        tensor = torch.empty(entry.info.shape, dtype=entry.info.dtype)
+        shape, skip = entry.info.shape, 0
+        if rows is not None:
+            skip = rows.start * entry.info.num_bytes // shape[0]
+            shape = (len(rows), *shape[1:])
+        dtype = entry.info.dtype
+        tensor = allocate(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
         if entry.kind.dequantize is None:
-            self._read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, entry, 0)
+            self._read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, entry, skip)
         else:
-            self._dequantize_into(tensor, entry, entry.kind.dequantize)
+            self._dequantize_into(tensor, entry, skip, entry.kind.dequantize)
         return tensor
 
     def close(self) -> None:
         """Close the file; reading afterwards raises `ModelLoadError`."""
         self._file.close()
 
-    def _dequantize_into(self, tensor: torch.Tensor, entry: Entry, dequantize: Dequantize) -> None:
+    def _dequantize_into(
+        self, tensor: torch.Tensor, entry: Entry, skip: int, dequantize: Dequantize
+    ) -> None:
         kind = entry.kind
         out = tensor.numpy().reshape(-1, kind.block_size)
         step = _CHUNK_VALUES // kind.block_size
@@ -82,7 +91,7 @@ class GGUFFile:
         with np.errstate(all="ignore"):  # scales that are NaN or infinite stay what they are
             for start in range(0, len(out), step):
                 blocks = raw[: len(out) - start]
-                self._read_into(blocks.data, entry, start * kind.block_bytes)
+                self._read_into(blocks.data, entry, skip + start * kind.block_bytes)
                 dequantize(blocks, out[start : start + step])
 
     def _read_into(self, buffer: memoryview, entry: Entry, skip: int) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint to network: tensors stream into their final dtype on their final device.
 
-One checkpoint tensor is resident at a time, so the peak stays near the final size. No network code.
+Some rows of one checkpoint tensor are resident at a time, so the peak stays near the final size,
+whatever the largest tensor is and however much it grows on the way. No network code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config, refusals
 from chatserve.models.llama import Destination, Llama
 from chatserve.models.memory import available_bytes, in_gb
-from chatserve.models.weights import TensorInfo, WeightSource
+from chatserve.models.weights import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
 
 _WORKING_BYTES = 300 << 20  # the interpreter, one tensor's slices, the first KV buffers
+_SLICE_VALUES = 1 << 20  # read at a time; measured: larger ones leave larger holes in the heap
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
 
@@ -49,10 +51,16 @@ def load_model(
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
     wanted = _match(destinations, infos, checkpoint)
+    meter = _Meter(wanted, report)
     with torch.inference_mode():
-        for name, tensor in _stream(checkpoint.weights, wanted, report):
-            place = destinations[name]
-            place.target.load_rows(place.start, tensor)
+        for info in wanted:
+            place = destinations[info.name]
+            for rows in _slices(info.shape):
+                # no name for what is read: it would stay until the next rows are there
+                place.target.load_rows(
+                    place.start + rows.start, checkpoint.weights.read(info.name, rows)
+                )
+                meter.add(info.num_bytes * len(rows) // info.shape[0])
     return model
 
 
@@ -157,16 +165,24 @@ def _match(
     return [info for name, info in infos.items() if name in destinations]
 
 
-def _stream(
-    source: WeightSource, wanted: list[TensorInfo], report: Progress
-) -> Iterator[tuple[str, torch.Tensor]]:
-    total = sum(info.num_bytes for info in wanted)
-    done = 0
-    report(done, total)
-    for info in wanted:
-        yield info.name, source.read(info.name)
-        done += info.num_bytes
-        report(done, total)
+class _Meter:
+    """Reports how many bytes of the wanted tensors have been read."""
+
+    def __init__(self, wanted: list[TensorInfo], report: Progress) -> None:
+        self._done, self._total = 0, sum(info.num_bytes for info in wanted)
+        self._report = report
+        self.add(0)
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._report(self._done, self._total)
+
+
+def _slices(shape: tuple[int, ...]) -> Iterator[range]:
+    """All rows of a tensor, some at a time."""
+    step = max(1, _SLICE_VALUES // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        yield range(start, min(start + step, shape[0]))
 
 
 def _load_fallback(checkpoint: Checkpoint, policy: DevicePolicy, report: Progress) -> FallbackModel:
@@ -178,9 +194,11 @@ def _load_fallback(checkpoint: Checkpoint, policy: DevicePolicy, report: Progres
         "%s is not of the Llama family: it runs through transformers, slower than natively",
         (checkpoint.config.get("architectures") or ["this model"])[0],
     )
-    state = {
-        name: tensor.to(policy.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in _stream(checkpoint.weights, infos, report)
-        if not _IGNORED.match(name)
-    }
+    meter = _Meter(infos, report)
+    state: dict[str, torch.Tensor] = {}
+    for info in infos:
+        if not _IGNORED.match(info.name):
+            dtype = policy.dtype if info.dtype.is_floating_point else info.dtype
+            state[info.name] = checkpoint.weights.read(info.name).to(dtype)
+        meter.add(info.num_bytes)
     return load_fallback(checkpoint.config, state, policy)

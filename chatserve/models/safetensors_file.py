@@ -73,10 +73,10 @@ class SafetensorsFile:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         info = self._tensors[name]
         return self._file.read_tensor(
-            self._data_offset + self._begins[name], info.shape, info.dtype
+            self._data_offset + self._begins[name], info.shape, info.dtype, rows
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,10 +63,13 @@ class TorchBinFile:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         view, offset = self._views[name]
         if view.is_contiguous:
-            return self._file.read_tensor(offset, view.shape, view.dtype)
+            return self._file.read_tensor(offset, view.shape, view.dtype, rows)
+        if rows is not None:
+            offset += rows.start * view.stride[0] * view.dtype.itemsize
+            view = replace(view, shape=(len(rows), *view.shape[1:]))
         span = self._file.read_tensor(offset, (view.span,), view.dtype)
         return span.as_strided(view.shape, view.stride).contiguous()
 

@@ -42,10 +42,18 @@ class WeightFile:
         self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
-    def read_tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous CPU tensor from the bytes at `offset`. Raises `ModelLoadError`."""
+    def read_tensor(
+        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, rows: range | None = None
+    ) -> torch.Tensor:
+        """A contiguous CPU tensor from the bytes at `offset`, or only `rows` of it.
+
+        Raises `ModelLoadError`.
+        """
+        if rows is not None:
+            offset += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (len(rows), *shape[1:])
         num_bytes = self._checked(offset, math.prod(shape) * dtype.itemsize)
-        buffer = _allocate(num_bytes)
+        buffer = allocate(num_bytes)
         self._fill(buffer.numpy().data, offset)
         # A bool whose byte is neither 0 nor 1 behaves differently from kernel to kernel.
         flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
@@ -76,7 +84,7 @@ class WeightFile:
                 raise ModelLoadError(f"{self.path}: cannot be read ({error.strerror})") from error
 
 
-def _allocate(num_bytes: int) -> torch.Tensor:
+def allocate(num_bytes: int) -> torch.Tensor:
     """Uninitialised bytes whose memory goes back to the system together with the tensor.
 
     From the C allocator, tensors that come and go in turn grow the heap hole by hole: ten tensors

@@ -1,4 +1,4 @@
-"""What a checkpoint looks like to the loader: names, headers, one tensor at a time.
+"""What a checkpoint looks like to the loader: names, headers, a tensor or some rows at a time.
 
 Knows no file format and no family; safetensors, `.bin` and GGUF readers implement `WeightSource`.
 """
@@ -26,8 +26,11 @@ class WeightSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Headers of all tensors, in disk order; reads no weights."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, contiguous; only this tensor becomes resident."""
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """The tensor on the CPU, contiguous; only what is returned becomes resident.
+
+        `rows`: neighbours, read alone. Of a vector that GGUF holds quantised: whole blocks.
+        """
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""

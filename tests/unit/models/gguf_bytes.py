@@ -11,7 +11,7 @@ import numpy as np
 
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL = range(8)
 STRING, ARRAY, UINT64, INT64, FLOAT64 = range(8, 13)
-F32, F16, Q4_0, Q8_0, Q4_K, BF16 = 0, 1, 2, 8, 12, 30
+F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, BF16 = 0, 1, 2, 3, 8, 12, 30
 
 
 def u32(value: int) -> bytes:
@@ -65,10 +65,13 @@ def write_model(
     architecture: str,
     tensors: Mapping[str, np.ndarray],
     keys: Mapping[str, Any] | None = None,
+    *,
+    kind: int | None = None,
 ) -> Path:
     """A model of 2 layers, 8 wide, 2 heads, 1 key/value head, written by llama.cpp's own package.
 
     `keys` without a general or tokenizer prefix are the architecture's; None leaves one out.
+    Tensors of bytes are blocks of the type `kind`.
     """
     import gguf
 
@@ -83,7 +86,8 @@ def write_model(
         full = key if key.startswith(("general.", "tokenizer.", "split.")) else None
         _add(writer, full or f"{architecture}.{key}", value)
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        blocks = gguf.GGMLQuantizationType(kind) if values.dtype == np.uint8 else None
+        writer.add_tensor(name, values, raw_dtype=blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -88,6 +88,7 @@ def test_every_layout_opens_and_reads_back_equal(tmp_path: Path, layout: str) ->
         for name, tensor in TENSORS.items():
             assert weights.tensors()[name][1:] == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
             assert weights.read(name).equal(tensor)
+            assert weights.read(name, range(1, 3)).equal(tensor[1:3])
 
 
 @pytest.mark.parametrize("layout", ["safetensors sharded", "bin sharded"])

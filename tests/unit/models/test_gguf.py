@@ -170,6 +170,9 @@ def test_the_converters_permutation_is_undone(opened: Open) -> None:
     for name in "qk":
         found = weights.read(f"model.layers.1.self_attn.{name}_proj.weight")
         assert np.array_equal(found.numpy(), original[name].astype(np.float32))
+        for rows in (range(3), range(3, 7), range(2, len(found))):  # across halves and heads
+            part = weights.read(f"model.layers.1.self_attn.{name}_proj.weight", rows)
+            assert part.is_contiguous() and part.equal(found[rows.start : rows.stop])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])

@@ -129,6 +129,8 @@ def test_tensors_come_back_in_their_own_dtype_and_in_disk_order(tmp_path: Path) 
             assert info.num_bytes == item.n_bytes
             assert found.is_contiguous()
             assert np.array_equal(found.float().numpy(), expected)
+            part = file.read(item.name, range(1, len(expected)))
+            assert np.array_equal(part.float().numpy(), expected[1:])
 
 
 def test_version_2_and_another_alignment_are_read(tmp_path: Path) -> None:

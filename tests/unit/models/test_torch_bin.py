@@ -81,6 +81,11 @@ def test_views_of_shared_storage_are_read_as_their_own_contiguous_tensors(tmp_pa
     }
     torch.save(tensors, tmp_path / "x.bin")
     check(tmp_path / "x.bin", tensors)
+    with closing(TorchBinFile(tmp_path / "x.bin")) as source:
+        for name, tensor in tensors.items():
+            for rows in (range(1), range(1, len(tensor))):
+                part = source.read(name, rows)
+                assert part.is_contiguous() and part.equal(tensor[rows.start : rows.stop])
 
 
 def test_a_module_state_dict_with_metadata_and_parameters(tmp_path: Path) -> None:
