@@ -26,6 +26,10 @@ BLOCK_SIZE = 32
 """Tokens of a KV block."""
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 PLAIN, GATE, UP = 0, 1, 2
+PARTS = (
+    "embed", "quantise", "qkv", "rotate", "attend", "output", "gate_up", "down", "head", "wait",
+)  # fmt: skip
+"""Parts of a step that `cs_network_set_profile` tells apart, in its order."""
 
 LIBRARY = Path(__file__).parent / "lib" / "libchatserve_kernels.so"
 
@@ -100,6 +104,8 @@ _FUNCTIONS = {
     "cs_network_set_layer": (c_int, c_void_p, c_int, POINTER(Layer)),
     "cs_network_set_ends": (c_int, c_void_p, POINTER(Ends)),
     "cs_network_set_threads": (c_int, c_void_p, c_int),
+    "cs_network_set_prefetch": (c_int, c_void_p, c_size_t),
+    "cs_network_set_profile": (c_int, c_void_p, c_void_p),
     "cs_network_forward": (c_int, c_void_p, c_void_p, POINTER(Step)),
     "cs_pool_create": (c_void_p, POINTER(Shape), c_int),
     "cs_pool_destroy": (None, c_void_p),

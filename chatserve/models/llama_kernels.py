@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import torch
 from chatserve.errors import DoesNotFit
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
-from chatserve.models.batch import Batch
+from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.destinations import (
     BlockTargets,
@@ -37,6 +38,9 @@ _DTYPES = {
     torch.float16: library.FLOAT16,
     torch.bfloat16: library.BFLOAT16,
 }
+PREFETCHES = (0, 8192)
+"""Bytes ahead that are tried."""
+_TUNING_S = 0.05  # for one setting, where a step is no longer
 _MAX_HEAD_DIM = 256
 _MAX_COLUMNS = 1 << 16
 
@@ -52,6 +56,13 @@ class Packing:
     def bytes_per_weight(self) -> float:
         """Codes and, where grouped, half-precision scales; a row's own scale is not counted."""
         return self.bits / 8 + (2 / library.GROUP if self.is_grouped else 0)
+
+
+class Tuning(NamedTuple):
+    """What the fastest step depends on beside the weights."""
+
+    num_threads: int
+    prefetch: int
 
 
 def misfit(config: ModelConfig) -> str | None:
@@ -319,26 +330,48 @@ class KernelLlama:
         _check(self._functions.cs_network_set_threads(self._network, num_threads))
         self.num_threads = num_threads
 
-    def choose_threads(self, pool: KernelKVPool, candidates: Sequence[int]) -> Mapping[int, float]:
-        """Measure a one-token step with each number of threads, keep the fastest.
+    def set_prefetch(self, num_bytes: int) -> None:
+        """How far ahead weights are fetched; 0 leaves it to the processor. Changes no result."""
+        _check(self._functions.cs_network_set_prefetch(self._network, num_bytes))
 
-        Uses the first block of `pool`. Returns the seconds of each candidate.
+    def tune(self, pool: KernelKVPool, thread_counts: Sequence[int]) -> Mapping[Tuning, float]:
+        """Measure a one-token step with each number of threads and each prefetch, keep the fastest.
+
+        Whether fetching ahead helps differs by maker: half as fast on one, a third faster on
+        another. Uses the first block of `pool`. Returns the seconds of each setting.
         """
-        from chatserve.models.batch import Segment
-
-        batch = Batch([0], [0], [Segment(0, 1, 0, [0])], [0])
-        seconds: dict[int, float] = {}
-        for number in candidates:
-            self.set_num_threads(number)
-            self.forward(batch, pool)
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                self.forward(batch, pool)
-                times.append(time.perf_counter() - start)
-            seconds[number] = min(times)
-        self.set_num_threads(min(seconds, key=seconds.__getitem__))
+        seconds: dict[Tuning, float] = {}
+        for num_threads in thread_counts:
+            self.set_num_threads(num_threads)
+            for prefetch in PREFETCHES:
+                self.set_prefetch(prefetch)
+                seconds[Tuning(num_threads, prefetch)] = self._time_step(pool)
+        best = min(seconds, key=seconds.__getitem__)
+        self.set_num_threads(best.num_threads)
+        self.set_prefetch(best.prefetch)
         return seconds
+
+    def _time_step(self, pool: KernelKVPool) -> float:
+        batch = Batch([0], [0], [Segment(0, 1, 0, [0])], [0])
+
+        def timed() -> float:
+            start = time.perf_counter()
+            self.forward(batch, pool)
+            return time.perf_counter() - start
+
+        first = timed()
+        repeats = max(1, min(8, int(_TUNING_S / first)))
+        return min(timed() for _ in range(repeats))
+
+    def profile(self, run: Callable[[], None]) -> Mapping[str, int]:
+        """Nanoseconds that the first thread spends on each part of the steps in `run`."""
+        parts = np.zeros(len(library.PARTS), np.uint64)
+        _check(self._functions.cs_network_set_profile(self._network, parts.ctypes.data))
+        try:
+            run()
+        finally:
+            _check(self._functions.cs_network_set_profile(self._network, None))
+        return dict(zip(library.PARTS, parts.tolist(), strict=True))
 
     def _shape(self) -> library.Shape:
         config = self.config

@@ -44,18 +44,28 @@ const PackedMatrix* matrix_of(const cs_matrix* handle) {
   return handle ? &handle->matrix : nullptr;
 }
 
-bool has_size(const cs_matrix* handle, int rows, int columns) {
-  return handle && handle->matrix.view().rows == rows && handle->matrix.view().columns == columns;
+// Whether `network` can multiply by the matrix as one of so many rows and columns.
+bool fits(const Network& network, const cs_matrix* handle, int rows, int columns) {
+  return handle && handle->matrix.view().rows == rows && handle->matrix.view().columns == columns &&
+         &handle->matrix.level() == &network.level();
 }
 
 bool is_within(int value, int limit) { return value >= 0 && value < limit; }
 
+// Far above every real network, and low enough that no product of sizes overflows.
+constexpr int kMaxLayers = 1 << 12, kMaxVocab = 1 << 24, kMaxRows = 1 << 20;
+constexpr int kMaxPositions = 1 << 28, kMaxBlocks = 1 << 24;
+
+bool is_width(long size) { return size > 0 && size % kGroup == 0 && size <= kMaxColumns; }
+
+bool is_count(int value, int limit) { return value > 0 && value <= limit; }
+
 bool is_valid(const cs_shape& s) {
-  return s.hidden > 0 && s.hidden % kGroup == 0 && s.ffn > 0 && s.ffn % kGroup == 0 &&
-         s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0 &&
-         s.head_dim > 0 && s.head_dim % 16 == 0 && s.head_dim <= kMaxHeadDim &&
-         s.num_heads * s.head_dim % kGroup == 0 && s.num_layers > 0 && s.vocab > 0 &&
-         s.max_rows > 0 && s.max_positions > 0;
+  return is_width(s.hidden) && is_width(s.ffn) && is_count(s.head_dim, kMaxHeadDim) &&
+         s.head_dim % 16 == 0 && s.num_heads > 0 && is_width(long{s.num_heads} * s.head_dim) &&
+         is_count(s.num_kv_heads, s.num_heads) && s.num_heads % s.num_kv_heads == 0 &&
+         is_count(s.num_layers, kMaxLayers) && is_count(s.vocab, kMaxVocab) &&
+         is_count(s.max_rows, kMaxRows) && is_count(s.max_positions, kMaxPositions);
 }
 
 // Whether every index of a step lies inside what it points into.
@@ -88,8 +98,8 @@ bool is_valid(const cs_step& step, const NetworkShape& shape, const KVPool& pool
   for (int i = 0; i < step.num_outputs; i++) {
     if (!is_within(step.output_rows[i], step.num_rows)) return false;
   }
-  return step.num_outputs == 0 ||
-         (step.logits && step.logits_stride >= static_cast<size_t>(shape.vocab));
+  const size_t width = (static_cast<size_t>(shape.vocab) + kPanelRows - 1) / kPanelRows * kPanelRows;
+  return step.num_outputs == 0 || (step.logits && step.logits_stride >= width);
 }
 
 }  // namespace
@@ -113,7 +123,7 @@ void cs_team_destroy(cs_team* team) { delete team; }
 
 cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped) {
   const LevelKernels* kernels = find_level(level);
-  if (!kernels || rows < 1 || columns < kGroup || columns % kGroup || columns > 1 << 16 ||
+  if (!kernels || rows < 1 || columns < kGroup || columns % kGroup || columns > kMaxColumns ||
       (bits != 8 && bits != 4) || (bits == 4 && !is_grouped)) {
     return nullptr;
   }
@@ -171,13 +181,14 @@ cs_network* cs_network_create(const cs_shape* s, const char* level, cs_team* tea
 void cs_network_destroy(cs_network* network) { delete network; }
 
 int cs_network_set_layer(cs_network* network, int index, const cs_layer* layer) {
-  const NetworkShape& s = network->network.shape();
+  const Network& n = network->network;
+  const NetworkShape& s = n.shape();
   const int heads_out = s.num_heads * s.head_dim;
   if (!is_within(index, s.num_layers) || layer->window < 0 || !layer->attention_norm ||
       !layer->mlp_norm ||
-      !has_size(layer->qkv, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden) ||
-      !has_size(layer->output, s.hidden, heads_out) ||
-      !has_size(layer->gate_up, 2 * s.ffn, s.hidden) || !has_size(layer->down, s.hidden, s.ffn)) {
+      !fits(n, layer->qkv, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim, s.hidden) ||
+      !fits(n, layer->output, s.hidden, heads_out) ||
+      !fits(n, layer->gate_up, 2 * s.ffn, s.hidden) || !fits(n, layer->down, s.hidden, s.ffn)) {
     return CS_BAD_ARGUMENT;
   }
   network->network.set_layer(
@@ -190,7 +201,7 @@ int cs_network_set_layer(cs_network* network, int index, const cs_layer* layer) 
 
 int cs_network_set_ends(cs_network* network, const cs_ends* ends) {
   const NetworkShape& s = network->network.shape();
-  if (!has_size(ends->head, s.vocab, s.hidden) || !ends->norm || !ends->cos || !ends->sin ||
+  if (!fits(network->network, ends->head, s.vocab, s.hidden) || !ends->norm || !ends->cos || !ends->sin ||
       (ends->embedding && ends->embedding_dtype != 0 && ends->embedding_dtype != 2)) {
     return CS_BAD_ARGUMENT;
   }
@@ -206,8 +217,23 @@ int cs_network_set_threads(cs_network* network, int num_threads) {
   return network->network.create_scores() ? CS_OK : CS_NO_MEMORY;
 }
 
+int cs_network_set_prefetch(cs_network* network, size_t ahead) {
+  network->network.set_prefetch(ahead);
+  return CS_OK;
+}
+
+int cs_network_set_profile(cs_network* network, uint64_t* nanoseconds) {
+  static_assert(CS_NUM_PARTS == kNumParts, "interface.h names the parts");
+  network->network.set_profile(nanoseconds);
+  return CS_OK;
+}
+
 int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) {
-  if (!is_valid(*step, network->network.shape(), pool->pool)) return CS_BAD_ARGUMENT;
+  const Network& n = network->network;
+  if (!n.is_complete() || !pool->pool.fits(n.shape()) ||
+      !is_valid(*step, n.shape(), pool->pool)) {
+    return CS_BAD_ARGUMENT;
+  }
   network->network.forward(pool->pool,
                            {step->num_rows, step->num_segments, step->num_outputs, step->tokens,
                             step->positions, step->segment_starts, step->segment_rows,
@@ -217,7 +243,7 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
 }
 
 cs_pool* cs_pool_create(const cs_shape* s, int num_blocks) {
-  if (!is_valid(*s) || num_blocks < 1) return nullptr;
+  if (!is_valid(*s) || !is_count(num_blocks, kMaxBlocks)) return nullptr;
   const NetworkShape shape = {s->hidden, s->num_heads,  s->num_kv_heads, s->head_dim,      s->ffn,
                               s->num_layers, s->vocab, s->max_rows,     s->max_positions, s->eps};
   cs_pool* handle = new (std::nothrow) cs_pool;

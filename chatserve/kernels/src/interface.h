@@ -21,6 +21,9 @@ enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 #define CS_API
 #endif
 
+// embed, quantise, qkv, rotate, attend, output, gate_up, down, head, wait
+#define CS_NUM_PARTS 10
+
 typedef struct cs_team cs_team;
 typedef struct cs_matrix cs_matrix;
 typedef struct cs_network cs_network;
@@ -84,6 +87,10 @@ CS_API int cs_network_set_layer(cs_network* network, int index, const cs_layer* 
 CS_API int cs_network_set_ends(cs_network* network, const cs_ends* ends);
 // Also resizes the team, which no other network may use.
 CS_API int cs_network_set_threads(cs_network* network, int num_threads);
+// A hint that changes no result: bytes by which weights are fetched ahead in a one-token step.
+CS_API int cs_network_set_prefetch(cs_network* network, size_t ahead);
+// Adds the first thread's time of each part of a step to nanoseconds[CS_NUM_PARTS]; null: stop.
+CS_API int cs_network_set_profile(cs_network* network, uint64_t* nanoseconds);
 CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step);
 
 CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);

@@ -13,6 +13,7 @@ constexpr int kPanelRows = 32;  // output rows that are packed together
 constexpr int kBlockSize = 32;  // token places of a KV block
 constexpr int kKeyLanes = 16;   // positions side by side in a block's keys
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxColumns = 1 << 16;
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
@@ -73,8 +74,10 @@ struct LevelKernels {
   int offset8, offset4;  // added to signed codes in storage
   void (*pack)(const Matrix&, int start, int num_rows, const void* rows, Dtype, RowMap);
   void (*unpack_row)(const Matrix&, int row, float* out);
+  // `ahead`: bytes by which codes are prefetched when they are read only once; 0 leaves it to the
+  // processor. A hint: it changes no result.
   void (*multiply)(const Matrix&, const Activations&, int num_rows, int first_panel, int last_panel,
-                   const Output&);
+                   size_t ahead, const Output&);
   // Codes of one row, after RMSNorm where `norm` is given. Non-finite input gives NaN scales.
   void (*quantise)(const float* x, const float* norm, float eps, int columns, int offset,
                    int8_t* codes, float* scales, int32_t* corrections);

@@ -3,6 +3,7 @@
 // Everything is in an anonymous namespace: the same template compiled for two levels must never be
 // merged by the linker.
 #pragma once
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -18,6 +19,7 @@ using chatserve::kBlockSize;
 using chatserve::kGroup;
 using chatserve::kKeyLanes;
 using chatserve::kMaxAttentionRows;
+using chatserve::kMaxColumns;
 using chatserve::kMaxHeadDim;
 using chatserve::kPanelRows;
 using chatserve::LevelKernels;
@@ -67,8 +69,10 @@ inline float half_to_float(uint16_t h) {
   return value;
 }
 
-// The smallest half that is not below a finite value >= 0; the largest half above its range.
+// The smallest half that is not below a value >= 0; the largest half above its range, NaN for what is
+// not finite.
 inline uint16_t half_not_below(float value) {
+  if (!std::isfinite(value)) return 0x7e00;
   if (value > 65504.0f) return 0x7bff;
   uint32_t low = 0, high = 0x7bff;  // halves in order of their bits
   while (low < high) {
@@ -124,7 +128,12 @@ inline uint16_t round_group4(const float* x, int8_t* codes) {
   for (int k = 0; k < kGroup; k++) {
     if (std::fabs(x[k]) > std::fabs(extreme)) extreme = x[k];
   }
-  uint16_t half = half_not_below(std::fabs(extreme) / 8);
+  const float largest = largest_magnitude(x, kGroup);  // NaN or infinite if any value is
+  uint16_t half = half_not_below(largest / 8);
+  if (!std::isfinite(largest)) {
+    std::memset(codes, 0, kGroup);
+    return half;
+  }
   float scale = half_to_float(half);
   float inverse = scale > 0 ? 1.0f / scale : 0.0f;
   if (extreme > 0) {
@@ -169,9 +178,8 @@ inline void put_row(const Matrix& w, Lane at, const int8_t* codes) {
 }
 
 void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtype, RowMap map) {
-  constexpr int kBuffer = 1 << 16;  // columns; larger matrices are refused
-  static thread_local float x[kBuffer];
-  static thread_local int8_t codes[kBuffer];
+  static thread_local float x[kMaxColumns];
+  static thread_local int8_t codes[kMaxColumns];
   for (int i = 0; i < num_rows; i++) {
     Lane at = place_of(start + i, map);
     row_to_float(rows, dtype, static_cast<size_t>(i) * w.columns, w.columns, x);
@@ -189,6 +197,7 @@ void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtyp
       }
     } else {
       float scale = largest_magnitude(x, w.columns) / 127;
+      if (scale < FLT_MIN) scale = 0;  // its inverse would overflow; such a row is zero
       round_codes(x, w.columns, scale, 127, codes);
       w.row_scales[at.panel * kPanelRows + at.lane] = scale;
     }
@@ -232,7 +241,7 @@ inline I broadcast(const int8_t* codes) {
 
 // M activation rows times the rows [part] of one panel -> tile[M][kPanelRows].
 template <int M, int BITS, bool GROUPED, bool PREFETCH>
-inline void multiply_tile(const Matrix& w, int panel, int part, const Activations& a,
+inline void multiply_tile(const Matrix& w, int panel, int part, const Activations& a, size_t ahead,
                           float (*tile)[kPanelRows]) {
   constexpr int kParts = M == 1 ? 1 : Simd::kParts;
   constexpr int kVectors = kPanelRows / kLanes / kParts;
@@ -263,7 +272,7 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
         I weights[kVectors];
         CS_UNROLL for (int v = 0; v < kVectors; v++) {
           weights[v] = Simd::load_codes(codes + 4 * kLanes * v);
-          if (PREFETCH) Simd::prefetch_l2(codes + 4 * kLanes * v + w.panel_bytes);
+          if (PREFETCH) Simd::prefetch_l2(codes + 4 * kLanes * v + ahead);
         }
         codes += 4 * kPanelRows;
         const int8_t* xs = x + k + kColumns * s;
@@ -315,13 +324,13 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
 
 template <int BITS, bool GROUPED, bool PREFETCH>
 inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activations& a,
-                           float (*tile)[kPanelRows]) {
+                           size_t ahead, float (*tile)[kPanelRows]) {
   for (int part = 0; part < (num_rows == 1 ? 1 : Simd::kParts); part++) {
     switch (num_rows) {
 #define CS_CASE(n)                                                                \
   case n:                                                                         \
     if constexpr (n <= Simd::kMaxTile)                                            \
-      multiply_tile<n, BITS, GROUPED, PREFETCH>(w, panel, part, a, tile);         \
+      multiply_tile<n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile);         \
     break;
       CS_CASE(1) CS_CASE(2) CS_CASE(3) CS_CASE(4) CS_CASE(5) CS_CASE(6)
 #undef CS_CASE
@@ -355,7 +364,7 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
 
 template <int BITS, bool GROUPED>
 void multiply_range(const Matrix& w, const Activations& a, int num_rows, int first_panel,
-                    int last_panel, const Output& to) {
+                    int last_panel, size_t ahead, const Output& to) {
   alignas(64) float tile[Simd::kMaxTile][kPanelRows];
   const int num_blocks = (num_rows + Simd::kMaxTile - 1) / Simd::kMaxTile;
   for (int panel = first_panel; panel < last_panel; panel++) {
@@ -366,10 +375,11 @@ void multiply_range(const Matrix& w, const Activations& a, int num_rows, int fir
                           a.corrections + begin * w.groups};
       const int count = static_cast<int>(end - begin);
       // the second pass over a panel finds it in the cache and has time to fetch the next one
-      if (block == 1) {
-        multiply_panel<BITS, GROUPED, true>(w, panel, count, part, tile);
+      const size_t reach = block == 1 ? w.panel_bytes : num_blocks == 1 ? ahead : 0;
+      if (reach) {
+        multiply_panel<BITS, GROUPED, true>(w, panel, count, part, reach, tile);
       } else {
-        multiply_panel<BITS, GROUPED, false>(w, panel, count, part, tile);
+        multiply_panel<BITS, GROUPED, false>(w, panel, count, part, 0, tile);
       }
       for (int m = 0; m < count; m++) finish_row(to, begin + m, panel, tile[m]);
     }
@@ -377,13 +387,13 @@ void multiply_range(const Matrix& w, const Activations& a, int num_rows, int fir
 }
 
 void multiply(const Matrix& w, const Activations& a, int num_rows, int first_panel, int last_panel,
-              const Output& to) {
+              size_t ahead, const Output& to) {
   if (w.bits == 4) {
-    multiply_range<4, true>(w, a, num_rows, first_panel, last_panel, to);
+    multiply_range<4, true>(w, a, num_rows, first_panel, last_panel, ahead, to);
   } else if (w.is_grouped) {
-    multiply_range<8, true>(w, a, num_rows, first_panel, last_panel, to);
+    multiply_range<8, true>(w, a, num_rows, first_panel, last_panel, ahead, to);
   } else {
-    multiply_range<8, false>(w, a, num_rows, first_panel, last_panel, to);
+    multiply_range<8, false>(w, a, num_rows, first_panel, last_panel, ahead, to);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -11,7 +12,18 @@ namespace {
 // more barrier.
 constexpr int kSmallRows = 2;
 
+uint64_t now_ns() {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                   std::chrono::steady_clock::now().time_since_epoch())
+                                   .count());
+}
+
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+// Elements of one KV block.
+size_t stride_of(const NetworkShape& shape) {
+  return static_cast<size_t>(2) * kBlockSize * shape.head_dim * shape.num_kv_heads;
+}
 
 }  // namespace
 
@@ -85,7 +97,7 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
     const long panels = p.self->view_.panels;
     p.self->level_->multiply(p.self->view_, p.activations, p.num_rows,
                              static_cast<int>(panels * thread / p.num_threads),
-                             static_cast<int>(panels * (thread + 1) / p.num_threads), p.output);
+                             static_cast<int>(panels * (thread + 1) / p.num_threads), 0, p.output);
   };
   team.run(job, &product);
   return true;
@@ -96,9 +108,13 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
 bool KVPool::create(const NetworkShape& shape, int num_blocks) {
   num_layers_ = shape.num_layers;
   num_blocks_ = num_blocks;
-  block_stride_ = static_cast<size_t>(2) * kBlockSize * shape.head_dim * shape.num_kv_heads;
+  block_stride_ = stride_of(shape);
   layer_stride_ = block_stride_ * num_blocks;
   return data_.allocate(layer_stride_ * num_layers_);
+}
+
+bool KVPool::fits(const NetworkShape& shape) const {
+  return num_layers_ == shape.num_layers && block_stride_ == stride_of(shape);
 }
 
 void KVPool::copy_block(int source, int target) {
@@ -137,6 +153,11 @@ bool Network::create_scores() {
   return true;
 }
 
+bool Network::is_complete() const {
+  return ends_.head && std::all_of(layers_.begin(), layers_.end(),
+                                   [](const LayerParts& layer) { return layer.qkv != nullptr; });
+}
+
 void Network::forward(KVPool& pool, const StepInput& input) {
   pool_ = &pool;
   input_ = input;
@@ -145,6 +166,7 @@ void Network::forward(KVPool& pool, const StepInput& input) {
     for (int i = 0; i < input.segment_rows[s]; i++) row_segments_[input.segment_starts[s] + i] = s;
   }
   plan_jobs();
+  if (profile_) profile_time_ = now_ns();
   units_.reset(input.num_rows, team_.num_threads());
   team_.run([](void* self, int thread) { static_cast<Network*>(self)->work(thread); }, this);
 }
@@ -165,12 +187,23 @@ void Network::plan_jobs() {
   }
 }
 
+// The end of `part` of the step, for `thread`. Waiting is counted as waiting, and so is what the
+// last thread does at the barrier by itself.
 template <typename Last>
-void Network::meet(int next_units, Last last) {
+void Network::meet(int thread, Part part, int next_units, Last last) {
+  count(thread, part);
   team_.barrier([&] {
     last();
     units_.reset(next_units, team_.num_threads());
   });
+  count(thread, Part::wait);
+}
+
+void Network::count(int thread, Part part) {
+  if (!profile_ || thread) return;
+  const uint64_t now = now_ns();
+  profile_[static_cast<int>(part)] += now - profile_time_;
+  profile_time_ = now;
 }
 
 void Network::embed(int row) {
@@ -207,13 +240,13 @@ void Network::quantise_stage(int thread, const float* x, size_t stride, const fl
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     for (int row = begin; row < end; row++) quantise(x + row * stride, norm, next, row);
   }
-  meet(next.view().panels, [] {});
+  meet(thread, Part::quantise, next.view().panels, [] {});
 }
 
 void Network::multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to) {
   const Activations a = {codes_.data(), scales_.data(), corrections_.data()};
   for (int begin, end; units_.claim(thread, &begin, &end);) {
-    level_.multiply(w.view(), a, num_rows, begin, end, to);
+    level_.multiply(w.view(), a, num_rows, begin, end, ahead_, to);
   }
 }
 
@@ -281,14 +314,14 @@ void Network::work(int thread) {
   float* x = x_.data();
   // One stage's units are set by the last thread at the barrier before it. With few rows that
   // thread also quantises them, and the stage of its own is left out.
-  auto meet_and_quantise = [&](const float* from, size_t stride, const float* norm,
+  auto meet_and_quantise = [&](Part part, const float* from, size_t stride, const float* norm,
                                const PackedMatrix& next, int num_rows) {
     if (is_small_) {
-      meet(next.view().panels, [&] {
+      meet(thread, part, next.view().panels, [&] {
         for (int row = 0; row < num_rows; row++) quantise(from + row * stride, norm, next, row);
       });
     } else {
-      meet(num_rows, [] {});
+      meet(thread, part, num_rows, [] {});
       quantise_stage(thread, from, stride, norm, next);
     }
   };
@@ -296,50 +329,51 @@ void Network::work(int thread) {
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     for (int row = begin; row < end; row++) embed(row);
   }
-  meet_and_quantise(x, hidden, layers_[0].attention_norm, *layers_[0].qkv, rows);
+  meet_and_quantise(Part::embed, x, hidden, layers_[0].attention_norm, *layers_[0].qkv, rows);
   for (int index = 0; index < shape_.num_layers; index++) {
     const LayerParts& layer = layers_[index];
     multiply_stage(thread, *layer.qkv, rows,
                    {Epilogue::store, qkv_.data(), static_cast<size_t>(qkv_stride_),
                     layer.qkv_bias});
     if (is_small_) {
-      meet(num_jobs, [&] {
+      meet(thread, Part::qkv, num_jobs, [&] {
         for (int row = 0; row < rows; row++) rotate_and_store(layer, index, row);
       });
     } else {
-      meet(rows, [] {});
+      meet(thread, Part::qkv, rows, [] {});
       for (int begin, end; units_.claim(thread, &begin, &end);) {
         for (int row = begin; row < end; row++) rotate_and_store(layer, index, row);
       }
-      meet(num_jobs, [] {});
+      meet(thread, Part::rotate, num_jobs, [] {});
     }
     attend_stage(thread, layer, index);
-    meet_and_quantise(mixed_.data(), heads_out, nullptr, *layer.output, rows);
+    meet_and_quantise(Part::attend, mixed_.data(), heads_out, nullptr, *layer.output, rows);
     multiply_stage(thread, *layer.output, rows,
                    {Epilogue::add, x, static_cast<size_t>(hidden), layer.output_bias});
-    meet_and_quantise(x, hidden, layer.mlp_norm, *layer.gate_up, rows);
+    meet_and_quantise(Part::output, x, hidden, layer.mlp_norm, *layer.gate_up, rows);
     multiply_stage(thread, *layer.gate_up, rows,
                    {Epilogue::swiglu, ffn_.data(), static_cast<size_t>(shape_.ffn),
                     layer.gate_up_bias});
-    meet_and_quantise(ffn_.data(), shape_.ffn, nullptr, *layer.down, rows);
+    meet_and_quantise(Part::gate_up, ffn_.data(), shape_.ffn, nullptr, *layer.down, rows);
     multiply_stage(thread, *layer.down, rows,
                    {Epilogue::add, x, static_cast<size_t>(hidden), layer.down_bias});
     if (index + 1 < shape_.num_layers) {
       const LayerParts& next = layers_[index + 1];
-      meet_and_quantise(x, hidden, next.attention_norm, *next.qkv, rows);
+      meet_and_quantise(Part::down, x, hidden, next.attention_norm, *next.qkv, rows);
     }
   }
   const int num_outputs = input_.num_outputs;
   if (!num_outputs) return;
-  meet(num_outputs, [] {});
+  meet(thread, Part::down, num_outputs, [] {});
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     for (int i = begin; i < end; i++) {
       quantise(x + static_cast<size_t>(input_.output_rows[i]) * hidden, ends_.norm, *ends_.head, i);
     }
   }
-  meet(ends_.head->view().panels, [] {});
+  meet(thread, Part::quantise, ends_.head->view().panels, [] {});
   multiply_stage(thread, *ends_.head, num_outputs,
                  {Epilogue::store, input_.logits, input_.logits_stride, nullptr});
+  count(thread, Part::head);
 }
 
 }  // namespace chatserve

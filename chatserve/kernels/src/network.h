@@ -62,6 +62,8 @@ struct EndParts {
 class KVPool {
  public:
   bool create(const NetworkShape& shape, int num_blocks);
+  // Whether a network of this shape may use it.
+  bool fits(const NetworkShape& shape) const;
   void copy_block(int source, int target);
 
   int num_blocks() const { return num_blocks_; }
@@ -86,6 +88,10 @@ struct StepInput {
   size_t logits_stride;                       // at least vocab, rounded up to kPanelRows
 };
 
+// What a step's time is spent on; `wait` also holds the small work of `kSmallRows`.
+enum class Part : int { embed, quantise, qkv, rotate, attend, output, gate_up, down, head, wait };
+constexpr int kNumParts = 10;
+
 class Network {
  public:
   Network(const NetworkShape& shape, const LevelKernels& level, Team& team);
@@ -96,7 +102,15 @@ class Network {
   void set_layer(int index, const LayerParts& parts) { layers_[index] = parts; }
   void set_ends(const EndParts& parts) { ends_ = parts; }
 
+  // Bytes by which a matrix that is read once is fetched ahead: a hint, best measured.
+  void set_prefetch(size_t ahead) { ahead_ = ahead; }
+  // From now on the first thread adds its nanoseconds to nanoseconds[kNumParts]; null: no more.
+  void set_profile(uint64_t* nanoseconds) { profile_ = nanoseconds; }
+
   const NetworkShape& shape() const { return shape_; }
+  const LevelKernels& level() const { return level_; }
+  // Whether all layers and both ends have been set.
+  bool is_complete() const;
   // The caller has checked `input` against the shape and the pool.
   void forward(KVPool& pool, const StepInput& input);
 
@@ -115,7 +129,8 @@ class Network {
   void attend_stage(int thread, const LayerParts& layer, int index);
   void plan_jobs();
   template <typename Last>
-  void meet(int next_units, Last last);
+  void meet(int thread, Part part, int next_units, Last last);
+  void count(int thread, Part part);
 
   NetworkShape shape_;
   const LevelKernels& level_;
@@ -129,6 +144,10 @@ class Network {
   Buffer<float> scales_;
   Buffer<int32_t> corrections_;
   std::vector<std::unique_ptr<Buffer<float>>> scores_;  // by thread
+
+  size_t ahead_ = 0;
+  uint64_t* profile_ = nullptr;
+  uint64_t profile_time_ = 0;
 
   KVPool* pool_ = nullptr;
   StepInput input_{};

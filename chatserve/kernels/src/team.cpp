@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <chrono>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,7 +55,11 @@ Team::~Team() { stop(); }
 void Team::start(int num_threads) {
   num_threads_ = num_threads < 1 ? 1 : num_threads < kMaxThreads ? num_threads : kMaxThreads;
   const uint32_t seen = job_number_.load(std::memory_order_relaxed);
-  for (int t = 1; t < num_threads_; t++) threads_.emplace_back(&Team::loop, this, t, seen);
+  try {
+    for (int t = 1; t < num_threads_; t++) threads_.emplace_back(&Team::loop, this, t, seen);
+  } catch (const std::system_error&) {  // the system gives no more threads: do with these
+    num_threads_ = static_cast<int>(threads_.size()) + 1;
+  }
 }
 
 void Team::stop() {
@@ -99,7 +104,7 @@ void Team::loop(int thread, uint32_t seen) {
     }
     job_(context_, thread);
     // published one by one: the caller may be asleep
-    num_done_.fetch_add(1, std::memory_order_acq_rel);
+    num_done_.fetch_add(1, std::memory_order_seq_cst);
     if (num_sleeping_.load(std::memory_order_seq_cst) != 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       changed_.notify_all();
