@@ -32,10 +32,6 @@ class Answer:
     num_prompt_tokens: int
     num_tokens: int
 
-    @property
-    def first_token_s(self) -> float:
-        return self.times[0] - self.asked
-
 
 def run(port: int, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
     """Send all `bodies` at the same moment; waits for the end of every stream."""
@@ -99,8 +95,6 @@ def read_answer(asked: float, pieces: Sequence[tuple[float, bytes]]) -> Answer:
         usage = chunk.get("usage") or usage
         if any(_text(choice) for choice in chunk.get("choices", ())):
             times.append(pieces[bisect_left(ends, end)][0])
-    if not times:
-        raise RequestFailed("the answer has no text")
     return Answer(
         asked, tuple(times), usage.get("prompt_tokens", 0),
         usage.get("completion_tokens", len(times)),
@@ -138,15 +132,27 @@ def _events(raw: bytes, start: int, *, is_chunked: bool) -> list[tuple[int, byte
     return events
 
 
+def first_token_ms(answers: Sequence[Answer]) -> list[float]:
+    """Of the answers that have text, ascending. Raises `RequestFailed` when none has."""
+    times = sorted(1000 * (answer.times[0] - answer.asked) for answer in answers if answer.times)
+    if not times:
+        raise RequestFailed("no answer has any text")
+    return times
+
+
 def streams_figures(answers: Sequence[Answer]) -> dict[str, float]:
-    """Speed of all streams together, from the request and while all of them run; first token."""
+    """Speed of all streams together, from the request and while all of them run; first token.
+
+    Raises `RequestFailed` when no stream brought any text.
+    """
+    first = first_token_ms(answers)
+    answers = [answer for answer in answers if answer.times]
     start = min(answer.asked for answer in answers)
     end = max(answer.times[-1] for answer in answers)
     total = sum(answer.num_tokens for answer in answers)
-    first = sorted(answer.first_token_s for answer in answers)
     figures = {
         "tokens_per_s": total / (end - start),
-        "first_token_median_ms": 1000 * first[len(first) // 2],
+        "first_token_median_ms": first[len(first) // 2],
     }
     opened = max(answer.times[0] for answer in answers)
     closed = min(answer.times[-1] for answer in answers)

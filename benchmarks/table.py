@@ -66,7 +66,7 @@ def _label(line: Line) -> str:
     parts = [line["what"]]
     if line["prompt"]:
         parts.append(f"prompt {line['prompt']}")
-    if line["what"] in ("decode", "streams"):
+    if line["what"] in ("decode", "streams", "cpu"):
         parts.append(f"{line['streams']} streams")
     return ", ".join(parts)
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-What = Literal["prefill", "decode", "memory", "startup", "first-token", "streams", "idle"]
-IN_PROCESS: tuple[What, ...] = ("prefill", "decode", "memory")
-HTTP: tuple[What, ...] = ("startup", "first-token", "streams", "idle", "memory")
+What = Literal["prefill", "decode", "memory", "startup", "first-token", "streams", "cpu", "idle"]
 
 Figures = dict[str, float]
 """By name; the end of a name says its unit."""
@@ -39,7 +37,7 @@ class Task:
         parts = [self.what]
         if self.prompt:
             parts.append(f"prompt {self.prompt}")
-        if self.what in ("decode", "streams"):
+        if self.what in ("decode", "streams", "cpu"):
             parts.append(f"{self.streams} x {self.tokens}")
         return ", ".join(parts)
 
@@ -80,6 +78,7 @@ def tasks_of(modes: tuple[str, ...], sizes: Sizes) -> list[Task]:
             Task("http", "streams", sizes.context, streams, sizes.tokens)
             for streams in sizes.streams
         ]
+        tasks.append(Task("http", "cpu", sizes.context, max(sizes.streams), 4 * sizes.tokens))
         tasks += [Task("http", "idle"), Task("http", "memory")]
     return tasks
 

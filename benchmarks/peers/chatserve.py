@@ -84,4 +84,4 @@ class ChatserveServer(ServerPeer):
         """The worker's main thread is its event loop: HTTP without the engine."""
         controller = self._processes[0].pid
         (worker,) = psutil.Process(controller).children()
-        return {"controller": (controller, False), "worker_http": (worker.pid, True)}
+        return {"controller": (controller, False), "worker": (worker.pid, True)}

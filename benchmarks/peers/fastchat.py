@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from benchmarks.peers.agent import AgentPeer
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.server import ServerPeer, free_port, wait_for_port
@@ -38,6 +40,7 @@ class FastChatServer(ServerPeer):
         self._model = model
         self._form = form
         self._python = str(python)
+        self._tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
 
     def commands(self, port: int) -> Iterator[Sequence[str]]:
         controller, worker = free_port(), free_port()
@@ -68,6 +71,7 @@ class FastChatServer(ServerPeer):
         return status == 200 and bool(json.loads(body)["data"])
 
     def body(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        body = super().body(prompt, tokens)
+        # it would decode ids with OpenAI's vocabulary
+        body = {**super().body(prompt, tokens), "prompt": self._tokenizer.decode(prompt)}
         del body["stream_options"]  # it says no usage: its events are counted
         return body

@@ -32,7 +32,6 @@ class ServerPeer(ABC):
     """Starts its processes at the first task, and anew at every `startup`."""
 
     mode = "http"
-    completions_path = "/v1/completions"
 
     def __init__(self, name: str, vocab_size: int) -> None:
         self.name = name
@@ -65,6 +64,12 @@ class ServerPeer(ABC):
         return {}
 
     def measure(self, task: Task, round_: int) -> Figures | None:
+        try:
+            return self._measure(task, round_)
+        except (load.RequestFailed, OSError, TimeoutError) as error:
+            raise NotMeasured(f"{self.name}: {error}") from error
+
+    def _measure(self, task: Task, round_: int) -> Figures | None:
         if task.what == "startup":
             self.close()
             return {"ready_s": self.start()}
@@ -74,10 +79,12 @@ class ServerPeer(ABC):
             return memory_bytes(self.pids())
         if task.what == "idle":
             return self._idle()
-        prompts = random_prompts(task, self._vocab_size, round_)
         if task.what == "first-token":
             return self._first_token(task, round_)
-        return self._streams(prompts, task.tokens)
+        prompts = random_prompts(task, self._vocab_size, round_)
+        if task.what == "cpu":
+            return self._cpu(prompts, task.tokens)
+        return load.streams_figures(self._send(prompts, task.tokens))
 
     def start(self) -> float:
         """Seconds until requests are answered."""
@@ -131,37 +138,47 @@ class ServerPeer(ABC):
 
     def _idle(self) -> Figures:
         pids = self.pids()
-        before = sum(map(cpu_s, pids))
+        before = [cpu_s(pid) for pid in pids]
         time.sleep(IDLE_S)
-        return {"idle_percent": 100 * (sum(map(cpu_s, pids)) - before) / IDLE_S}
+        spent = {
+            pid: 100 * (cpu_s(pid) - start) / IDLE_S
+            for pid, start in zip(pids, before, strict=True)
+        }
+        figures = {f"{role}_idle_percent": spent[pid] for role, (pid, _) in self.roles().items()}
+        return {"idle_percent": sum(spent.values()), **figures}
 
     def _first_token(self, task: Task, round_: int) -> Figures:
         """One request after the other, each with a prompt of its own."""
-        times = []
+        answers = []
         for repeat in range(FIRST_TOKEN_REPEATS):
             number = round_ * FIRST_TOKEN_REPEATS + repeat
-            prompts = random_prompts(task, self._vocab_size, number)
-            (answer,) = self._send(prompts, 2)
-            times.append(1000 * answer.first_token_s)
-        return {"first_token_ms": statistics.median(times)}
+            answers += self._send(random_prompts(task, self._vocab_size, number), 2)
+        return {"first_token_ms": statistics.median(load.first_token_ms(answers))}
 
-    def _streams(self, prompts: Sequence[list[int]], tokens: int) -> Figures:
+    def _cpu(self, prompts: Sequence[list[int]], tokens: int) -> Figures | None:
+        """CPU per token that is streamed, without what a request costs: a long run minus a short
+        one."""
         roles = self.roles()
-        before = {role: cpu_s(pid, main_thread_only=main) for role, (pid, main) in roles.items()}
-        answers = self._send(prompts, tokens)
-        figures = load.streams_figures(answers)
-        total = sum(answer.num_tokens for answer in answers)
-        for role, (pid, main) in roles.items():
-            spent = cpu_s(pid, main_thread_only=main) - before[role]
-            figures[f"{role}_us_per_token"] = 1e6 * spent / total
-        return figures
+        if not roles:
+            return None
+        runs = []
+        for count in (tokens // 8, tokens):
+            before = self._role_s(roles)
+            answers = self._send(prompts, count)
+            spent = {role: after - before[role] for role, after in self._role_s(roles).items()}
+            runs.append((sum(answer.num_tokens for answer in answers), spent))
+        (short, short_spent), (long, long_spent) = runs
+        return {
+            f"{role}_us_per_token": 1e6 * (long_spent[role] - short_spent[role]) / (long - short)
+            for role in roles
+        }
+
+    def _role_s(self, roles: Mapping[str, tuple[int, bool]]) -> dict[str, float]:
+        return {role: cpu_s(pid, main_thread_only=main) for role, (pid, main) in roles.items()}
 
     def _send(self, prompts: Sequence[list[int]], tokens: int) -> list[load.Answer]:
         bodies = [self.body(prompt, tokens) for prompt in prompts]
-        try:
-            return load.run(self.port, self.completions_path, bodies)
-        except (load.RequestFailed, OSError, TimeoutError) as error:
-            raise NotMeasured(f"{self.name}: {error}") from error
+        return load.run(self.port, "/v1/completions", bodies)
 
     def _said(self) -> str:
         lines = []
