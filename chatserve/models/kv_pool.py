@@ -66,6 +66,14 @@ class TorchKVPool:
         slots = [slot for segment in segments for slot in self._slots(segment)]
         return Placement(torch.tensor(slots, device=self._device), spans)
 
+    def ensure(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make a layer's tensors, unless they are there, for rows like keys and values.
+
+        Raises `OutOfMemory` when the device cannot hold the pool.
+        """
+        if layer not in self._layers:
+            self._layers[layer] = (self._build(keys), self._build(values))
+
     def store(
         self, layer: int, placement: Placement, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -73,8 +81,7 @@ class TorchKVPool:
 
         Raises `OutOfMemory` when the device cannot hold the pool.
         """
-        if layer not in self._layers:
-            self._layers[layer] = (self._build(keys), self._build(values))
+        self.ensure(layer, keys, values)
         for tensor, rows in zip(self._layers[layer], (keys, values), strict=True):
             tensor.flatten(0, 1)[placement.slots] = rows
 

@@ -60,9 +60,17 @@ class RotaryTable:
 
     def at(self, positions: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin for positions (N,), each (N, 1, D); every position is below `num_positions`."""
+        cos, sin = self.tables(num_positions)
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+    def tables(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of at least the positions below `num_positions`, in order: (P, D).
+
+        The same tensors each time, until more positions are asked for.
+        """
         if num_positions > self._cos.shape[0]:
             self._grow(-(-num_positions // _GROWTH) * _GROWTH)
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self._cos, self._sin
 
     def _grow(self, num_positions: int) -> None:
         cos, sin = angles(self._rope, self._head_dim, num_positions)

@@ -16,7 +16,8 @@ _MAX_SPLITS = 16
 _WANTED_PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
-@triton.jit
+# a width that varies from step to step must not be compiled in
+@triton.jit(do_not_specialize=["table_stride"])
 def _split_kernel(
     queries,
     keys,
@@ -89,10 +90,12 @@ def _split_kernel(
         mix = tl.dot(weights.to(value.dtype), value, mix, input_precision="ieee")
         maximum = new_maximum
 
+    # a row of padding has no tokens
+    safe_total = tl.where(total == 0.0, 1.0, total)
     is_stored = is_member[:, None] & is_dim[None, :]
     if NUM_SPLITS == 1:
         target = mixed + (row * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :]
-        tl.store(target, (mix / total[:, None]).to(mixed.dtype.element_ty), mask=is_stored)
+        tl.store(target, (mix / safe_total[:, None]).to(mixed.dtype.element_ty), mask=is_stored)
     else:
         part = (row * NUM_HEADS + head) * NUM_SPLITS + split
         tl.store(mixed + part[:, None] * HEAD_DIM + dim[None, :], mix, mask=is_stored)
@@ -116,9 +119,11 @@ def _reduce_kernel(
     is_dim = dim < HEAD_DIM
     part = head * NUM_SPLITS + split
     maximum = tl.load(maxima + part)
-    # a split without tokens has the maximum -inf: it weighs nothing
-    weight = tl.exp(maximum - tl.max(maximum, axis=0))
+    largest = tl.max(maximum, axis=0)
+    # a split without tokens has the maximum -inf: it weighs nothing; padding has no other splits
+    weight = tl.exp(maximum - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weight * tl.load(sums + part), axis=0)
+    total = tl.where(total == 0.0, 1.0, total)
     mix = tl.load(mixed + part[:, None] * HEAD_DIM + dim[None, :], mask=is_dim[None, :], other=0.0)
     result = tl.sum(mix * weight[:, None], axis=0) / total
     tl.store(out + head * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=is_dim)
@@ -148,7 +153,7 @@ def attend_rows(
 
     queries: (N, H, D), rows any stride apart. pool: keys, values (num_blocks, block_size, K, D).
     tables: (S, max_blocks) int32 block ids; table_rows: (N,) int32, the row of `tables` that
-    belongs to a row; lengths: (N,) int32, each at least 1. Returns (N, H * D).
+    belongs to a row; lengths: (N,) int32, 0 for padding. Returns (N, H * D), zeros for padding.
     """
     keys, values = pool
     num_rows, num_heads, head_dim = queries.shape

@@ -27,7 +27,8 @@ class Run(NamedTuple):
     table_row: int
 
 
-@triton.jit
+# a width that varies from step to step must not be compiled in
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     queries,
     keys,
@@ -107,7 +108,7 @@ def _prefill_kernel(
 
 
 def tiles_of(runs: Sequence[Run]) -> list[tuple[int, int, int, int]]:
-    """The programs' work: (first row, rows, position of the first, table row), longest last."""
+    """The programs' work: (first row, rows, position of the first, table row)."""
     return [
         (
             run.start + offset,

@@ -45,7 +45,8 @@ def _vector_kernel(
     tl.store(out + output, result.to(out.dtype.element_ty), mask=is_output)
 
 
-@triton.jit
+# the rows vary from step to step: they must not be compiled in
+@triton.jit(do_not_specialize=["num_rows"])
 def _tiled_kernel(
     x,
     codes,

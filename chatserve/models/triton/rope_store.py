@@ -46,11 +46,13 @@ def _rope_store_kernel(
     source = qkv + (row * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * HEAD_DIM + index
     low = tl.load(source, mask=mask, other=0.0)
     high = tl.load(source + HALF, mask=mask, other=0.0)
-    slot = tl.load(slots + row).to(tl.int64) * NUM_KV_HEADS * HEAD_DIM
+    slot = tl.load(slots + row).to(tl.int64)
+    is_kept = mask & (slot >= 0)
+    slot *= NUM_KV_HEADS * HEAD_DIM
     if head >= NUM_HEADS + NUM_KV_HEADS:
         target = values + slot + (head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM + index
-        tl.store(target, low, mask=mask)
-        tl.store(target + HALF, high, mask=mask)
+        tl.store(target, low, mask=is_kept)
+        tl.store(target + HALF, high, mask=is_kept)
     else:
         first = low.to(tl.float32)
         second = high.to(tl.float32)
@@ -73,8 +75,8 @@ def _rope_store_kernel(
         tl.store(source + HALF, turned_high, mask=mask)
         if is_key:
             target = keys + slot + (head - NUM_HEADS) * HEAD_DIM + index
-            tl.store(target, turned_low, mask=mask)
-            tl.store(target + HALF, turned_high, mask=mask)
+            tl.store(target, turned_low, mask=is_kept)
+            tl.store(target + HALF, turned_high, mask=is_kept)
 
 
 def rope_store(
@@ -88,9 +90,9 @@ def rope_store(
 ) -> None:
     """Rotate the queries and keys of qkv (N, H + 2K, D) in place; keys and values go to the pool.
 
-    positions, slots: (N,) integers. tables: cos, sin (P, D) of `RotaryTable`, whose sine carries
-    the sign of rotate_half. pool: keys, values (num_blocks, block_size, K, D) of one layer, in
-    qkv's dtype; two rows must not share a slot unless nobody reads it. Mutates qkv and the pool.
+    positions, slots: (N,) integers; slot -1 marks padding, which is not stored. tables: cos, sin
+    (P, D) of `RotaryTable`, whose sine carries the sign of rotate_half. pool: keys, values
+    (num_blocks, block_size, K, D) of one layer, in qkv's dtype. Mutates qkv and the pool.
     """
     num_rows, all_heads, head_dim = qkv.shape
     if not num_rows:
