@@ -141,8 +141,8 @@ inline uint16_t round_group4(const float* x, int8_t* codes) {
     half |= 0x8000;
   }
   for (int k = 0; k < kGroup; k++) {
-    int code = static_cast<int>(std::lrintf(x[k] * inverse));
-    codes[k] = static_cast<int8_t>(code < -8 ? -8 : code > 7 ? 7 : code);
+    const float code = x[k] * inverse;
+    codes[k] = static_cast<int8_t>(std::lrintf(code < -8.0f ? -8.0f : code > 7.0f ? 7.0f : code));
   }
   return half;
 }

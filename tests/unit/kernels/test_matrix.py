@@ -1,0 +1,236 @@
+"""Packed matrices against numpy: error per weight, products, and what is not a number."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatserve.kernels import library
+from chatserve.kernels.library import Kernels
+from chatserve.models.kernel_matrix import GateUpRows, KernelMatrix, Team
+from chatserve.models.packing import Packing
+
+GROUP = library.GROUP
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HALF = 65504.0
+NORMAL = float(np.finfo(np.float32).tiny)
+
+row_counts = st.sampled_from((1, 2, 31, 32, 33, 63, 64, 65, 161))
+column_counts = st.sampled_from((32, 64, 96, 160, 320))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def weights(rows: int, columns: int, seed: int, *, most: float = 3e38) -> torch.Tensor:
+    """Rows of many magnitudes; some are zero, subnormal, constant, or hold one huge value."""
+    draw = np.random.default_rng(seed)
+    values = draw.standard_normal((rows, columns)) * 10.0 ** draw.integers(-6, 4, (rows, 1))
+    kinds = draw.integers(0, 10, rows)
+    values[kinds == 0] = 0
+    values[kinds == 1] *= 1e-42
+    values[kinds == 2] = values[kinds == 2, :1]
+    huge = np.flatnonzero(kinds == 3)
+    values[huge, draw.integers(0, columns, len(huge))] = draw.choice((-1, 1), len(huge)) * most
+    values[kinds == 4, : columns // 2] = 0
+    return torch.tensor(np.clip(values, -most, most), dtype=torch.float32)
+
+
+def packed(kernels: Kernels, team: Team, values: torch.Tensor, packing: Packing) -> KernelMatrix:
+    matrix = KernelMatrix(kernels, team, *values.shape, packing)
+    matrix.load_rows(0, values)
+    return matrix
+
+
+def unpacked(matrix: KernelMatrix) -> torch.Tensor:
+    return torch.stack([matrix.row(index) for index in range(matrix.shape[0])])
+
+
+def allowed_error(values: np.ndarray, packing: Packing) -> np.ndarray:
+    """Half a step of the codes, by weight; the step comes from the row or from its group."""
+    if not packing.is_grouped:
+        most = np.abs(values).max(axis=1, keepdims=True)
+        # a row whose scale would be subnormal is zero
+        return np.where(most < 127 * NORMAL, most, most / 254) * (1 + 1e-5) * np.ones_like(values)
+    groups = values.reshape(len(values), -1, GROUP)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    # rounded up to a half: 2^-10 of itself, 2^-24 where halves are subnormal
+    scale = most / (127 if packing.bits == 8 else 8) * (1 + 2**-10) + 2**-24
+    if packing.bits == 8:
+        return (scale / 2 * (1 + 1e-5) * np.ones_like(groups)).reshape(values.shape)
+    # the value of largest magnitude has code -8; on the other side codes end at 7
+    extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[..., None], axis=2)
+    beyond = -groups * np.sign(extreme) - 7.5 * most / 8
+    return (scale / 2 * (1 + 1e-5) + np.maximum(beyond, 0)).reshape(values.shape)
+
+
+@settings(max_examples=25)
+@given(row_counts, column_counts, seeds, st.sampled_from(DTYPES))
+def test_a_packed_weight_is_within_half_a_step(
+    kernels: Kernels, team: Team, packing: Packing, rows: int, columns: int, seed: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    most = 6e4 if dtype == torch.float16 else 1e5 if packing.is_grouped else 3e38
+    values = weights(rows, columns, seed, most=most).to(dtype)
+    error = (unpacked(packed(kernels, team, values, packing)) - values.float()).abs().numpy()
+    exact = values.double().numpy()
+    assert (error <= allowed_error(exact, packing)).all()
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_codes_are_near_the_best_of_their_kind(
+    kernels: Kernels, team: Team, packing: Packing, seed: int
+) -> None:
+    values = torch.from_numpy(np.random.default_rng(seed).standard_normal((64, 256))).float()
+    error = (unpacked(packed(kernels, team, values, packing)) - values).square().mean().sqrt()
+    # a uniform error within half a step: step / sqrt(12), steps of some 3 or 2 deviations
+    assert error < (0.012 if packing.bits == 8 else 0.12)
+
+
+@settings(max_examples=15)
+@given(row_counts, column_counts, seeds, st.data())
+def test_a_matrix_loaded_in_pieces_by_any_number_of_threads_is_the_same(
+    kernels: Kernels, team: Team, packing: Packing, rows: int, columns: int, seed: int,
+    data: st.DataObject,
+) -> None:  # fmt: skip
+    values = weights(rows, columns, seed, most=1e5)
+    whole = unpacked(packed(kernels, team, values, packing))
+    cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=4))})
+    pieces = KernelMatrix(kernels, team, rows, columns, packing)
+    for start, end in itertools.pairwise(cuts):
+        pieces.load_rows(start, values[start:end])
+    assert torch.equal(unpacked(pieces), whole)
+    for num_threads in (1, 3, 5):
+        other = Team(kernels, num_threads)
+        assert torch.equal(unpacked(packed(kernels, other, values, packing)), whole)
+
+
+def test_rows_that_are_not_contiguous_or_of_another_dtype_are_taken_as_they_read(
+    kernels: Kernels, team: Team, packing: Packing
+) -> None:
+    values = weights(64, 64, 1, most=1e5)
+    expected = unpacked(packed(kernels, team, values, packing))
+    assert torch.equal(unpacked(packed(kernels, team, values.T.contiguous().T, packing)), expected)
+    assert torch.equal(unpacked(packed(kernels, team, values.double(), packing)), expected)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from((32, 64, 96, 160)), seeds)
+def test_gate_and_up_share_panels_sixteen_rows_each(
+    kernels: Kernels, team: Team, packing: Packing, half: int, seed: int
+) -> None:
+    values = weights(2 * half, 64, seed, most=1e5)
+    plain = unpacked(packed(kernels, team, values, packing))
+    mixed = KernelMatrix(kernels, team, 2 * half, 64, packing)
+    rows = GateUpRows(mixed)
+    rows.load_rows(0, values[:half])
+    rows.load_rows(half, values[half : half + 5])
+    rows.load_rows(half + 5, values[half + 5 :])
+    panels = unpacked(mixed).view(-1, 2, 16, 64)
+    assert torch.equal(panels[:, 0].reshape(half, 64), plain[:half])
+    assert torch.equal(panels[:, 1].reshape(half, 64), plain[half:])
+
+
+def quantised(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns."""
+    groups = x.view(len(x), -1, GROUP)
+    most = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
+    codes = (groups * inverse).round()
+    return (codes.double() * (most / 127).double()).view(x.shape)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 40), row_counts, column_counts, seeds)
+def test_a_product_is_that_of_the_packed_weights_and_the_quantised_rows(
+    kernels: Kernels, team: Team, packing: Packing, num_rows: int, rows: int, columns: int,
+    seed: int,
+) -> None:  # fmt: skip
+    draw = np.random.default_rng(seed)
+    matrix = packed(kernels, team, weights(rows, columns, seed, most=1e3), packing)
+    # halves of integers meet ties in rounding, where both sides must agree
+    x = torch.from_numpy(draw.standard_normal((num_rows, columns)) * draw.choice((1e-3, 1, 50)))
+    x = x.float()
+    x[draw.random(num_rows) < 0.1] = 0
+    near, weight = quantised(x), unpacked(matrix).double()
+    sizes = near.abs() @ weight.abs().T
+    error = (matrix.multiply(x).double() - near @ weight.T).abs()
+    # one code may round the other way where x * (127 / most) lies within a float's error of a tie
+    ties = x.abs().amax(1, keepdim=True) / 127 * weight.abs().amax(1) * 1e-2
+    assert (error <= sizes * 1e-5 + ties * 1e-3 + 1e-30).all()
+
+
+@settings(max_examples=15)
+@given(st.integers(2, 40), row_counts, column_counts, seeds)
+def test_a_row_of_a_product_does_not_depend_on_the_others(
+    kernels: Kernels, team: Team, packing: Packing, num_rows: int, rows: int, columns: int,
+    seed: int,
+) -> None:  # fmt: skip
+    matrix = packed(kernels, team, weights(rows, columns, seed, most=1e3), packing)
+    x = torch.from_numpy(np.random.default_rng(seed).standard_normal((num_rows, columns))).float()
+    together = matrix.multiply(x)
+    alone = torch.cat([matrix.multiply(row[None]) for row in x])
+    assert torch.equal(together, alone)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(num_rows))
+    assert torch.equal(matrix.multiply(x[order]), together[order])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_spoils_its_own_output_alone(
+    kernels: Kernels, team: Team, packing: Packing, bad: float
+) -> None:
+    values = torch.randn(65, 96, generator=torch.Generator().manual_seed(1))
+    clean = packed(kernels, team, values, packing)
+    values[33, 70] = bad
+    spoilt = packed(kernels, team, values, packing)
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(2))
+    expected, actual = clean.multiply(x), spoilt.multiply(x)
+    assert not actual[:, 33].isfinite().any()
+    expected[:, 33] = actual[:, 33] = 0
+    assert torch.equal(actual, expected)
+    assert not spoilt.row(33).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_activation_that_is_no_number_spoils_its_own_row_alone(
+    kernels: Kernels, team: Team, packing: Packing, bad: float
+) -> None:
+    matrix = packed(kernels, team, weights(64, 96, 3, most=1e3), packing)
+    x = torch.randn(8, 96, generator=torch.Generator().manual_seed(2))
+    expected = matrix.multiply(x)
+    x[5, 40] = bad
+    actual = matrix.multiply(x)
+    assert actual[5].isnan().all()
+    expected[5] = actual[5] = 0
+    assert torch.equal(actual, expected)
+
+
+def test_activations_too_small_for_a_scale_are_zero(
+    kernels: Kernels, team: Team, packing: Packing
+) -> None:
+    matrix = packed(kernels, team, torch.ones(32, 64), packing)
+    x = torch.full((3, 64), 1e-44)
+    x[1] = 0
+    assert torch.equal(matrix.multiply(x), torch.zeros(3, 32))
+
+
+def test_grouped_weights_beyond_the_halves_are_clipped_to_the_largest(
+    kernels: Kernels, team: Team
+) -> None:
+    values = torch.zeros(2, 32)
+    values[0, 3], values[1, 3] = 3e38, -3e38
+    for bits, top in ((8, 127), (4, 8)):
+        matrix = packed(kernels, team, values, Packing(bits, is_grouped=True))
+        assert unpacked(matrix)[:, 3].tolist() == [top * LARGEST_HALF, -top * LARGEST_HALF]
+
+
+def test_the_size_of_a_matrix_is_its_codes_and_scales(
+    kernels: Kernels, team: Team, packing: Packing
+) -> None:
+    matrix = KernelMatrix(kernels, team, 256, 1024, packing)
+    weights = 256 * 1024 * packing.bytes_per_weight
+    assert weights <= matrix.num_bytes <= weights + 4096
