@@ -19,11 +19,15 @@ from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
 from chatserve.models.llama import Llama
 from chatserve.models.triton import graphs as graphs_module
+from chatserve.models.triton import step
 from chatserve.models.triton.network import TritonLlama
-from chatserve.models.triton.step import MIN_WHOLE, StepBuffer, plan_for
+from chatserve.models.triton.step import StepBuffer, plan_for
 from tests import tiny
 
 BLOCK_SIZE = 32
+# the interpreter runs a program for each row and head
+FEW = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "head_dim": 16,
+       "max_position_embeddings": 256}  # fmt: skip
 CHANGES = {"mistral": {"sliding_window": 24}}
 POLICY = DevicePolicy(DEVICE, torch.float32, "plain", None, ())
 
@@ -47,7 +51,7 @@ class NoGraphs:
 
 @cache
 def hf_model(model_type: str) -> Any:
-    return tiny.build_hf_model(model_type, **CHANGES.get(model_type, {}))
+    return tiny.build_hf_model(model_type, **FEW, **CHANGES.get(model_type, {}))
 
 
 @cache
@@ -101,7 +105,7 @@ class Pair:
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "mistral"])
 def test_logits_match_the_plain_network(model_type: str) -> None:
     pair = Pair(build(model_type), plain(model_type))
-    for counts in ((40, 0, 0), (1, 33, 20), (1, 1, 3), (0, 9, 1)):
+    for counts in ((40, 0, 0), (1, 20, 3), (1, 1, 3), (0, 9, 1)):
         actual, expected = pair.feed(*counts)
         assert is_close(actual, expected, roundings=16), counts
 
@@ -123,10 +127,11 @@ def test_a_long_prompt_goes_to_flash_attention(monkeypatch: pytest.MonkeyPatch) 
         calls.append(is_causal)
         return real(*args, is_causal=is_causal, enable_gqa=enable_gqa)
 
+    monkeypatch.setattr(step, "MIN_WHOLE", 34)
     pair = Pair(build("llama"), plain("llama"))
     pair.feed(1, 1)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    actual, expected = pair.feed(1, 20, MIN_WHOLE)
+    actual, expected = pair.feed(1, 33, 34)
     assert calls == [True, True]  # once a layer: the reference is of the plain backend
     assert is_close(actual, expected, roundings=16)
 
@@ -142,7 +147,7 @@ def test_a_window_keeps_longer_prompts_from_flash_attention() -> None:
 def test_decode_replays_one_graph_a_bucket() -> None:
     graphs = CountingGraphs()
     pair = Pair(build("llama", graphs), plain("llama"))
-    pair.feed(40, 33, 20)
+    pair.feed(34, 9, 2)
     assert graphs.num_captured == 0
     # three rows padded to four; six with a drafted run padded to eight; back to the first graph
     for counts, num_captured in (((1, 1, 1), 1), ((1, 4, 1), 2), ((1, 0, 2), 2), ((1, 1, 1), 2)):
@@ -154,7 +159,7 @@ def test_decode_replays_one_graph_a_bucket() -> None:
 def test_capturing_touches_no_block() -> None:
     graphs = CountingGraphs()
     pair = Pair(build("llama", graphs), plain("llama"))
-    pair.feed(40, 40, 40)
+    pair.feed(40)
     before = [pair.pools[0].layer(layer)[0].clone() for layer in range(2)]
     pair.feed(1)
     for layer, keys in enumerate(before):
