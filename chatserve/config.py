@@ -69,6 +69,10 @@ class EngineConfig:
         64, "requests that may wait before new ones get 429", group="engine", metavar="N",
         ge=1, le=65536,
     )  # fmt: skip
+    speculation: bool = setting(
+        True, "guess tokens from what a text has said before; it comes sooner and stays the same",
+        group="engine",
+    )  # fmt: skip
     seed: int | None = setting(
         None, "base seed for requests that bring none", group="engine", metavar="N",
         ge=-INT64, le=INT64 - 1,

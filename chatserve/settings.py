@@ -78,7 +78,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
             "dest": item.name, "default": argparse.SUPPRESS, "help": meta["doc"] + default,
         }  # fmt: skip
         if kind is bool:
-            group.add_argument(*names, action="store_true", **options)
+            action = argparse.BooleanOptionalAction if item.default else "store_true"
+            group.add_argument(*names, action=action, **options)
         else:
             options["choices"] = meta["choices"]
             if not meta["choices"]:
@@ -130,14 +131,16 @@ def read_toml(file: Path, configs: Iterable[type[Any]]) -> dict[str, Any]:
 def flags_of(config: Any, *kinds: type[Any]) -> list[str]:
     """The command line that repeats the settings of `kinds` in `config` for a child process."""
     flags = []
-    for item in dict.fromkeys(item.name for kind in kinds for item in fields_of(kind)):
-        value = getattr(config, item)
-        flag = "--" + item.replace("_", "-")
+    for name, item in {item.name: item for kind in kinds for item in fields_of(kind)}.items():
+        value = getattr(config, name)
+        flag = "--" + name.replace("_", "-")
         if value is True:
             flags.append(flag)
+        elif value is False:
+            flags += ["--no-" + flag.removeprefix("--")] if item.default else []
         elif isinstance(value, tuple):
             flags += [f"{flag}={','.join(value)}"] if value else []
-        elif value is not None and value is not False:
+        elif value is not None:
             flags.append(f"{flag}={value}")
     return flags
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import SamplingRow, sample
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from chatserve.engine.speculation import Drafter
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.batch import Model
 
@@ -34,6 +36,23 @@ class EngineTokenizer(TokenBytes, Protocol):
     def strips_leading_space(self) -> bool: ...
 
 
+@dataclass(slots=True)
+class _Turn:
+    """What one sequence says in one step: a token, and more while its draft turns out right."""
+
+    sequence: Sequence
+    draft_ids: Rows[int]
+    row: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: FinishReason | None = None
+    is_failed: bool = False
+
+    @property
+    def num_accepted(self) -> int:
+        return max(0, len(self.token_ids) - 1)
+
+
 class Engine:
     """Generates several sequences at once."""
 
@@ -47,8 +66,13 @@ class Engine:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
         seed: int | None = None,
+        speculation: bool = False,
     ) -> None:
-        """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks."""
+        """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks.
+
+        `speculation`: let sequences guess from their own past, a few tokens a step. It changes how
+        soon a text comes, never what it is.
+        """
         self._tokenizer = tokenizer
         self._blocks = BlockManager(num_kv_tokens // block_size, block_size)
         self._runner = Runner(model, self._blocks.num_blocks, block_size)
@@ -62,6 +86,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self._seed = seed
+        self._speculation = speculation
         self._live: dict[str, tuple[Sequence, OutputText]] = {}
 
     @property
@@ -127,6 +152,8 @@ class Engine:
         sequence = Sequence(
             seq_id, tuple(prompt_ids), params, seed, choice, group, BlockTable(salt)
         )
+        if self._speculation:
+            sequence.drafter = Drafter(sequence.token_ids)
         self._scheduler.add(sequence)
         output = OutputText(
             self._tokenizer,
@@ -156,14 +183,16 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # whatever a model raises, other sequences go on
-            if len(batch) == 1:
+            if len(batch) == 1 and not batch[0].draft_ids:
                 return [self._fail(batch[0].sequence, error)]
             logger.warning("a batch of %d failed, each runs alone now: %s", len(batch), error)
         return [event for item in batch for event in self._run_alone(item)]
 
     def _run_alone(self, item: Scheduled) -> list[TokenEvent]:
         try:
-            return self._run([item])
+            if item.is_sampled and item.sequence.num_uncomputed > item.num_tokens:
+                raise GenerationFailed("the engine failed in the middle of a step; try again")
+            return self._run([replace(item, draft_ids=())])
         except torch.AcceleratorError:
             raise
         except Exception as error:  # as in `step`: this sequence alone fails
@@ -174,14 +203,31 @@ class Engine:
         logits = self._runner.run(batch)
         if self._forbidden_ids.numel():
             logits.index_fill_(1, self._forbidden_ids, -torch.inf)
-        sampled = [item.sequence for item in batch if item.is_sampled]
-        token_ids = sample(logits, [self._sampling_row(sequence) for sequence in sampled])
+        turns = self._say(batch, logits)
         for item in batch:
-            self._scheduler.complete(item)
-        return [
-            self._advance(sequence, token_id)
-            for sequence, token_id in zip(sampled, token_ids, strict=True)
-        ]
+            turn = turns.get(item.sequence.seq_id)
+            self._scheduler.complete(item, turn.num_accepted if turn else 0)
+        return [self._close(turn) for turn in turns.values()]
+
+    def _say(self, batch: Rows[Scheduled], logits: torch.Tensor) -> dict[str, _Turn]:
+        """Sample each sequence's next token, and the one behind it while its draft is right."""
+        turns: dict[str, _Turn] = {}
+        row = 0
+        for item in batch:
+            if item.is_sampled:
+                turns[item.sequence.seq_id] = _Turn(item.sequence, item.draft_ids, row)
+                row += 1 + len(item.draft_ids)
+        speaking = list(turns.values())
+        while speaking:
+            rows = [self._sampling_row(turn.sequence) for turn in speaking]
+            is_all = len(rows) == len(logits)
+            token_ids = sample(logits if is_all else logits[[turn.row for turn in speaking]], rows)
+            speaking = [
+                turn
+                for turn, token_id in zip(speaking, token_ids, strict=True)
+                if self._advance(turn, token_id)
+            ]
+        return turns
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         params = sequence.params
@@ -202,34 +248,46 @@ class Engine:
             masked_ids=masked,
         )
 
-    def _advance(self, sequence: Sequence, token_id: int) -> TokenEvent:
-        """Append a sampled token and say what became of the sequence."""
+    def _advance(self, turn: _Turn, token_id: int) -> bool:
+        """Append a sampled token; true if the draft foretold it and the sequence goes on."""
         if token_id < 0:
-            return self._fail(sequence, GenerationFailed("the model computed no finite logits"))
+            turn.is_failed = True
+            return False
+        sequence = turn.sequence
         sequence.token_ids.append(token_id)
+        turn.token_ids.append(token_id)
         params, output = sequence.params, self._live[sequence.seq_id][1]
         is_eos = token_id in self._tokenizer.eos_ids and not params.ignore_eos
         is_end = is_eos or token_id in params.stop_token_ids
         text, is_stop = output.add(token_id, is_hidden=is_end)
-        reason: FinishReason | None = None
         if is_end or is_stop:
-            reason = "stop"
+            turn.reason = "stop"
         elif sequence.num_generated_tokens >= params.max_tokens:
-            reason = "length"
-        if reason and not is_stop:
+            turn.reason = "length"
+        if turn.reason and not is_stop:
             text += output.finish()
-        event = TokenEvent(
+        turn.text += text
+        num_said = len(turn.token_ids)
+        is_foretold = num_said <= len(turn.draft_ids) and turn.draft_ids[num_said - 1] == token_id
+        turn.row += 1
+        return is_foretold and turn.reason is None
+
+    def _close(self, turn: _Turn) -> TokenEvent:
+        """Say what became of the sequence."""
+        sequence = turn.sequence
+        if turn.is_failed:
+            return self._fail(sequence, GenerationFailed("the model computed no finite logits"))
+        if turn.reason:
+            self.abort(sequence.seq_id)
+        return TokenEvent(
             seq_id=sequence.seq_id,
-            text=text,
-            token_ids=(token_id,),
+            text=turn.text,
+            token_ids=tuple(turn.token_ids),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_generated_tokens=sequence.num_generated_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=reason,
+            finish_reason=turn.reason,
         )
-        if reason:
-            self.abort(sequence.seq_id)
-        return event
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         del self._live[sequence.seq_id]

@@ -31,8 +31,9 @@ class Runner(Generic[Pool]):
 
     @torch.inference_mode()
     def run(self, items: Rows[Scheduled]) -> torch.Tensor:
-        """Logits (R, V) of those items that are sampled, in order; R may be 0.
+        """Logits (R, V) of what is sampled, in order; R may be 0.
 
+        A sampled item has a row for the end of the sequence and one for each token of its draft.
         Stores the scheduled tokens' keys and values in each sequence's blocks.
         """
         token_ids: list[int] = []
@@ -41,11 +42,14 @@ class Runner(Generic[Pool]):
         output_rows: list[int] = []
         for item in items:
             sequence, first = item.sequence, item.sequence.num_computed
-            end = first + item.num_tokens
-            block_ids = sequence.table.block_ids
-            segments.append(Segment(len(token_ids), item.num_tokens, first, block_ids))
+            start, end = len(token_ids), first + item.num_tokens
             token_ids += sequence.token_ids[first:end]
-            positions += range(first, end)
             if item.is_sampled:
                 output_rows.append(len(token_ids) - 1)
+            if item.draft_ids:
+                output_rows += range(len(token_ids), len(token_ids) + len(item.draft_ids))
+                token_ids += item.draft_ids
+                end += len(item.draft_ids)
+            positions += range(first, end)
+            segments.append(Segment(start, end - first, first, sequence.table.block_ids))
         return self._model.forward(Batch(token_ids, positions, segments, output_rows), self._pool)

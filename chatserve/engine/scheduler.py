@@ -3,14 +3,15 @@
 Decode first, then prefill in chunks with what is left of the budget, first come first served. A
 sequence is admitted when its prompt fits the free blocks with some to spare. Where a running one
 finds no block, the youngest is preempted: it gives its blocks back, goes to the front of the queue
-and computes its tokens again.
+and computes its tokens again. What is left of a small batch's budget goes to drafts.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field, replace
 
 from chatserve.engine.block_manager import BlockManager, Copy
 from chatserve.engine.sequence import SamplingParams, Sequence, Status
@@ -25,12 +26,14 @@ _WATERMARK = 100  # one block in so many stays free at admission, for those that
 class Scheduled:
     """The next `num_tokens` uncomputed tokens of a sequence take part in the step.
 
-    `is_sampled`: they reach the sequence's end, so that a token is sampled.
+    `is_sampled`: they reach the sequence's end, so that a token is sampled. `draft_ids` are guesses
+    of what it will be and what follows, computed in the same step to be kept or thrown away.
     """
 
     sequence: Sequence
     num_tokens: int
     is_sampled: bool
+    draft_ids: Rows[int] = ()
 
 
 @dataclass
@@ -46,17 +49,28 @@ class Plan:
         self.items.append(Scheduled(sequence, num_tokens, is_sampled))
         self.num_tokens += num_tokens
 
+    def add_draft(self, index: int, draft_ids: Rows[int]) -> None:
+        self.items[index] = replace(self.items[index], draft_ids=draft_ids)
+        self.num_tokens += len(draft_ids)
+
 
 class Scheduler:
     """Keeps the queues; `schedule` plans a step, `complete` moves a sequence along."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_drafting: int = 4,
     ) -> None:
+        """`max_num_drafting`: with more sequences in decode a row is no longer nearly free."""
         self._blocks = blocks
         # a running sequence has a token to compute in every step
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_drafting = max_num_drafting
         self._watermark = blocks.num_blocks // _WATERMARK
         # both in the order of arrival
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
@@ -115,18 +129,29 @@ class Scheduler:
                 prefilling.append(sequence)
             elif sequence.status is Status.RUNNING and self._make_room(sequence, plan):
                 plan.add(sequence, 1)
+        num_decoding = len(plan.items)
         for sequence in prefilling:
             if sequence.status is Status.RUNNING:
                 self._prefill(sequence, plan)
         if self.num_preempted == num_preempted:
             self._admit(plan)
+            if num_decoding <= self._max_num_drafting:
+                for index in range(num_decoding):
+                    self._draft(plan, index)
         return plan
 
-    def complete(self, item: Scheduled) -> None:
-        """The tokens of `item` are computed: their blocks can serve others."""
+    def complete(self, item: Scheduled, num_accepted: int = 0) -> None:
+        """The tokens of `item` are computed: their blocks can serve others.
+
+        `num_accepted` of its draft have become the sequence's own; the rest leaves no trace.
+        """
         sequence = item.sequence
-        sequence.num_computed += item.num_tokens
+        sequence.num_computed += item.num_tokens + num_accepted
         self._blocks.publish(sequence.table, sequence.token_ids, sequence.num_computed)
+        if item.draft_ids:
+            self._blocks.trim(sequence.table, sequence.num_computed)
+            if sequence.drafter is not None:
+                sequence.drafter.learn(len(item.draft_ids), num_accepted)
 
     def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
         """Find a slot for the next token, if need be by preempting; false if by its own."""
@@ -153,6 +178,20 @@ class Scheduler:
         budget = self._max_num_batched_tokens - plan.num_tokens
         if num_tokens := min(sequence.num_uncomputed, budget):
             plan.add(sequence, num_tokens)
+
+    def _draft(self, plan: Plan, index: int) -> None:
+        sequence = plan.items[index].sequence
+        if sequence.drafter is None:
+            return
+        # one token comes without any draft
+        num_wanted = sequence.params.max_tokens - sequence.num_generated_tokens - 1
+        budget = self._max_num_batched_tokens - plan.num_tokens
+        draft_ids = sequence.drafter.draft(min(num_wanted, budget))
+        first = len(sequence.token_ids)
+        end = first + len(draft_ids)
+        if draft_ids and self._blocks.can_append(sequence.table, first, end):
+            plan.copies += self._blocks.append(sequence.table, first, end)
+            plan.add_draft(index, draft_ids)
 
     def _admit(self, plan: Plan) -> None:
         while (

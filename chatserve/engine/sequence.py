@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from chatserve.engine.block_manager import BlockTable
+from chatserve.engine.speculation import Drafter
 from chatserve.errors import ChatserveError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -78,6 +79,8 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0
     """How many of the prompt needed no computing when it was first admitted."""
+    drafter: Drafter | None = None
+    """Guesses how `token_ids` goes on, where speculation is wanted."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -94,7 +97,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What one step did for one sequence.
+    """What one step did for one sequence: it may have got several tokens.
 
     `text` is the newly safe text (may be empty while a character or a stop string is incomplete).
     `num_cached_tokens` of the prompt came from the prefix cache. The last event of a sequence has a

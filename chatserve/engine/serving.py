@@ -98,6 +98,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         seed=config.seed,
+        speculation=config.speculation,
     )
     _try_out(engine, checkpoint.path)
     prompts = PromptBuilder(

@@ -101,7 +101,7 @@ class House:
         patch.setattr(Runner, "run", run_when_admitted)
         config = WorkerConfig(
             weights=str(folder), device="cpu", dtype="float32", model_names=("tiny",),
-            max_num_seqs=3, max_num_batched_tokens=CHUNK,
+            max_num_seqs=3, max_num_batched_tokens=CHUNK, speculation=False,
         )  # fmt: skip
         self.engine, model = load(config)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from chatserve.config import ChatConfig, ServeConfig
+from chatserve.config import ChatConfig, EngineConfig, ServeConfig, WorkerConfig
 from chatserve.errors import UsageError
 from chatserve.flags import REFUSED_FLAGS, CommandParser
+from chatserve.settings import flags_of
 
 
 def flags(*argv: str) -> dict[str, object]:
@@ -23,6 +24,15 @@ def refusal(*argv: str) -> str:
 def test_only_given_flags_are_returned() -> None:
     assert flags() == {}
     assert flags("--load-8bit", "-p", "hi") == {"load_8bit": True, "prompt": "hi"}
+
+
+def test_what_is_on_by_default_can_be_switched_off_and_on() -> None:
+    parser = CommandParser("x", "", WorkerConfig)
+    assert parser.flags(["--no-speculation"]) == {"speculation": False}
+    assert parser.flags(["--speculation"]) == {"speculation": True}
+    # the child inherits the environment that the parent's flag has overruled
+    assert "--speculation" in flags_of(WorkerConfig(), EngineConfig)
+    assert "--no-speculation" in flags_of(WorkerConfig(speculation=False), EngineConfig)
 
 
 def test_fastchats_spellings_and_abbreviations() -> None:

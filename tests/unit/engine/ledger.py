@@ -40,18 +40,21 @@ class LedgerPool:
 
 
 class LedgerModel:
-    """Continues a text by a pseudo-random id that all of the text decides."""
+    """Continues a text by one of `num_ids` pseudo-random ids that all of the text decides."""
 
     device = torch.device("cpu")
     vocab_size = tiny.VOCAB_SIZE
 
-    def __init__(self) -> None:
+    def __init__(self, num_ids: int = tiny.VOCAB_SIZE) -> None:
+        self._num_ids = num_ids
         self.num_computed_tokens = 0
+        self.num_steps = 0
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> LedgerPool:
         return LedgerPool(num_blocks, block_size)
 
     def forward(self, batch: Batch, pool: LedgerPool) -> torch.Tensor:
+        self.num_steps += 1
         self.num_computed_tokens += len(batch.token_ids)
         for segment in batch.segments:
             pool.write(segment, batch)
@@ -65,7 +68,9 @@ class LedgerModel:
     def write_row(self, row: torch.Tensor, history: list[int]) -> None:
         """Fill the logits (V,) that follow `history`."""
         digest = hashlib.sha256(array("q", history).tobytes()).digest()
-        row.copy_(torch.frombuffer(bytearray(digest * 10), dtype=torch.uint8)[: len(row)])
+        values = torch.frombuffer(bytearray(digest * 10), dtype=torch.uint8)
+        row.fill_(-1000)
+        row[: self._num_ids] = values[: self._num_ids].float()
 
 
 def _span(segment: Segment) -> tuple[int, int]:

@@ -39,8 +39,10 @@ def params(max_tokens: int = 8, *, is_greedy: bool = True) -> SamplingParams:
 
 
 @cache
-def alone(prompt: tuple[int, ...], max_tokens: int, is_greedy: bool, choice: int) -> list[int]:
-    engine, _ = build()
+def alone(
+    prompt: tuple[int, ...], max_tokens: int, is_greedy: bool, choice: int, num_ids: int = 320
+) -> list[int]:
+    engine, _ = build(model=LedgerModel(num_ids))
     engine.add("x", prompt, params(max_tokens, is_greedy=is_greedy), choice=choice)
     return [token_id for event in drain(engine)["x"] for token_id in event.token_ids]
 
@@ -207,13 +209,26 @@ OPERATIONS = st.one_of(REQUESTS, REQUESTS, st.integers(1, 5), st.integers(-3, -1
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(OPERATIONS, max_size=25), st.integers(12, 16), st.integers(1, 5), st.integers(1, 20)
+    st.lists(OPERATIONS, max_size=25),
+    st.integers(12, 16),
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 3, 320]),
 )
 def test_any_traffic_in_any_pool_gives_each_the_text_it_has_alone(
-    operations: list[Any], num_blocks: int, max_num_seqs: int, budget: int
+    operations: list[Any], num_blocks: int, max_num_seqs: int, budget: int, num_ids: int
 ) -> None:
-    """A tuple is a request, a positive number so many steps, a negative one an abort."""
-    engine, _ = build(num_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    """A tuple is a request, a positive number so many steps, a negative one an abort.
+
+    The fewer ids the model says, the more of the drafts are right.
+    """
+    engine, _ = build(
+        num_blocks,
+        LedgerModel(num_ids),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        speculation=True,
+    )
     expected: dict[str, list[int]] = {}
     spoken: dict[str, list[int]] = {}
 
@@ -229,7 +244,7 @@ def test_any_traffic_in_any_pool_gives_each_the_text_it_has_alone(
                 name = f"{index}-{choice}"
                 how = params(max_tokens, is_greedy=is_greedy)
                 engine.add(name, prompt, how, choice=choice, group=str(index))
-                expected[name] = alone(prompt, max_tokens, is_greedy, choice)
+                expected[name] = alone(prompt, max_tokens, is_greedy, choice, num_ids)
                 spoken[name] = []
         elif operation > 0:
             for _ in range(operation):

@@ -162,6 +162,7 @@ def test_settings_survive_the_way_to_the_child() -> None:
         context_length=100,
         max_num_seqs=3,
         seed=-5,
+        speculation=False,
     )
     flags = flags_of(config, ModelOptions, EngineConfig)
     parsed = build(WorkerConfig, CommandParser("x", "", WorkerConfig).flags(flags))
