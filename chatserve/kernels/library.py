@@ -9,7 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +100,22 @@ class Step(Structure):
     )  # fmt: skip
 
 
+class Sampling(Structure):
+    """`cs_sampling`: how one sequence's next token is picked; addresses of int32 and float32."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("temperature", "top_p", "min_p_margin")),
+        ("stream", c_uint64),
+        ("position", c_int64),
+        ("masked_until", c_int64),
+        *((name, c_void_p) for name in ("seen_ids", "offset_ids", "offsets", "masked_ids")),
+        *((name, c_int32) for name in (
+            "num_seen", "num_offsets", "num_masked", "top_k", "is_greedy",
+        )),
+        ("repetition_penalty", c_float),
+    )  # fmt: skip
+
+
 _FUNCTIONS = {
     "cs_version": (c_int,),
     "cs_levels": (c_char_p,),
@@ -111,6 +139,11 @@ _FUNCTIONS = {
     "cs_pool_destroy": (None, c_void_p),
     "cs_pool_bytes": (c_size_t, c_void_p),
     "cs_pool_copy_block": (c_int, c_void_p, c_int, c_int),
+    "cs_sampler_create": (c_void_p, c_char_p, c_void_p, c_int, c_void_p, c_int),
+    "cs_sampler_destroy": (None, c_void_p),
+    "cs_sampler_sample": (
+        c_int, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p, c_int, c_void_p,
+    ),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "network.h"
+#include "sampling.h"
 
 using namespace chatserve;
 
@@ -20,6 +21,9 @@ struct cs_network {
 };
 struct cs_pool {
   KVPool pool;
+};
+struct cs_sampler {
+  Sampler sampler;
 };
 
 namespace {
@@ -100,6 +104,22 @@ bool is_valid(const cs_step& step, const NetworkShape& shape, const KVPool& pool
   }
   const size_t width = (static_cast<size_t>(shape.vocab) + kPanelRows - 1) / kPanelRows * kPanelRows;
   return step.num_outputs == 0 || (step.logits && step.logits_stride >= width);
+}
+
+bool are_within(const int32_t* ids, int count, int limit) {
+  uint32_t largest = 0;  // negative ids are the largest of all
+  for (int i = 0; i < count; i++) {
+    const uint32_t id = static_cast<uint32_t>(ids[i]);
+    largest = id > largest ? id : largest;
+  }
+  return count >= 0 && largest < static_cast<uint32_t>(limit);
+}
+
+bool is_valid(const cs_sampling& row, int vocab) {
+  return are_within(row.seen_ids, row.num_seen, vocab) &&
+         are_within(row.offset_ids, row.num_offsets, vocab) &&
+         are_within(row.masked_ids, row.num_masked, vocab) &&
+         (row.is_greedy || row.temperature > 0);
 }
 
 }  // namespace
@@ -264,4 +284,33 @@ int cs_pool_copy_block(cs_pool* pool, int source, int target) {
   }
   pool->pool.copy_block(source, target);
   return CS_OK;
+}
+
+cs_sampler* cs_sampler_create(const char* level, cs_team* team, int vocab,
+                              const int32_t* forbidden_ids, int num_forbidden) {
+  const LevelKernels* kernels = find_level(level);
+  if (!kernels || vocab < 1 || !are_within(forbidden_ids, num_forbidden, vocab)) return nullptr;
+  cs_sampler* handle = new (std::nothrow) cs_sampler{Sampler(team->team)};
+  if (handle && !handle->sampler.create(*kernels, vocab, forbidden_ids, num_forbidden)) {
+    delete handle;
+    return nullptr;
+  }
+  return handle;
+}
+
+void cs_sampler_destroy(cs_sampler* sampler) { delete sampler; }
+
+int cs_sampler_sample(cs_sampler* sampler, float* logits, size_t stride, int num_places,
+                      const int32_t* places, const cs_sampling* const* rows, int num_rows,
+                      int32_t* out) {
+  const int vocab = sampler->sampler.vocab();
+  if (num_rows < 0 || num_rows > num_places || stride < static_cast<size_t>(vocab) ||
+      (places && !are_within(places, num_rows, num_places))) {
+    return CS_BAD_ARGUMENT;
+  }
+  for (int r = 0; r < num_rows; r++) {
+    if (!is_valid(*rows[r], vocab)) return CS_BAD_ARGUMENT;
+  }
+  return sampler->sampler.sample(logits, stride, places, rows, num_rows, out) ? CS_OK
+                                                                             : CS_NO_MEMORY;
 }

@@ -28,6 +28,7 @@ typedef struct cs_team cs_team;
 typedef struct cs_matrix cs_matrix;
 typedef struct cs_network cs_network;
 typedef struct cs_pool cs_pool;
+typedef struct cs_sampler cs_sampler;
 
 typedef struct {
   int32_t hidden, num_heads, num_kv_heads, head_dim, ffn, num_layers, vocab;
@@ -61,6 +62,23 @@ typedef struct {
   float* logits;
   size_t logits_stride;
 } cs_step;
+
+// How one sequence's next token is picked. Lists of ids have no id twice.
+typedef struct {
+  double temperature, top_p;  // top_p >= 1: off
+  double min_p_margin;        // temperature * ln(min_p); -inf: off
+  uint64_t stream;            // random numbers; the token's position says which of them is used
+  int64_t position;           // of the token that is picked
+  int64_t masked_until;       // the first position at which the masked ids may stand
+  const int32_t* seen_ids;    // that the repetition penalty is for
+  const int32_t* offset_ids;
+  const float* offsets;       // added to the logits of offset_ids
+  const int32_t* masked_ids;
+  int32_t num_seen, num_offsets, num_masked;
+  int32_t top_k;  // 0: off
+  int32_t is_greedy;
+  float repetition_penalty;
+} cs_sampling;
 
 CS_API int cs_version(void);
 // Names of the levels that this processor has, best first, separated by spaces.
@@ -97,6 +115,16 @@ CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);
 CS_API void cs_pool_destroy(cs_pool* pool);
 CS_API size_t cs_pool_bytes(const cs_pool* pool);
 CS_API int cs_pool_copy_block(cs_pool* pool, int source, int target);
+
+// The forbidden ids, which are copied, are never picked.
+CS_API cs_sampler* cs_sampler_create(const char* level, cs_team* team, int vocab,
+                                     const int32_t* forbidden_ids, int num_forbidden);
+CS_API void cs_sampler_destroy(cs_sampler* sampler);
+// Changes logits[num_places][stride]. places[num_rows]: where each row's logits are, no two the same;
+// null: in order. out[num_rows]: ids, or -1 where no logit is finite, or one is NaN or +inf.
+CS_API int cs_sampler_sample(cs_sampler* sampler, float* logits, size_t stride, int num_places,
+                             const int32_t* places, const cs_sampling* const* rows, int num_rows,
+                             int32_t* out);
 
 #ifdef __cplusplus
 }

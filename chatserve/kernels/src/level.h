@@ -68,6 +68,8 @@ struct AttentionJob {
   size_t score_stride;
 };
 
+struct SamplingJob;
+
 struct LevelKernels {
   const char* name;
   bool (*is_supported)();
@@ -88,6 +90,8 @@ struct LevelKernels {
   void (*store_kv)(const float* key, const float* value, int head_dim, int place, uint16_t* block);
   void (*attend)(const AttentionJob&);
   void (*rms_norm)(const float* x, const float* norm, float eps, int columns, float* out);
+  // A token id, or -1; see sampling.h.
+  int32_t (*sample)(const SamplingJob&);
 };
 
 extern const LevelKernels kAvx512, kAvx2, kNeon;

@@ -618,9 +618,16 @@ void attend(const AttentionJob& job) {
   }
 }
 
+}  // namespace
+
+#include "sampling_kernels.h"
+
+namespace {
+
 constexpr LevelKernels level_kernels(const char* name, bool (*is_supported)()) {
   return {name,     is_supported, Simd::kOffset8, Simd::kOffset4, pack,   unpack_row,
-          multiply, quantise,     rotate,         store_kv,       attend, rms_norm};
+          multiply, quantise,     rotate,         store_kv,       attend, rms_norm,
+          sample};
 }
 
 }  // namespace

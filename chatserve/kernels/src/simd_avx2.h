@@ -69,6 +69,12 @@ struct Simd {
                             _mm256_cmpgt_epi32(iset1(first), index));
     return _mm256_blendv_ps(v, other, _mm256_castsi256_ps(out));
   }
+  static uint32_t not_below(F x, F limit) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ)));
+  }
+  static F keep_not_below(F v, F x, F limit) {
+    return _mm256_and_ps(v, _mm256_cmp_ps(x, limit, _CMP_GE_OQ));
+  }
   static void store_codes(int8_t* p, I v) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));

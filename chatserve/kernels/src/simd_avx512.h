@@ -54,6 +54,12 @@ struct Simd {
                    _mm512_cmpge_epi32_mask(index, iset1(first));
     return _mm512_mask_blend_ps(in, other, v);
   }
+  // bit i: x[i] >= limit[i]; false for NaN
+  static uint32_t not_below(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ); }
+  // v where x >= limit, 0 elsewhere
+  static F keep_not_below(F v, F x, F limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), v);
+  }
   static void store_codes(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
   }

@@ -56,6 +56,13 @@ struct Simd {
                               vcgeq_s32(index, vdupq_n_s32(first)));
     return vbslq_f32(in, v, other);
   }
+  static uint32_t not_below(F x, F limit) {
+    const uint32_t bits[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(x, limit), vld1q_u32(bits)));
+  }
+  static F keep_not_below(F v, F x, F limit) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vcgeq_f32(x, limit)));
+  }
   static void store_codes(int8_t* p, I v) {
     int8_t codes[8];
     int16x4_t words = vqmovn_s32(v);
