@@ -13,13 +13,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-Int8Backend = Literal["cpu", "int8pack", "dequantise"]
+Int8Backend = Literal["cpu", "int8pack", "triton", "dequantise"]
 Int8Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _ROWS_AT_ONCE = 1024  # rows whose float copy exists at one moment
 _TILE = 32  # rows and columns that PyTorch's operator takes at once
 INT8PACK_MAX_ROWS_CPU = 8
 """Above so many activation rows PyTorch's CPU operator loses to dequantising in slices."""
+TRITON_MAX_ROWS = 1024
+"""From here on a product costs more than dequantising, which then lets cuBLAS do it. Estimated."""
 
 
 def quantise_rows(
@@ -81,12 +83,23 @@ def matmul_cpu(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> to
     return matmul_int8pack(x.to(scales.dtype), codes, scales).to(x.dtype)
 
 
+def matmul_triton(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x (M, K) in the scales' dtype -> (M, N) by our own CUDA kernels, which read packed codes."""
+    if x.shape[0] > TRITON_MAX_ROWS:
+        return matmul_dequantise(x, codes, scales)
+    from chatserve.models.triton.int8_matmul import matmul_int8
+
+    return matmul_int8(x, codes, scales)
+
+
 def backend_for(backend: Int8Backend, rows: int, columns: int) -> Int8Backend:
     """`backend`, or the reference where PyTorch's operator cannot take a matrix of this size.
 
     On the CPU it reads past the end of rows that are no multiple of its vector width; on Metal it
-    wants both sizes to be multiples of 32.
+    wants both sizes to be multiples of 32. Our own kernels take any size.
     """
+    if backend == "triton":
+        return backend
     is_even = columns % _TILE == 0 and (backend != "int8pack" or rows % _TILE == 0)
     return backend if is_even else "dequantise"
 
@@ -94,5 +107,6 @@ def backend_for(backend: Int8Backend, rows: int, columns: int) -> Int8Backend:
 MATMULS: Mapping[Int8Backend, Int8Matmul] = {
     "cpu": matmul_cpu,
     "int8pack": matmul_int8pack,
+    "triton": matmul_triton,
     "dequantise": matmul_dequantise,
 }

@@ -9,7 +9,8 @@ from tests.unit.models.triton_device import DEVICE, is_close
 
 # isort: split
 
-from chatserve.models.quantize import quantise_rows
+from chatserve.models.quantize import TRITON_MAX_ROWS, matmul_triton, quantise_rows
+from chatserve.models.triton import int8_matmul
 from chatserve.models.triton.int4_matmul import dequantise_int4, matmul_int4, quantise_int4
 from chatserve.models.triton.int8_matmul import matmul_int8
 from chatserve.models.triton.matmul_tiles import choose_tiles
@@ -90,3 +91,20 @@ def test_sums_are_split_only_where_programs_are_too_few() -> None:
     assert choose_tiles(8, 32000, 4096).num_splits == 1
     assert choose_tiles(512, 4096, 4096).num_splits == 1
     assert choose_tiles(8, 64, 128).num_splits == 1
+
+
+@pytest.mark.parametrize("num_rows", [3, TRITON_MAX_ROWS + 1])
+def test_many_rows_are_dequantised(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = int8_matmul.matmul_int8
+
+    def counted(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return real(x, codes, scales)
+
+    monkeypatch.setattr(int8_matmul, "matmul_int8", counted)
+    x, weight = operands(num_rows, 5, 24, torch.float32)
+    codes, scales = quantise_rows(weight, torch.float32)
+    y = matmul_triton(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE))
+    assert is_close(y, x @ (codes * scales[:, None]).T)
+    assert calls == ([3] if num_rows == 3 else [])
