@@ -35,6 +35,13 @@ class ModelOptions:
     load_8bit: bool = setting(
         False, "compress the weights to packed int8 while loading", group="model"
     )
+    load_4bit: bool = setting(
+        False, "compress them to packed int4: smaller and faster, less exact (CPU)", group="model"
+    )
+    quant_group: str | None = setting(
+        None, "with --load-8bit: one scale per 32 weights, finer and a little slower (CPU)",
+        group="model", choices=("32",),
+    )  # fmt: skip
     conv_template: str | None = setting(
         None, "chat template by name (`chatserve template` lists them)", group="model",
         metavar="NAME",

@@ -9,7 +9,7 @@ import torch
 
 from chatserve.models.batch import Batch, Model, Segment
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 32
 CONSECUTIVE = tuple(range(8))
 SCATTERED = (5, 2, 7, 0, 1, 6, 3, 4)
 

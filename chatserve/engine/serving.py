@@ -34,7 +34,7 @@ from chatserve.models.chat_template import (
 )
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
-from chatserve.models.llama import Llama
+from chatserve.models.fallback import FallbackModel
 from chatserve.models.loader import Progress, context_length, kv_bytes_per_token, load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.tokenizer import load_tokenizer
@@ -78,7 +78,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
-    policy = check(choose_policy(config.device, config.dtype, load_8bit=config.load_8bit))
+    policy = check(
+        choose_policy(
+            config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
+            quant_group=config.quant_group,
+        )
+    )  # fmt: skip
     logger.info("%s", policy.describe())
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
@@ -88,7 +93,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         facts = WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint))
         choice = choose_template(config.conv_template, facts, tokenizer, sources)
         logger.info("chat template %s: %s", choice.template.name, choice.reason)
-        model = load_model(checkpoint, policy, progress=progress)
+        model = load_model(
+            checkpoint, policy, progress=progress, max_rows=config.max_num_batched_tokens
+        )
+        policy = model.policy
         fingerprint = _fingerprint(checkpoint, policy, choice, sources)
     limits = _Limits.of(config, checkpoint, policy)
     engine = Engine(
@@ -121,10 +129,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         description={
             "device": policy.device.type,
             "dtype": policy.dtype_name,
-            "load_8bit": policy.int8 is not None,
+            "load_8bit": policy.packing is not None and policy.packing.bits == 8,
+            "packing": str(policy.packing) if policy.packing else None,
+            "kernels": policy.kernels.level if policy.kernels else None,
             "reasons": list(policy.reasons),
             "template": choice.template.name,
-            "native": isinstance(model, Llama),
+            "native": not isinstance(model, FallbackModel),
             "kv_tokens": limits.num_kv_tokens,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
@@ -153,7 +163,8 @@ class _Limits:
         context = context_length(checkpoint.config)
         if config.context_length is not None:
             context = min(context, config.context_length)
-        per_token = kv_bytes_per_token(checkpoint.config, policy.dtype.itemsize)
+        bytes_per_value = 2 if policy.kernels else policy.dtype.itemsize
+        per_token = kv_bytes_per_token(checkpoint.config, bytes_per_value)
         left = max(0, available_bytes(policy.device) - _RESERVED_BYTES)
         num_blocks = int(left * _KV_SHARE[policy.device.type]) // (per_token * BLOCK_SIZE)
         fits = num_blocks * BLOCK_SIZE
@@ -240,6 +251,10 @@ def _fingerprint(
     norms = [name for name, info in infos.items() if len(info.shape) == 1]
     for name in norms[:8] + norms[-8:]:
         digest.update(checkpoint.weights.read(name).view(torch.uint8).numpy().tobytes())
-    form = (policy.device.type, policy.dtype_name, policy.attention, policy.int8)
+    kernels = policy.kernels.level if policy.kernels else None
+    form = (
+        policy.device.type, policy.dtype_name, policy.attention, policy.int8, str(policy.packing),
+        kernels,
+    )  # fmt: skip
     digest.update(f"{form} {choice.template.name} {chatserve.__version__}".encode())
     return f"fp_{digest.hexdigest()[:16]}"

@@ -36,6 +36,7 @@ PANEL_ROWS = 32
 """Output rows that are packed together."""
 BLOCK_SIZE = 32
 """Tokens of a KV block."""
+MAX_THREADS = 64
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 PLAIN, GATE, UP = 0, 1, 2
 PARTS = (

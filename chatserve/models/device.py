@@ -8,12 +8,15 @@ pytorch/pytorch issue 195910).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from chatserve.errors import StartupError, UsageError
+from chatserve.kernels.library import Kernels, KernelsUnavailable, load_kernels
 from chatserve.models.attention import AttentionBackend, attend
+from chatserve.models.packing import Packing
 from chatserve.models.quantize import (
     MATMULS,
     Int8Backend,
@@ -22,18 +25,26 @@ from chatserve.models.quantize import (
     quantise_rows,
 )
 
+logger = logging.getLogger(__name__)
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class DevicePolicy:
-    """The choices for one worker. `int8` is None without compression."""
+    """The choices for one worker; `packing` is None without compression.
+
+    `kernels` are the CPU's own; `int8` is PyTorch's operator, for networks that they cannot hold
+    and for other devices.
+    """
 
     device: torch.device
     dtype: torch.dtype
     attention: AttentionBackend
     int8: Int8Backend | None
     reasons: tuple[str, ...]
+    packing: Packing | None = None
+    kernels: Kernels | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -49,26 +60,67 @@ class DevicePolicy:
     def describe(self) -> str:
         """One line for the log."""
         int8 = f" int8={self.int8}" if self.int8 else ""
+        if self.kernels:
+            int8 = f" {self.packing}=kernels ({self.kernels.level})"
         return (
             f"device={self.device.type} dtype={self.dtype_name} attention={self.attention}{int8} "
             f"({'; '.join(self.reasons)})"
         )
 
 
-def choose_policy(device: str = "auto", dtype: str = "auto", *, load_8bit: bool) -> DevicePolicy:
-    """Choose for `--device` and `--dtype`.
+def choose_policy(
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    quant_group: str | None = None,
+) -> DevicePolicy:
+    """Choose for `--device`, `--dtype` and the compression asked for.
 
-    Raises `UsageError` when the device is asked for but not there.
+    Raises `UsageError` when the device is asked for but not there, or cannot compress so.
     """
+    packing = _choose_packing(load_8bit, load_4bit, quant_group)
     kind, device_reason = _choose_device(device)
     torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
     attention, attention_reason = _choose_attention(kind)
     reasons = [device_reason, dtype_reason, attention_reason]
     int8: Int8Backend | None = None
-    if load_8bit:
+    kernels: Kernels | None = None
+    if packing is not None:
         int8, int8_reason = _choose_int8(kind)
+        if kind == "cpu":
+            kernels, kernels_reason = _choose_kernels(packing)
+            int8_reason = kernels_reason if kernels else f"{kernels_reason}; {int8_reason}"
+        elif packing != Packing():
+            raise UsageError(
+                f"{packing} weights need the CPU kernels; on {kind} use --load-8bit alone"
+            )
         reasons.append(int8_reason)
-    return DevicePolicy(torch.device(kind), torch_dtype, attention, int8, tuple(reasons))
+    return DevicePolicy(
+        torch.device(kind), torch_dtype, attention, int8, tuple(reasons), packing, kernels
+    )
+
+
+def _choose_packing(load_8bit: bool, load_4bit: bool, quant_group: str | None) -> Packing | None:
+    if load_8bit and load_4bit:
+        raise UsageError("--load-8bit and --load-4bit exclude each other; choose one")
+    if load_4bit:
+        return Packing(bits=4, is_grouped=True)
+    if quant_group is not None and not load_8bit:
+        raise UsageError("--quant-group is a finer form of --load-8bit; give both")
+    return Packing(is_grouped=quant_group is not None) if load_8bit else None
+
+
+def _choose_kernels(packing: Packing) -> tuple[Kernels | None, str]:
+    try:
+        kernels = load_kernels()
+    except KernelsUnavailable as error:
+        if packing != Packing():
+            raise UsageError(f"{packing} weights need the CPU kernels, but {error}") from error
+        logger.warning("8 bits run on PyTorch's operators, several times slower: %s", error)
+        return None, f"no CPU kernels: {error}"
+    return kernels, f"own CPU kernels for {kernels.level}"
 
 
 def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolicy:
@@ -78,7 +130,9 @@ def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolic
     """
     attention, _ = _choose_attention(kind)
     int8 = _choose_int8(kind)[0] if load_8bit else None
-    return DevicePolicy(torch.device("cpu"), dtype, attention, int8, (f"{kind} policy on cpu",))
+    packing = Packing() if load_8bit else None
+    reasons = (f"{kind} policy on cpu",)
+    return DevicePolicy(torch.device("cpu"), dtype, attention, int8, reasons, packing)
 
 
 def check(policy: DevicePolicy) -> DevicePolicy:
@@ -90,6 +144,11 @@ def check(policy: DevicePolicy) -> DevicePolicy:
     if policy.attention != "plain" and not _attention_agrees(policy, policy.attention):
         reason = f"{policy.attention} attention failed its self-test, plain instead"
         policy = dataclasses.replace(policy, attention="plain", reasons=(*policy.reasons, reason))
+    if policy.kernels is not None and not _kernels_agree(policy.kernels):
+        reason = f"kernels for {policy.kernels.level} failed their self-test"
+        if policy.packing != Packing():
+            raise StartupError(f"{reason}; use --load-8bit alone, which can do without them")
+        policy = dataclasses.replace(policy, kernels=None, reasons=(*policy.reasons, reason))
     if policy.int8 not in (None, "dequantise") and not _int8_agrees(policy):
         reason = f"{policy.int8} failed its self-test, dequantise instead"
         policy = dataclasses.replace(policy, int8="dequantise", reasons=(*policy.reasons, reason))
@@ -195,6 +254,26 @@ def _int8_is_close(policy: DevicePolicy, matmul: Int8Matmul) -> bool:
             x.to(policy.device, policy.dtype), codes.to(policy.device), scales.to(policy.device)
         )
         if not _is_close(actual, expected, policy.scale_dtype):
+            return False
+    return True
+
+
+def _kernels_agree(kernels: Kernels) -> bool:
+    """A product of 1 and of 33 rows in each form of packing, and their rows bit-equal."""
+    from chatserve.models.kernel_matrix import KernelMatrix, Team
+
+    generator = torch.Generator().manual_seed(0)
+    team = Team(kernels, 1)
+    for packing in (Packing(), Packing(is_grouped=True), Packing(bits=4, is_grouped=True)):
+        matrix = KernelMatrix(kernels, team, 96, 128, packing)
+        matrix.load_rows(0, torch.randn(96, 128, generator=generator))
+        weight = torch.stack([matrix.row(index) for index in range(96)])
+        x = torch.randn(33, 128, generator=generator)
+        actual, expected = matrix.multiply(x), x @ weight.T
+        # activations have 8 bits, too: a two-hundredth of the largest, here and there
+        if not (actual - expected).abs().max() <= 0.02 * expected.abs().max():
+            return False
+        if not torch.equal(matrix.multiply(x[:1]), actual[:1]):
             return False
     return True
 

@@ -6,21 +6,11 @@ matrix filled in several calls. Nothing here knows a family or a file.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 
 from chatserve.models.device import DevicePolicy
 from chatserve.models.quantize import MATMULS, Int8Backend, backend_for, quantise_rows
-
-
-class RowLoader(Protocol):
-    """Anything with rows that arrive one checkpoint tensor at a time."""
-
-    def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        """Store `rows` (n, ...) at `start`; converts dtype, device and packing."""
-        ...
 
 
 class Parameter:

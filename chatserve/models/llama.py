@@ -16,19 +16,16 @@ import torch.nn.functional as F
 from chatserve.models.attention import attend_batch
 from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
+from chatserve.models.destinations import (
+    BlockTargets,
+    Destination,
+    NetworkTargets,
+    destinations,
+)
 from chatserve.models.device import DevicePolicy
 from chatserve.models.kv_pool import Placement, TorchKVPool
-from chatserve.models.linear import Linear, Parameter, RowLoader, build_matrix
+from chatserve.models.linear import Linear, Parameter, build_matrix
 from chatserve.models.rope import RotaryTable, rotate
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a checkpoint tensor of `shape` goes: rows `start` and on of `target`."""
-
-    target: RowLoader
-    start: int
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,18 @@ class Block:
         x = x + self.attention(self.attention_norm(x), step)
         return x + self.mlp(self.mlp_norm(x))
 
+    def targets(self) -> BlockTargets:
+        attention, mlp = self.attention, self.mlp
+        query_norm, key_norm = attention.query_norm, attention.key_norm
+        return BlockTargets(
+            attention_norm=self.attention_norm.scale, qkv=attention.qkv, output=attention.output,
+            mlp_norm=self.mlp_norm.scale, gate_up=mlp.gate_up, down=mlp.down,
+            qkv_bias=attention.qkv.bias, output_bias=attention.output.bias,
+            gate_up_bias=mlp.gate_up.bias, down_bias=mlp.down.bias,
+            query_norm=query_norm.scale if query_norm else None,
+            key_norm=key_norm.scale if key_norm else None,
+        )  # fmt: skip
+
 
 class Llama:
     """Token ids in, logits out, over a flat batch of sequences."""
@@ -172,40 +181,6 @@ class Llama:
 
     def destinations(self) -> Mapping[str, Destination]:
         """Every checkpoint tensor (Hugging Face names) and where it goes."""
-        config = self.config
-        hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
-        table: dict[str, Destination] = {}
-
-        def add(name: str, target: RowLoader | None, start: int, *shape: int) -> None:
-            if target is not None:
-                table[name] = Destination(target, start, shape)
-
-        add("model.embed_tokens.weight", self.embedding, 0, config.vocab_size, hidden)
-        if not config.is_tied:
-            add("lm_head.weight", self.head, 0, config.vocab_size, hidden)
-        add("model.norm.weight", self.norm.scale, 0, hidden)
-        for index, block in enumerate(self.blocks):
-            prefix = f"model.layers.{index}."
-            add(prefix + "input_layernorm.weight", block.attention_norm.scale, 0, hidden)
-            add(prefix + "post_attention_layernorm.weight", block.mlp_norm.scale, 0, hidden)
-            attention, mlp = block.attention, block.mlp
-            start = 0
-            sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-            for letter, heads in zip("qkv", sizes, strict=True):
-                name = f"{prefix}self_attn.{letter}_proj."
-                add(name + "weight", attention.qkv, start, heads * dim, hidden)
-                add(name + "bias", attention.qkv.bias, start, heads * dim)
-                start += heads * dim
-            name = prefix + "self_attn.o_proj."
-            add(name + "weight", attention.output, 0, hidden, config.num_heads * dim)
-            add(name + "bias", attention.output.bias, 0, hidden)
-            if attention.query_norm is not None and attention.key_norm is not None:
-                add(prefix + "self_attn.q_norm.weight", attention.query_norm.scale, 0, dim)
-                add(prefix + "self_attn.k_norm.weight", attention.key_norm.scale, 0, dim)
-            for start, letter in ((0, "gate"), (ffn, "up")):
-                name = f"{prefix}mlp.{letter}_proj."
-                add(name + "weight", mlp.gate_up, start, ffn, hidden)
-                add(name + "bias", mlp.gate_up.bias, start, ffn)
-            add(prefix + "mlp.down_proj.weight", mlp.down, 0, hidden, ffn)
-            add(prefix + "mlp.down_proj.bias", mlp.down.bias, 0, hidden)
-        return table
+        blocks = [block.targets() for block in self.blocks]
+        network = NetworkTargets(self.embedding, self.head, self.norm.scale, blocks)
+        return destinations(self.config, network)

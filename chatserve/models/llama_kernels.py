@@ -8,10 +8,11 @@ chunks.
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -31,13 +32,22 @@ from chatserve.models.destinations import (
     destinations,
 )
 from chatserve.models.device import DevicePolicy
+from chatserve.models.kernel_matrix import (
+    DTYPES,
+    GateUpRows,
+    KernelMatrix,
+    Table,
+    Team,
+    Vector,
+    check,
+    interleaved,
+    padded,
+)
+from chatserve.models.packing import Packing
 from chatserve.models.rope import angles
 
-_DTYPES = {
-    torch.float32: library.FLOAT32,
-    torch.float16: library.FLOAT16,
-    torch.bfloat16: library.BFLOAT16,
-}
+logger = logging.getLogger(__name__)
+
 PREFETCHES = (0, 8192)
 """Bytes ahead that are tried."""
 _TUNING_S = 0.05  # for one setting, where a step is no longer
@@ -45,24 +55,30 @@ _MAX_HEAD_DIM = 256
 _MAX_COLUMNS = 1 << 16
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How weights are compressed: 8 or 4 bits, one scale per output row or per 32 columns."""
-
-    bits: int = 8
-    is_grouped: bool = False
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """Codes and, where grouped, half-precision scales; a row's own scale is not counted."""
-        return self.bits / 8 + (2 / library.GROUP if self.is_grouped else 0)
-
-
 class Tuning(NamedTuple):
     """What the fastest step depends on beside the weights."""
 
     num_threads: int
     prefetch: int
+
+    def __str__(self) -> str:
+        return f"{self.num_threads} threads, {self.prefetch} bytes ahead"
+
+
+def thread_counts() -> tuple[int, ...]:
+    """Numbers of threads worth trying, most first: all cores, and half of many.
+
+    Second hardware threads of a core only get in the way; slow cores beside fast ones may.
+    """
+    try:
+        import psutil
+
+        cores = psutil.cpu_count(logical=False)
+    except ImportError:  # engine and models run without it, as on a bare GPU machine
+        cores = None
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = max(1, min(cores or usable or 1, usable or 1, library.MAX_THREADS))
+    return (most, most // 2) if most >= 4 else (most,)
 
 
 def misfit(config: ModelConfig) -> str | None:
@@ -78,102 +94,6 @@ def misfit(config: ModelConfig) -> str | None:
     if config.head_dim % 16 or config.head_dim > _MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is no multiple of 16 up to {_MAX_HEAD_DIM}"
     return None
-
-
-class KernelMatrix:
-    """A packed matrix (rows, columns), filled by checkpoint rows of any float dtype."""
-
-    def __init__(
-        self, kernels: Kernels, team: int, rows: int, columns: int, packing: Packing
-    ) -> None:
-        self._functions = kernels.functions
-        self._team = team
-        self.shape = (rows, columns)
-        handle = self._functions.cs_matrix_create(
-            kernels.level_name, rows, columns, packing.bits, packing.is_grouped
-        )
-        if not handle:
-            raise DoesNotFit(f"no memory for a packed matrix of {rows:,} x {columns:,} weights")
-        self.handle: int = handle
-        weakref.finalize(self, self._functions.cs_matrix_destroy, handle)
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._functions.cs_matrix_bytes(self.handle))
-
-    def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        self.load_mapped(start, rows, library.PLAIN)
-
-    def load_mapped(self, start: int, rows: torch.Tensor, row_map: int) -> None:
-        """Pack `rows` (n, columns) on the CPU, spread over panels by `row_map`."""
-        if rows.dtype not in _DTYPES:
-            rows = rows.float()
-        rows = rows.contiguous()
-        _check(
-            self._functions.cs_matrix_load(
-                self.handle, self._team, start, rows.shape[0], rows.data_ptr(),
-                _DTYPES[rows.dtype], row_map,
-            )
-        )  # fmt: skip
-
-    def row(self, index: int) -> torch.Tensor:
-        """One row (columns,) float32 as the kernels see it."""
-        out = torch.empty(self.shape[1])
-        _check(self._functions.cs_matrix_row(self.handle, index, out.data_ptr()))
-        return out
-
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, columns) float32 times the transpose -> (M, rows); for tests and hybrids."""
-        x = x.contiguous()
-        out = torch.empty(x.shape[0], _padded(self.shape[0]))
-        _check(
-            self._functions.cs_matrix_multiply(
-                self.handle, self._team, x.data_ptr(), x.shape[0], out.data_ptr()
-            )
-        )
-        return out[:, : self.shape[0]]
-
-
-class GateUpRows:
-    """Gate and up share panels, 16 rows each, so that SwiGLU happens in registers."""
-
-    def __init__(self, matrix: KernelMatrix) -> None:
-        self._matrix = matrix
-        self._half = matrix.shape[0] // 2
-
-    def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        is_gate = start < self._half
-        row_map = library.GATE if is_gate else library.UP
-        self._matrix.load_mapped(start if is_gate else start - self._half, rows, row_map)
-
-
-class Vector:
-    """A float32 vector with room for whole panels; `order` says where each loaded value goes."""
-
-    def __init__(self, size: int, order: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        self.values = torch.zeros(_padded(size))
-        self._order = order
-
-    @property
-    def address(self) -> int:
-        return self.values.data_ptr()
-
-    def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        places = torch.arange(start, start + rows.shape[0])
-        if self._order is not None:
-            places = self._order(places)
-        self.values[places] = rows.float()
-
-
-class Table:
-    """An untied embedding (rows, columns) in float32 or bfloat16, only ever looked up."""
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        self.values = torch.empty(rows, columns, dtype=dtype)
-
-    def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        self.values[start : start + rows.shape[0]].copy_(rows)
 
 
 class KernelKVPool:
@@ -194,7 +114,7 @@ class KernelKVPool:
         return int(self._functions.cs_pool_bytes(self.handle))
 
     def copy_block(self, source: int, target: int) -> None:
-        _check(self._functions.cs_pool_copy_block(self.handle, source, target))
+        check(self._functions.cs_pool_copy_block(self.handle, source, target))
 
 
 class _Block:
@@ -216,7 +136,7 @@ class _Block:
         self.vectors: dict[str, Vector | None] = {
             "qkv_bias": Vector(qkv_rows) if config.has_qkv_bias else None,
             "output_bias": Vector(hidden) if config.has_output_bias else None,
-            "gate_up_bias": Vector(2 * ffn, _interleaved(ffn)) if has_mlp else None,
+            "gate_up_bias": Vector(2 * ffn, interleaved(ffn)) if has_mlp else None,
             "down_bias": Vector(hidden) if has_mlp else None,
             "query_norm": Vector(dim) if config.has_qk_norm else None,
             "key_norm": Vector(dim) if config.has_qk_norm else None,
@@ -248,18 +168,21 @@ class KernelLlama:
         packing: Packing,
         *,
         max_rows: int,
-        num_threads: int,
+        thread_counts: Sequence[int],
     ) -> None:
-        """`max_rows`: tokens of one step. Raises `DoesNotFit` when there is no memory."""
+        """`max_rows`: tokens of one step; `thread_counts`: numbers of threads to try, most first.
+
+        Raises `DoesNotFit` when there is no memory.
+        """
         self.config = config
         self.policy = policy
         self.packing = packing
-        self.num_threads = num_threads
+        self.num_threads = thread_counts[0]
+        self._thread_counts = thread_counts
         self.max_rows = max_rows
         self._kernels = kernels
         self._functions = kernels.functions
-        self._team: int = self._functions.cs_team_create(num_threads)
-        weakref.finalize(self, self._functions.cs_team_destroy, self._team)
+        self._team = Team(kernels, self.num_threads)
         hidden = config.hidden_size
 
         def build(rows: int, columns: int) -> KernelMatrix:
@@ -271,7 +194,7 @@ class KernelLlama:
             self._table = Table(config.vocab_size, hidden, policy.dtype)
         self._blocks = [_Block(config, build, window) for window in config.sliding_windows]
         self._norm = Vector(hidden)
-        self._stride = _padded(config.vocab_size)
+        self._stride = padded(config.vocab_size)
         self._network = 0
         self._num_positions = 0
 
@@ -298,10 +221,19 @@ class KernelLlama:
         return destinations(self.config, NetworkTargets(embedding, self._head, self._norm, blocks))
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> KernelKVPool:
-        """Raises `DoesNotFit` when there is no memory."""
+        """Also finds the number of threads that computes a step fastest.
+
+        Raises `DoesNotFit` when there is no memory.
+        """
         assert block_size == library.BLOCK_SIZE
         self._build_network(min(self.config.context_length, num_blocks * block_size))
-        return KernelKVPool(self._kernels, self._shape(), num_blocks)
+        pool = KernelKVPool(self._kernels, self._shape(), num_blocks)
+        seconds = self._tune(pool)
+        logger.info(
+            "%s kernels: %s", self._kernels.level,
+            "; ".join(f"{tuning}: {1000 * time:.1f} ms" for tuning, time in seconds.items()),
+        )  # fmt: skip
+        return pool
 
     def forward(self, batch: Batch, pool: KernelKVPool) -> torch.Tensor:
         """Logits (R, V) float32 of the batch's output rows. Stores keys and values."""
@@ -322,26 +254,26 @@ class KernelLlama:
             block_tables=tables.ctypes.data, output_rows=outputs.ctypes.data,
             logits=logits.data_ptr(), logits_stride=self._stride,
         )  # fmt: skip
-        _check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
+        check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
         return logits[:, : self.config.vocab_size]
 
     def set_num_threads(self, num_threads: int) -> None:
         """Between steps only."""
-        _check(self._functions.cs_network_set_threads(self._network, num_threads))
+        check(self._functions.cs_network_set_threads(self._network, num_threads))
         self.num_threads = num_threads
 
     def set_prefetch(self, num_bytes: int) -> None:
         """How far ahead weights are fetched; 0 leaves it to the processor. Changes no result."""
-        _check(self._functions.cs_network_set_prefetch(self._network, num_bytes))
+        check(self._functions.cs_network_set_prefetch(self._network, num_bytes))
 
-    def tune(self, pool: KernelKVPool, thread_counts: Sequence[int]) -> Mapping[Tuning, float]:
+    def _tune(self, pool: KernelKVPool) -> Mapping[Tuning, float]:
         """Measure a one-token step with each number of threads and each prefetch, keep the fastest.
 
         Whether fetching ahead helps differs by maker: half as fast on one, a third faster on
         another. Uses the first block of `pool`. Returns the seconds of each setting.
         """
         seconds: dict[Tuning, float] = {}
-        for num_threads in thread_counts:
+        for num_threads in self._thread_counts:
             self.set_num_threads(num_threads)
             for prefetch in PREFETCHES:
                 self.set_prefetch(prefetch)
@@ -366,11 +298,11 @@ class KernelLlama:
     def profile(self, run: Callable[[], None]) -> Mapping[str, int]:
         """Nanoseconds that the first thread spends on each part of the steps in `run`."""
         parts = np.zeros(len(library.PARTS), np.uint64)
-        _check(self._functions.cs_network_set_profile(self._network, parts.ctypes.data))
+        check(self._functions.cs_network_set_profile(self._network, parts.ctypes.data))
         try:
             run()
         finally:
-            _check(self._functions.cs_network_set_profile(self._network, None))
+            check(self._functions.cs_network_set_profile(self._network, None))
         return dict(zip(library.PARTS, parts.tolist(), strict=True))
 
     def _shape(self) -> library.Shape:
@@ -385,7 +317,7 @@ class KernelLlama:
     def _build_network(self, num_positions: int) -> None:
         self._num_positions = num_positions
         handle = self._functions.cs_network_create(
-            ctypes.byref(self._shape()), self._kernels.level_name, self._team
+            ctypes.byref(self._shape()), self._kernels.level_name, self._team.handle
         )
         if not handle:
             raise DoesNotFit(f"no memory for the buffers of {self.max_rows:,} tokens a step")
@@ -398,34 +330,12 @@ class KernelLlama:
         )  # fmt: skip
         if self._table is not None:
             ends.embedding = self._table.values.data_ptr()
-            ends.embedding_dtype = _DTYPES[self._table.values.dtype]
-        _check(self._functions.cs_network_set_ends(handle, ctypes.byref(ends)))
+            ends.embedding_dtype = DTYPES[self._table.values.dtype]
+        check(self._functions.cs_network_set_ends(handle, ctypes.byref(ends)))
         for index, block in enumerate(self._blocks):
             layer = block.layer()
-            _check(self._functions.cs_network_set_layer(handle, index, ctypes.byref(layer)))
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // library.PANEL_ROWS) * library.PANEL_ROWS
-
-
-def _interleaved(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Where the rows of gate (0..half) and up (half..) lie in panels of 16 and 16."""
-
-    def order(places: torch.Tensor) -> torch.Tensor:
-        row, is_up = places % half, places // half
-        return row // 16 * 32 + row % 16 + 16 * is_up
-
-    return order
+            check(self._functions.cs_network_set_layer(handle, index, ctypes.byref(layer)))
 
 
 def _int32(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(values, dtype=np.int32)
-
-
-def _check(status: int) -> None:
-    """A refusal is a bug here, never user input; a lack of memory is not."""
-    if status == 2:
-        raise DoesNotFit("no memory for the kernels' buffers")
-    if status:
-        raise RuntimeError(f"the kernels refused their arguments (status {status})")

@@ -6,6 +6,7 @@ whatever the largest tensor is and however much it grows on the way. No network 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -16,10 +17,13 @@ import torch
 from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
+from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config, refusals
-from chatserve.models.llama import Destination, Llama
+from chatserve.models.llama import Llama
+from chatserve.models.llama_kernels import KernelLlama, misfit, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.packing import Packing
 from chatserve.models.weights import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -33,9 +37,13 @@ _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
 
 def load_model(
-    checkpoint: Checkpoint, policy: DevicePolicy, *, progress: Progress | None = None
-) -> Llama | FallbackModel:
-    """Load a checkpoint for `policy`.
+    checkpoint: Checkpoint,
+    policy: DevicePolicy,
+    *,
+    progress: Progress | None = None,
+    max_rows: int = 512,
+) -> Llama | KernelLlama | FallbackModel:
+    """Load a checkpoint for `policy`; a step has at most `max_rows` tokens.
 
     Raises `DoesNotFit` before anything is allocated, `ModelLoadError` naming the tensor that is
     missing, unknown or of the wrong shape.
@@ -44,10 +52,11 @@ def load_model(
     if not is_native(checkpoint.config):
         return _load_fallback(checkpoint, policy, report)
     config = _native_config(checkpoint)
-    packed = None if policy.int8 else _native_bytes(config, policy, is_packed=True)
-    needed = _native_bytes(config, policy, is_packed=policy.int8 is not None)
+    policy = _without_misfits(config, policy)
+    packed = None if policy.packing else _native_bytes(config, policy, Packing())
+    needed = _native_bytes(config, policy, policy.packing)
     _check_memory(needed, packed, policy, checkpoint)
-    model = Llama(config, policy)
+    model = _build(config, policy, max_rows)
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
     wanted = _match(destinations, infos, checkpoint)
@@ -62,6 +71,29 @@ def load_model(
                 )
                 meter.add(info.num_bytes * len(rows) // info.shape[0])
     return model
+
+
+def _without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
+    """The policy without the CPU kernels, where they cannot hold this network."""
+    reason = misfit(config) if policy.kernels else None
+    if reason is None:
+        return policy
+    if policy.packing != Packing():
+        raise ModelLoadError(
+            f"{policy.packing} weights need the CPU kernels, which cannot hold this network: "
+            f"{reason}; use --load-8bit alone"
+        )
+    logger.warning("8 bits run on PyTorch's operators, several times slower: %s", reason)
+    return dataclasses.replace(policy, kernels=None, reasons=(*policy.reasons, reason))
+
+
+def _build(config: ModelConfig, policy: DevicePolicy, max_rows: int) -> Llama | KernelLlama:
+    if policy.kernels is None or policy.packing is None:
+        return Llama(config, policy)
+    return KernelLlama(
+        config, policy, policy.kernels, policy.packing,
+        max_rows=max_rows, thread_counts=thread_counts(),
+    )  # fmt: skip
 
 
 def context_length(config: Mapping[str, object]) -> int:
@@ -104,13 +136,13 @@ def _native_config(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig.from_hf(content)
 
 
-def _native_bytes(config: ModelConfig, policy: DevicePolicy, *, is_packed: bool) -> int:
+def _native_bytes(config: ModelConfig, policy: DevicePolicy, packing: Packing | None) -> int:
     size = policy.dtype.itemsize
-    if not is_packed:
+    if packing is None:
         return config.num_parameters * size
     embedding = config.vocab_size * config.hidden_size
     half = 0 if config.is_tied else embedding
-    return (config.num_parameters - half) + half * size
+    return int((config.num_parameters - half) * packing.bytes_per_weight) + half * size
 
 
 def _check_memory(
@@ -131,7 +163,7 @@ def _check_memory(
 
 
 def _form(policy: DevicePolicy) -> str:
-    return "int8" if policy.int8 else policy.dtype_name
+    return str(policy.packing) if policy.packing else policy.dtype_name
 
 
 def _match(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import closing
 from typing import Any
 
@@ -13,10 +14,12 @@ from chatserve.engine.prompt import Message, PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.models.chat_template import WeightsFacts, choose_template, load_template_sources
 from chatserve.models.checkpoint import open_checkpoint
-from chatserve.models.device import choose_policy
+from chatserve.models.device import DevicePolicy, choose_policy
+from chatserve.models.fallback import FallbackModel
 from chatserve.models.gguf import GGUFFile
 from chatserve.models.linear import Int8Linear
 from chatserve.models.llama import Llama
+from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.loader import load_model
 from chatserve.models.tokenizer import load_tokenizer
 from tests import networks
@@ -38,6 +41,9 @@ QUESTIONS = (
 )
 NUM_TOKENS = 64
 
+FLOAT32 = choose_policy("cpu", "float32")
+INT8 = choose_policy("cpu", "float32", load_8bit=True)
+
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
@@ -51,15 +57,15 @@ def prompts() -> list[list[int]]:
     return [builder.chat([Message("user", question)]) for question in QUESTIONS]
 
 
-def load(*, load_8bit: bool) -> Llama:
+def load(policy: DevicePolicy) -> Llama | KernelLlama:
     checkpoint = open_checkpoint(default_model())
     with closing(checkpoint.weights):
-        model = load_model(checkpoint, choose_policy("cpu", "float32", load_8bit=load_8bit))
-    assert isinstance(model, Llama)
+        model = load_model(checkpoint, policy)
+    assert not isinstance(model, FallbackModel)
     return model
 
 
-def generate(model: Llama, prompts: list[list[int]]) -> list[list[int]]:
+def generate(model: Llama | KernelLlama, prompts: list[list[int]]) -> list[list[int]]:
     """64 greedy tokens of each prompt, all in one batch."""
     tokenizer = load_tokenizer(default_model())
     engine = Engine(model, tokenizer, num_kv_tokens=10_000)
@@ -88,7 +94,7 @@ def load_judge() -> Any:
 def test_64_greedy_tokens_of_10_prompts_are_those_of_transformers(
     prompts: list[list[int]],
 ) -> None:
-    answers = generate(load(load_8bit=False), prompts)
+    answers = generate(load(FLOAT32), prompts)
     judge = load_judge()
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == NUM_TOKENS
@@ -97,15 +103,30 @@ def test_64_greedy_tokens_of_10_prompts_are_those_of_transformers(
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
-def test_8_bits_stay_close_and_take_half(prompts: list[list[int]]) -> None:
-    half, packed = load(load_8bit=False), load(load_8bit=True)
-    answers = generate(half, prompts[:4])
+@pytest.fixture(scope="module")
+def float32_answers(prompts: list[list[int]]) -> list[list[int]]:
+    return generate(load(FLOAT32), prompts[:4])
+
+
+def agreement(
+    model: Llama | KernelLlama, prompts: list[list[int]], answers: list[list[int]]
+) -> float:
+    """Share of the answers' tokens that `model`, fed with them, would have chosen too."""
     matches = total = 0
     for prompt, answer in zip(prompts, answers, strict=False):
-        logits = _teacher_forced(packed, prompt + answer)[len(prompt) - 1 : -1]
+        logits = networks.logits(model, prompt + answer)[len(prompt) - 1 : -1]
         matches += sum(a == b for a, b in zip(logits.argmax(-1).tolist(), answer, strict=True))
         total += len(answer)
-    assert matches / total > 0.9
+    return matches / total
+
+
+@torch.inference_mode()
+def test_8_bits_of_pytorch_stay_close_and_take_half(
+    prompts: list[list[int]], float32_answers: list[list[int]]
+) -> None:
+    packed = load(dataclasses.replace(INT8, kernels=None))
+    assert isinstance(packed, Llama)
+    assert agreement(packed, prompts, float32_answers) > 0.9
     matrices = [packed.head] + [
         matrix
         for block in packed.blocks
@@ -120,6 +141,25 @@ def test_8_bits_stay_close_and_take_half(prompts: list[list[int]]) -> None:
     assert packed.embedding is packed.head
 
 
-@torch.inference_mode()
-def _teacher_forced(model: Llama, ids: list[int]) -> torch.Tensor:
-    return networks.logits(model, ids)
+@pytest.mark.skipif(INT8.kernels is None, reason="the kernels were not compiled here")
+@pytest.mark.parametrize(
+    ("options", "least", "share"),
+    [
+        ({"load_8bit": True}, 0.9, 0.53),
+        ({"load_8bit": True, "quant_group": "32"}, 0.92, 0.55),
+        ({"load_4bit": True}, 0.5, 0.3),
+    ],
+)
+def test_kernels_stay_close_and_take_their_share(
+    prompts: list[list[int]],
+    float32_answers: list[list[int]],
+    options: dict[str, Any],
+    least: float,
+    share: float,
+) -> None:
+    packed = load(choose_policy("cpu", "float32", **options))
+    assert isinstance(packed, KernelLlama)
+    assert agreement(packed, prompts, float32_answers) > least
+    config = packed.config
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    assert packed.num_bytes <= share * 2 * (config.num_parameters - norms)

@@ -79,7 +79,8 @@ def test_only_environment_reads_the_environment() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
         and isinstance(node.value, ast.Name) and node.value.id == "os"
     ]  # fmt: skip
-    assert set(readers) == {"environment.py"}
+    # the compiler is chosen before anything is installed
+    assert set(readers) == {"environment.py", "kernels/build.py"}
 
 
 @pytest.mark.parametrize("word", ["trust_remote_code", "torch.load", "pickle", "dill", "marshal"])

@@ -51,7 +51,7 @@ def edit_weights(folder: Path, change: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
-@pytest.mark.parametrize(("load_8bit", "tolerance"), [(False, 1e-4), (True, 0.06)])
+@pytest.mark.parametrize(("load_8bit", "tolerance"), [(False, 1e-4), (True, 0.1)])
 def test_a_loaded_folder_equals_transformers(
     tmp_path: Path, max_shard_size: str, load_8bit: bool, tolerance: float
 ) -> None:

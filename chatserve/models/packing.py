@@ -1,0 +1,24 @@
+"""How weights are compressed, whatever device packs them. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = 32
+"""Weights of a row that share a scale, where scales are grouped."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """8 or 4 bits a weight, with one scale per output row or per `GROUP` weights of it."""
+
+    bits: int = 8
+    is_grouped: bool = False
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Codes, and half-precision scales where grouped; one scale a row is not counted."""
+        return self.bits / 8 + (2 / GROUP if self.is_grouped else 0)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"/{GROUP}" if self.is_grouped else "")
