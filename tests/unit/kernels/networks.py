@@ -1,0 +1,178 @@
+"""Tiny random networks on the kernels, and the plain PyTorch network that judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chatserve.kernels import library
+from chatserve.kernels.library import Kernels
+from chatserve.models.batch import Batch, Segment
+from chatserve.models.config import ModelConfig, RopeConfig
+from chatserve.models.device import choose_policy
+from chatserve.models.kernel_matrix import KernelMatrix, Team
+from chatserve.models.kv_pool import Placement, TorchKVPool
+from chatserve.models.linear import Matrix
+from chatserve.models.llama import Llama
+from chatserve.models.llama_kernels import KernelKVPool, KernelLlama
+from chatserve.models.packing import Packing
+
+BLOCK_SIZE = library.BLOCK_SIZE
+FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
+State = Mapping[str, torch.Tensor]
+
+
+def config(**changes: Any) -> ModelConfig:
+    """2 layers, 4 heads on 2 key/value heads; a vocabulary that fills no panel."""
+    values: dict[str, Any] = {
+        "model_type": "llama", "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96,
+        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+        "context_length": 512, "rope": RopeConfig(), "is_tied": False, "has_qkv_bias": False,
+        "has_output_bias": False, "has_mlp_bias": False, "has_qk_norm": False,
+    }  # fmt: skip
+    values.update(changes)
+    values.setdefault("sliding_windows", (None,) * values["num_layers"])
+    return ModelConfig(**values)
+
+
+def random_state(network: KernelLlama, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A checkpoint in which every part matters: attention is not uniform, nothing vanishes."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.randn(shape, generator=draw)
+        if len(shape) == 1:
+            return 1 + 0.2 * values if "norm" in name else 0.5 * values
+        return values * 1.5 / shape[1] ** 0.5
+
+    return {name: tensor(name, place.shape) for name, place in network.destinations().items()}
+
+
+def load(network: KernelLlama | Llama, state: State) -> None:
+    for name, place in network.destinations().items():
+        place.target.load_rows(place.start, state[name])
+
+
+def build(
+    kernels: Kernels, packing: Packing, config: ModelConfig, *, num_threads: int = 2,
+    max_rows: int = 128,
+) -> KernelLlama:  # fmt: skip
+    """A network whose content is not set yet."""
+    return KernelLlama(
+        config, FLOAT32, kernels, packing, max_rows=max_rows, thread_counts=(num_threads,)
+    )
+
+
+def random_network(
+    kernels: Kernels, packing: Packing, config: ModelConfig, **sizes: int
+) -> KernelLlama:
+    network = build(kernels, packing, config, **sizes)
+    load(network, random_state(network))
+    return network
+
+
+def as_packed(kernels: Kernels, packing: Packing, state: State) -> State:
+    """The checkpoint with every matrix replaced by what its packed form stands for.
+
+    An embedding beside a head is no matrix: its rows are only looked up.
+    """
+
+    def unpacked(values: torch.Tensor) -> torch.Tensor:
+        matrix = KernelMatrix(kernels, Team(kernels, 1), *values.shape, packing)
+        matrix.load_rows(0, values)
+        return torch.stack([matrix.row(index) for index in range(len(values))])
+
+    def is_packed(name: str) -> bool:
+        is_table = name == "model.embed_tokens.weight" and "lm_head.weight" in state
+        return state[name].dim() == 2 and not is_table
+
+    return {name: unpacked(x) if is_packed(name) else x for name, x in state.items()}
+
+
+def quantised(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns."""
+    groups = x.view(len(x), -1, library.GROUP)
+    most = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
+    codes = (groups * inverse).round()
+    return (codes.double() * (most / 127).double()).view(x.shape)
+
+
+class _QuantisedInput:
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._matrix(quantised(x).float())
+
+
+class _HalfPool(TorchKVPool):
+    """Keys and values in half precision, as the kernels keep them."""
+
+    def store(
+        self, layer: int, placement: Placement, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        super().store(layer, placement, keys.half().float(), values.half().float())
+
+
+class Reference(Llama):
+    """The plain network in float32, rounded where the kernels round."""
+
+    def __init__(self, config: ModelConfig, state: State) -> None:
+        super().__init__(config, FLOAT32)
+        load(self, state)
+        self.head: Any = _QuantisedInput(self.head)
+        for block in self.blocks:
+            parts: tuple[tuple[Any, str], ...] = (
+                (block.attention, "qkv"), (block.attention, "output"), (block.mlp, "gate_up"),
+                (block.mlp, "down"),
+            )  # fmt: skip
+            for part, name in parts:
+                setattr(part, name, _QuantisedInput(getattr(part, name)))
+
+    def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
+        return _HalfPool(num_blocks, block_size, self.device)
+
+
+class Prompt:
+    """One sequence's tokens, how many of them are in the pool, and its block table."""
+
+    def __init__(self, token_ids: Iterable[int], block_ids: Sequence[int]) -> None:
+        self.token_ids = list(token_ids)
+        self.block_ids = block_ids
+        self.num_past = 0
+        assert len(self.token_ids) <= len(block_ids) * BLOCK_SIZE
+
+
+def step(network: Any, pool: Any, parts: Sequence[tuple[Prompt, int]]) -> list[torch.Tensor]:
+    """Feed the next tokens of each sequence in one batch; their logits, by sequence."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments = []
+    for sequence, count in parts:
+        past = sequence.num_past
+        segments.append(Segment(len(ids), count, past, sequence.block_ids))
+        ids += sequence.token_ids[past : past + count]
+        positions += range(past, past + count)
+        sequence.num_past += count
+    logits = network.forward(Batch(ids, positions, segments, range(len(ids))), pool)
+    return [logits[segment.rows].clone() for segment in segments]
+
+
+def whole(
+    network: Any, pool: Any, token_ids: Iterable[int], block_ids: Sequence[int]
+) -> torch.Tensor:
+    """Logits (T, V) of a prompt in one piece."""
+    sequence = Prompt(token_ids, block_ids)
+    return step(network, pool, [(sequence, len(sequence.token_ids))])[0]
+
+
+def prompt(length: int, seed: int, *, vocab_size: int = 101) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab_size, (length,), generator=draw).tolist()
+
+
+def pool_of(network: KernelLlama, num_blocks: int) -> KernelKVPool:
+    return network.build_kv_pool(num_blocks, BLOCK_SIZE)
