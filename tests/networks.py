@@ -20,7 +20,7 @@ class Solo:
     def __init__(self, model: Model[Any], block_ids: tuple[int, ...] = CONSECUTIVE) -> None:
         self._model = model
         self._block_ids = block_ids
-        self._pool = model.build_kv_pool(len(block_ids), BLOCK_SIZE)
+        self.pool = model.build_kv_pool(len(block_ids), BLOCK_SIZE)
         self._num_past = 0
 
     def feed(self, ids: Iterable[int] | torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ class Solo:
         positions = [self._num_past + row for row in rows]
         segment = Segment(0, len(token_ids), self._num_past, self._block_ids)
         self._num_past += len(token_ids)
-        return self._model.forward(Batch(token_ids, positions, [segment], rows), self._pool)
+        return self._model.forward(Batch(token_ids, positions, [segment], rows), self.pool)
 
 
 def logits(model: Model[Any], ids: Iterable[int] | torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from chatserve.models.config import ModelConfig
 from chatserve.models.device import check, choose_policy, policy_for
 from chatserve.models.llama import Llama
 from tests import tiny
-from tests.networks import SCATTERED, Solo
+from tests.networks import CONSECUTIVE, SCATTERED, Solo
 
 
 def test_auto_says_why() -> None:
@@ -173,10 +173,12 @@ def test_every_operator_of_the_metal_policy_has_a_metal_kernel(
     state = hf_model.state_dict()
     for name, place in native.destinations().items():
         place.target.load_rows(place.start, state[name])
-    solo = Solo(native, SCATTERED)
     with torch.no_grad(), Recorder() as recorder:
-        solo.feed(range(20))
-        solo.feed([3])
+        for block_ids in (SCATTERED, CONSECUTIVE):  # gathered, and views
+            solo = Solo(native, block_ids)
+            solo.feed(range(20))
+            solo.feed([3])
+            solo.pool.copy_block(0, 1)
     assert "_softmax" in recorder.names and ("mm" in recorder.names) != load_8bit
     assert ("_weight_int8pack_mm" in recorder.names) == load_8bit
     without = sorted(name for name in recorder.names if not has_metal_kernel(name))
