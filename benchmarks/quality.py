@@ -37,7 +37,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
     "int8": {"load_8bit": True},
-    "group32": {"load_8bit": True, "quant_group": 32},
+    "group32": {"load_8bit": True, "quant_group": "32"},
     "int4": {"load_4bit": True},
 }
 

@@ -45,7 +45,17 @@ class AgentPeer:
         if task.what == "memory":
             return memory_bytes(tree(process.pid))
         prompts = random_prompts(task, self._vocab_size, round_)
-        return self._ask({"what": task.what, "prompts": prompts, "tokens": task.tokens})
+        return self.ask(task.what, prompts, task.tokens)
+
+    def ask(self, what: str, prompts: Sequence[Sequence[int]], tokens: int) -> Figures:
+        """Decode or prefill with these prompts. Raises `NotMeasured` when the child ends."""
+        process = self._started()
+        assert process.stdin is not None
+        request = {"what": what, "prompts": prompts, "tokens": tokens}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        figures: Figures = self._read()
+        return figures
 
     def close(self) -> None:
         if self._process is None:
@@ -66,12 +76,6 @@ class AgentPeer:
             )  # fmt: skip
             self._vocab_size = self._read()["vocab_size"]
         return self._process
-
-    def _ask(self, request: Mapping[str, Any]) -> Figures:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
 
     def _read(self) -> Any:
         assert self._process is not None and self._process.stdout is not None
