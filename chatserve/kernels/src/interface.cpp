@@ -30,6 +30,7 @@ namespace {
 
 const LevelKernels* const kLevels[] = {
 #if defined(__x86_64__)
+    &kAmx,
     &kAvx512,
     &kAvx2,
 #elif defined(__aarch64__)
@@ -143,7 +144,7 @@ void cs_team_destroy(cs_team* team) { delete team; }
 
 cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped) {
   const LevelKernels* kernels = find_level(level);
-  if (!kernels || rows < 1 || columns < kGroup || columns % kGroup || columns > kMaxColumns ||
+  if (!kernels || !is_count(rows, kMaxVocab) || !is_width(columns) ||
       (bits != 8 && bits != 4) || (bits == 4 && !is_grouped)) {
     return nullptr;
   }
@@ -221,7 +222,8 @@ int cs_network_set_layer(cs_network* network, int index, const cs_layer* layer) 
 
 int cs_network_set_ends(cs_network* network, const cs_ends* ends) {
   const NetworkShape& s = network->network.shape();
-  if (!fits(network->network, ends->head, s.vocab, s.hidden) || !ends->norm || !ends->cos || !ends->sin ||
+  if (!fits(network->network, ends->head, s.vocab, s.hidden) || !ends->norm || !ends->cos ||
+      !ends->sin ||
       (ends->embedding && ends->embedding_dtype != 0 && ends->embedding_dtype != 2)) {
     return CS_BAD_ARGUMENT;
   }
