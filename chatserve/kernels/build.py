@@ -57,8 +57,12 @@ def build(
     if levels is None:
         raise BuildFailed(f"there are no kernels for {machine} processors")
     units: dict[str, tuple[str, ...]] = {**dict.fromkeys(_COMMON, ()), **levels}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workplace = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise BuildFailed(f"{target.parent} cannot be written: {error}") from error
+    with workplace as folder:
         objects = [Path(folder) / f"{name}.o" for name in units]
 
         def compile_one(unit: tuple[tuple[str, Sequence[str]], Path]) -> None:

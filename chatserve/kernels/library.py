@@ -191,9 +191,12 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path.name} has version {version}, this chatserve wants {VERSION}; compile it again "
             "with `python -m chatserve.kernels.build`"
         )
-    for name, (result, *arguments) in _FUNCTIONS.items():
-        function = getattr(functions, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        for name, (result, *arguments) in _FUNCTIONS.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+    except AttributeError as error:
+        raise KernelsUnavailable(f"{path.name} is not whole: {error}") from error
     return functions
 
 
