@@ -30,7 +30,6 @@ namespace {
 
 const LevelKernels* const kLevels[] = {
 #if defined(__x86_64__)
-    &kAmx,
     &kAvx512,
     &kAvx2,
 #elif defined(__aarch64__)
