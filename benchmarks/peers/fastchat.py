@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.peers.agent import AgentPeer
 from benchmarks.peers.peer import Peer
-from benchmarks.peers.server import ServerPeer, free_port, wait_for_port
+from benchmarks.peers.server import ServerPeer, free_port, is_listening, wait_for_port
 from benchmarks.run_model import RunModel
 
 DEFAULT_FORMS = ("fp32",)
@@ -40,10 +40,12 @@ class FastChatServer(ServerPeer):
         self._model = model
         self._form = form
         self._python = str(python)
+        self._worker_port = 0
         self._tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
 
     def commands(self, port: int) -> Iterator[Sequence[str]]:
         controller, worker = free_port(), free_port()
+        self._worker_port = worker
         address = f"http://127.0.0.1:{controller}"
         form = ["--load-8bit"] if self._form == "8bit" else []
         module = [self._python, "-m"]
@@ -67,8 +69,10 @@ class FastChatServer(ServerPeer):
         return {"HF_HUB_OFFLINE": "1", "LOGDIR": tempfile.gettempdir()}
 
     def is_ready(self) -> bool:
+        # the worker is listed before it listens
         status, body = self.get("/v1/models")
-        return status == 200 and bool(json.loads(body)["data"])
+        is_listed = status == 200 and bool(json.loads(body)["data"])
+        return is_listed and is_listening(self._worker_port)
 
     def body(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         # it would decode ids with OpenAI's vocabulary

@@ -195,11 +195,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def wait_for_port(port: int) -> None:
     """Raises `NotMeasured` when nobody listens for long."""
     deadline = time.perf_counter() + READY_TIMEOUT_S
-    while time.perf_counter() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
+    while not is_listening(port):
+        if time.perf_counter() > deadline:
+            raise NotMeasured(f"nobody listens on port {port}")
         time.sleep(_POLL_S)
-    raise NotMeasured(f"nobody listens on port {port}")
