@@ -253,7 +253,8 @@ def _fingerprint(
         digest.update(checkpoint.weights.read(name).view(torch.uint8).numpy().tobytes())
     kernels = policy.kernels.level if policy.kernels else None
     form = (
-        policy.device.type, policy.dtype_name, policy.attention, policy.int8, str(policy.packing),
+        policy.device.type, policy.dtype_name, policy.attention, policy.int8, policy.network,
+        str(policy.packing),
         kernels,
     )  # fmt: skip
     digest.update(f"{form} {choice.template.name} {chatserve.__version__}".encode())

@@ -8,8 +8,10 @@ pytorch/pytorch issue 195910).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,6 +29,8 @@ from chatserve.models.quantize import (
 
 logger = logging.getLogger(__name__)
 
+Network = Literal["torch", "triton"]
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,8 +38,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class DevicePolicy:
     """The choices for one worker; `packing` is None without compression.
 
-    `kernels` are the CPU's own; `int8` is PyTorch's operator, for networks that they cannot hold
-    and for other devices.
+    `kernels` are the CPU's own; `int8` is the operator for packed weights, in networks that they
+    cannot hold and on other devices. `network`: a Llama on PyTorch's operators, with `attention`,
+    or on our own for CUDA.
     """
 
     device: torch.device
@@ -45,6 +50,7 @@ class DevicePolicy:
     reasons: tuple[str, ...]
     packing: Packing | None = None
     kernels: Kernels | None = None
+    network: Network = "torch"
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -62,8 +68,9 @@ class DevicePolicy:
         int8 = f" int8={self.int8}" if self.int8 else ""
         if self.kernels:
             int8 = f" {self.packing}=kernels ({self.kernels.level})"
+        attention = "triton" if self.network == "triton" else self.attention
         return (
-            f"device={self.device.type} dtype={self.dtype_name} attention={self.attention}{int8} "
+            f"device={self.device.type} dtype={self.dtype_name} attention={attention}{int8} "
             f"({'; '.join(self.reasons)})"
         )
 
@@ -84,21 +91,22 @@ def choose_policy(
     kind, device_reason = _choose_device(device)
     torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
     attention, attention_reason = _choose_attention(kind)
+    network: Network = "torch"
+    if kind == "cuda":
+        network, attention_reason = _choose_network(torch_dtype)
     reasons = [device_reason, dtype_reason, attention_reason]
     int8: Int8Backend | None = None
     kernels: Kernels | None = None
     if packing is not None:
-        int8, int8_reason = _choose_int8(kind)
+        int8, int8_reason = _choose_int8(kind, network)
         if kind == "cpu":
             kernels, kernels_reason = _choose_kernels(packing)
             int8_reason = kernels_reason if kernels else f"{kernels_reason}; {int8_reason}"
-        elif packing != Packing():
-            raise UsageError(
-                f"{packing} weights need the CPU kernels; on {kind} use --load-8bit alone"
-            )
+        elif packing != Packing() and (packing.bits == 8 or network == "torch"):
+            raise UsageError(f"{packing} weights have no product on {kind}; use --load-8bit alone")
         reasons.append(int8_reason)
     return DevicePolicy(
-        torch.device(kind), torch_dtype, attention, int8, tuple(reasons), packing, kernels
+        torch.device(kind), torch_dtype, attention, int8, tuple(reasons), packing, kernels, network
     )
 
 
@@ -129,7 +137,7 @@ def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolic
     Lets a machine without Metal or CUDA run their choices on CPU tensors.
     """
     attention, _ = _choose_attention(kind)
-    int8 = _choose_int8(kind)[0] if load_8bit else None
+    int8 = _choose_int8(kind, "torch")[0] if load_8bit else None
     packing = Packing() if load_8bit else None
     reasons = (f"{kind} policy on cpu",)
     return DevicePolicy(torch.device("cpu"), dtype, attention, int8, reasons, packing)
@@ -141,6 +149,8 @@ def check(policy: DevicePolicy) -> DevicePolicy:
     Returns the policy, each backend that fails replaced by the reference and the reason added.
     Raises `StartupError` when the reference is wrong on this device too.
     """
+    if policy.device.type == "cuda":
+        policy = _without_wrong_kernels(policy)
     if policy.attention != "plain" and not _attention_agrees(policy, policy.attention):
         reason = f"{policy.attention} attention failed its self-test, plain instead"
         policy = dataclasses.replace(policy, attention="plain", reasons=(*policy.reasons, reason))
@@ -157,6 +167,21 @@ def check(policy: DevicePolicy) -> DevicePolicy:
             f"{policy.device.type} computes wrong results in {policy.dtype_name}: plain products "
             "differ from the CPU's; update PyTorch and the driver, or use --device cpu"
         )
+    return policy
+
+
+def _without_wrong_kernels(policy: DevicePolicy) -> DevicePolicy:
+    """The policy without those Triton kernels that fail their self-test, and why."""
+    if "triton" not in (policy.network, policy.int8):
+        return policy
+    from chatserve.models.triton import self_test
+
+    if policy.network == "triton" and (failure := self_test.failure(policy)):
+        reason = f"Triton kernels failed their self-test ({failure}), PyTorch's instead"
+        policy = dataclasses.replace(policy, network="torch", reasons=(*policy.reasons, reason))
+    if policy.int8 == "triton" and (failure := self_test.products_failure(policy)):
+        reason = f"Triton products failed their self-test ({failure}), dequantise instead"
+        policy = dataclasses.replace(policy, int8="dequantise", reasons=(*policy.reasons, reason))
     return policy
 
 
@@ -203,11 +228,22 @@ def _choose_attention(kind: str) -> tuple[AttentionBackend, str]:
     return "sdpa", "PyTorch's fused attention"
 
 
-def _choose_int8(kind: str) -> tuple[Int8Backend, str]:
+def _choose_network(dtype: torch.dtype) -> tuple[Network, str]:
+    """On CUDA."""
+    if dtype == torch.float32:
+        return "torch", "PyTorch's operators: our kernels are for half precision"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "PyTorch's operators: triton is not installed"
+    return "triton", "own kernels in Triton, flash attention for long prompts"
+
+
+def _choose_int8(kind: str, network: Network) -> tuple[Int8Backend, str]:
     if kind == "cpu":
         return "cpu", "int8: packed operator for few rows, sliced dequantisation for many"
     if kind == "mps":
         return "int8pack", "int8: PyTorch's Metal kernel"
+    if network == "triton":
+        return "triton", "packed weights: own products in Triton"
     return "dequantise", "int8: sliced dequantisation on CUDA"
 
 

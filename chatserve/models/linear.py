@@ -1,4 +1,4 @@
-"""Matrices of a network that know how to be filled row by row: `Linear`, `Int8Linear`, embeddings.
+"""Matrices of a network that know how to be filled row by row, in 16, 8 or 4 bits; embeddings.
 
 The loader streams checkpoint tensors into `load_rows`; fused projections (qkv, gate and up) are one
 matrix filled in several calls. Nothing here knows a family or a file.
@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from chatserve.models.device import DevicePolicy
-from chatserve.models.quantize import MATMULS, Int8Backend, backend_for, quantise_rows
+from chatserve.models.packing import GROUP
+from chatserve.models.quantize import (
+    MATMULS,
+    Int8Backend,
+    backend_for,
+    dequantise_int4,
+    matmul_int4_dequantise,
+    matmul_int4_triton,
+    quantise_int4,
+    quantise_rows,
+)
 
 
 class Parameter:
@@ -79,11 +89,36 @@ class Int8Linear:
         return self.codes[ids].to(dtype) * self.scales[ids].to(dtype).unsqueeze(-1)
 
 
-Matrix = Linear | Int8Linear
+class Int4Linear:
+    """The same product over 4-bit codes, one scale per group of 32 columns."""
+
+    def __init__(self, rows: int, columns: int, *, bias: bool, policy: DevicePolicy) -> None:
+        device = policy.device
+        self.packed = torch.empty(rows, columns // 2, device=device, dtype=torch.uint8)
+        self.scales = torch.empty(rows, columns // GROUP, device=device, dtype=torch.float16)
+        self.bias = Parameter(rows, device, policy.dtype) if bias else None
+        self._matmul = matmul_int4_triton if policy.int8 == "triton" else matmul_int4_dequantise
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._matmul(x, self.packed, self.scales)
+        return y if self.bias is None else y + self.bias.weight
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        packed, scales = quantise_int4(rows)
+        self.packed[start : start + rows.shape[0]].copy_(packed)
+        self.scales[start : start + rows.shape[0]].copy_(scales)
+
+    def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return dequantise_int4(self.packed[ids], self.scales[ids]).to(dtype)
+
+
+Matrix = Linear | Int8Linear | Int4Linear
 
 
 def build_matrix(rows: int, columns: int, *, bias: bool, policy: DevicePolicy) -> Matrix:
     """A matrix (rows, columns) in the form that the policy asks for; its content is not set."""
     if policy.int8 is None:
         return Linear(rows, columns, bias=bias, policy=policy)
+    if policy.packing is not None and policy.packing.bits == 4:
+        return Int4Linear(rows, columns, bias=bias, policy=policy)
     return Int8Linear(rows, columns, bias=bias, policy=policy, backend=policy.int8)

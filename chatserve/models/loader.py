@@ -23,7 +23,7 @@ from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_conf
 from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama, misfit, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
-from chatserve.models.packing import Packing
+from chatserve.models.packing import GROUP, Packing
 from chatserve.models.weights import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,16 @@ def load_model(
 
 
 def _without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
-    """The policy without the CPU kernels, where they cannot hold this network."""
+    """The policy without the CPU kernels, where they cannot hold this network.
+
+    Raises `ModelLoadError` where nothing else takes such weights.
+    """
+    sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    if policy.packing and policy.packing.bits == 4 and any(size % GROUP for size in sizes):
+        raise ModelLoadError(
+            f"{policy.packing} weights come in groups of {GROUP}, which this network's sizes "
+            f"{sizes} are no multiples of; use --load-8bit"
+        )
     reason = misfit(config) if policy.kernels else None
     if reason is None:
         return policy
@@ -89,11 +98,24 @@ def _without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
 
 def _build(config: ModelConfig, policy: DevicePolicy, max_rows: int) -> Llama | KernelLlama:
     if policy.kernels is None or policy.packing is None:
-        return Llama(config, policy)
+        return build_network(config, policy)
     return KernelLlama(
         config, policy, policy.kernels, policy.packing,
         max_rows=max_rows, thread_counts=thread_counts(),
     )  # fmt: skip
+
+
+def build_network(config: ModelConfig, policy: DevicePolicy) -> Llama:
+    """The network on PyTorch's operators, or on our own for CUDA where they can hold it."""
+    if policy.network == "torch":
+        return Llama(config, policy)
+    from chatserve.models.triton.network import TritonLlama, misfit
+
+    reason = misfit(config)
+    if reason is None:
+        return TritonLlama(config, policy)
+    logger.warning("runs on PyTorch's operators, slower: %s", reason)
+    return Llama(config, policy)
 
 
 def context_length(config: Mapping[str, object]) -> int:

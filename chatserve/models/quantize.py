@@ -1,4 +1,4 @@
-"""Weight-only int8: packed codes with one scale per output row. No family names, no files.
+"""Weight-only int8 and int4: packed codes and their scales. No family names, no files.
 
 A weight row w becomes codes q (int8, -127..127) and a scale s with w ≈ q * s. The scale is rounded
 *up* to the activation dtype before the codes are taken, so no code clips and the error of a weight
@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from chatserve.models.packing import GROUP
 
 Int8Backend = Literal["cpu", "int8pack", "triton", "dequantise"]
 Int8Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,6 +52,30 @@ def _round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(rounded.float() < values, above, rounded)
 
 
+def quantise_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes (N, K/2) uint8 and scales (N, K/32) float16 of a weight (N, K), K % 32 == 0.
+
+    A group of 32 weights is 16 bytes: byte j holds the code of column j in its low nibble and that
+    of column 16 + j in its high one, as in a Q4_0 block of GGUF. A weight is (code - 8) * scale.
+    The entry of largest magnitude gets code 0 (that is -8), so its own sign decides the scale's
+    and all sixteen codes are used. An all-zero group has scale 0.
+    """
+    groups = weight.float().reshape(weight.shape[0], -1, GROUP)  # (N, K/32, 32)
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    scales = (largest / -8).half()
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    codes = (groups * inverse + 8).round_().clamp_(0, 15).to(torch.uint8)
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    return packed.flatten(1), scales[..., 0]
+
+
+def dequantise_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight (N, K) float32 of packed codes (N, K/2) and scales (N, K/32)."""
+    groups = packed.reshape(packed.shape[0], -1, GROUP // 2)
+    codes = torch.cat((groups & 15, groups >> 4), dim=2).float() - 8
+    return (codes * scales.float()[..., None]).flatten(1)
+
+
 def matmul_dequantise(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """x (M, K) times the weight's transpose -> (M, N), dequantising a slice of rows at a time.
 
@@ -65,6 +91,30 @@ def matmul_dequantise(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
         else:
             outputs[:, rows] = F.linear(x, weight) * scale
     return outputs
+
+
+def matmul_int4_dequantise(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """x (M, K) times the transpose of a packed weight -> (M, N), a slice of its rows at a time.
+
+    packed: (N, K/2) uint8; scales: (N, K/32) float16.
+    """
+    outputs = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, packed.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        weight = dequantise_int4(packed[rows], scales[rows])
+        outputs[:, rows] = F.linear(x, weight.to(x.dtype))
+    return outputs
+
+
+def matmul_int4_triton(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The same by our own CUDA kernels, which read packed codes."""
+    if x.shape[0] > TRITON_MAX_ROWS:
+        return matmul_int4_dequantise(x, packed, scales)
+    from chatserve.models.triton.int4_matmul import matmul_int4
+
+    return matmul_int4(x, packed, scales)
 
 
 def matmul_int8pack(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """x W^T over 4-bit codes in groups of 32 columns, dequantised inside the kernel.
 
-A group of 32 weights is 16 bytes: byte j holds the code of column j in its low nibble and that of
-column 16 + j in its high one, as in a Q4_0 block of GGUF. A weight is (code - 8) * scale, one scale
-per group. Also packs and unpacks: `dequantise_int4` is the reference.
+The format, and the reference: `chatserve.models.quantize.quantise_int4`, `dequantise_int4`.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import triton.language as tl
 
 from chatserve.models.triton.matmul_tiles import Tiles, choose_tiles, sum_parts
 
-GROUP = 32
 _VECTOR_OUTPUTS = 16
 _VECTOR_BYTES = 256  # of a row at once
 
@@ -105,28 +102,6 @@ def _tiled_kernel(
     target = row.to(tl.int64)[None, :] * num_outputs + output[:, None]
     part = out + split.to(tl.int64) * num_rows * num_outputs
     tl.store(part + target, sums.to(out.dtype.element_ty), mask=is_output & tl.trans(is_row))
-
-
-def quantise_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes (N, K/2) uint8 and scales (N, K/32) float16 of a weight (N, K), K % 32 == 0.
-
-    The entry of largest magnitude gets code 0 (that is -8), so its own sign decides the scale's
-    and all sixteen codes are used. An all-zero group has scale 0.
-    """
-    groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
-    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    scales = (largest / -8).half()
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.float())
-    codes = (groups * inverse + 8).round_().clamp_(0, 15).to(torch.uint8)
-    packed = codes[..., :16] | codes[..., 16:] << 4
-    return packed.flatten(1), scales[..., 0]
-
-
-def dequantise_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weight (N, K) float32 of packed codes (N, K/2) and scales (N, K/32)."""
-    groups = packed.unflatten(1, (-1, GROUP // 2))
-    codes = torch.cat((groups & 15, groups >> 4), dim=2).float() - 8
-    return (codes * scales.float()[..., None]).flatten(1)
 
 
 def matmul_int4(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

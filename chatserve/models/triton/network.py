@@ -22,6 +22,15 @@ from chatserve.models.triton.rope_store import HeadNorms, rope_store
 from chatserve.models.triton.step import StepBuffer, plan_for
 from chatserve.models.triton.swiglu import swiglu
 
+_MAX_HEAD_DIM = 128  # twice that does not fit the shared memory of cards for desktops
+
+
+def misfit(config: ModelConfig) -> str | None:
+    """Why the kernels cannot hold this network; None when they can."""
+    if config.head_dim > _MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is over {_MAX_HEAD_DIM}"
+    return None
+
 
 class TritonLlama(Llama):
     """`Llama` with fused kernels; its decode steps are replayed graphs on CUDA."""

@@ -6,6 +6,7 @@ Compilers, drivers and cards differ, and a wrong kernel says nothing. No policy 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,15 @@ from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
 from chatserve.models.llama import Llama
+from chatserve.models.quantize import (
+    matmul_dequantise,
+    matmul_int4_dequantise,
+    quantise_int4,
+    quantise_rows,
+)
 from chatserve.models.triton.graphs import GraphBackend
+from chatserve.models.triton.int4_matmul import matmul_int4
+from chatserve.models.triton.int8_matmul import matmul_int8
 from chatserve.models.triton.network import TritonLlama
 
 _CONFIG = {
@@ -33,18 +42,26 @@ def failure(policy: DevicePolicy, graphs: GraphBackend | None = None) -> str | N
 
     Takes seconds where nothing is in Triton's cache yet.
     """
+    return _reason(lambda: _agrees(policy, graphs), "its logits differ from the CPU's")
+
+
+def products_failure(policy: DevicePolicy) -> str | None:
+    """Why no product of packed weights must run under `policy`; None when they are right."""
+    return _reason(lambda: _products_agree(policy), "they differ from the CPU's")
+
+
+def _reason(agrees: Callable[[], bool], wrong: str) -> str | None:
     try:
-        is_right = _agrees(policy, graphs)
+        return None if agrees() else wrong
     # compiler, linker and driver raise classes of their own, and a start must survive them all
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None if is_right else "its logits differ from the CPU's"
 
 
 @torch.inference_mode()
 def _agrees(policy: DevicePolicy, graphs: GraphBackend | None) -> bool:
     config = ModelConfig.from_hf(_CONFIG)
-    policy = dataclasses.replace(policy, int8=None)
+    policy = dataclasses.replace(policy, int8=None, packing=None)
     plain = DevicePolicy(torch.device("cpu"), torch.float32, "plain", None, ())
     network, reference = TritonLlama(config, policy, graphs), Llama(config, plain)
     _fill(network, policy.dtype)
@@ -60,6 +77,27 @@ def _agrees(policy: DevicePolicy, graphs: GraphBackend | None) -> bool:
         if not (actual - expected).abs().max() <= allowed:
             return False
         num_past += count
+    return True
+
+
+@torch.inference_mode()
+def _products_agree(policy: DevicePolicy) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 1056, generator=generator)
+    codes, row_scales = quantise_rows(weight, policy.dtype)
+    packed, group_scales = quantise_int4(weight)
+    for num_rows in (1, 5, 33):
+        x = torch.randn(num_rows, 1056, generator=generator).to(policy.dtype)
+        pairs = (
+            (matmul_int8, matmul_dequantise, codes, row_scales),
+            (matmul_int4, matmul_int4_dequantise, packed, group_scales),
+        )
+        for multiply, reference, *weights in pairs:
+            on_device = [part.to(policy.device) for part in (x, *weights)]
+            expected = reference(x.float(), *weights)
+            allowed = 8 * torch.finfo(policy.dtype).eps * expected.abs().max()
+            if not (multiply(*on_device).float().cpu() - expected).abs().max() <= allowed:
+                return False
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatserve.errors import StartupError, UsageError
-from chatserve.models import attention, device, quantize
+from chatserve.models import attention, device, quantize, triton
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import check, choose_policy, policy_for
 from chatserve.models.llama import Llama
@@ -196,3 +197,70 @@ def test_metal_agrees_with_the_cpu() -> None:
     if not torch.backends.mps.is_available():
         pytest.skip("needs Apple Metal")
     check(choose_policy("mps", load_8bit=True))
+
+
+# CUDA, as far as it can be checked without a card: the choices, and a failed self-test's end.
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+
+def has_triton(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if found else None)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("dtype", "found", "network", "int8", "reason"), [
+    ("auto", True, "triton", "triton", "own kernels in Triton"),
+    ("float16", True, "triton", "triton", "own kernels in Triton"),
+    ("float32", True, "torch", "dequantise", "for half precision"),
+    ("auto", False, "torch", "dequantise", "triton is not installed"),
+])  # fmt: skip
+def test_cuda_runs_on_triton_where_it_can(
+    dtype: str, found: bool, network: str, int8: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_triton(monkeypatch, found)
+    policy = choose_policy("cuda", dtype, load_8bit=True)
+    assert (policy.network, policy.int8) == (network, int8)
+    assert reason in policy.describe()
+    assert ("attention=triton" in policy.describe()) == (network == "triton")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_four_bits_on_cuda_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_triton(monkeypatch, True)
+    assert choose_policy("cuda", load_4bit=True).int8 == "triton"
+    with pytest.raises(UsageError, match=r"int8/32 weights .* use --load-8bit alone"):
+        choose_policy("cuda", load_8bit=True, quant_group="32")
+    has_triton(monkeypatch, False)
+    with pytest.raises(UsageError, match=r"int4/32 weights .* use --load-8bit alone"):
+        choose_policy("cuda", load_4bit=True)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_other_devices_never_choose_triton(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    has_triton(monkeypatch, True)
+    policy = choose_policy(kind, load_8bit=True)
+    assert policy.network == "torch" and policy.int8 != "triton"
+
+
+@pytest.mark.usefixtures("cuda")
+def test_failed_triton_kernels_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_triton(monkeypatch, True)
+    policy = choose_policy("cuda", load_8bit=True)
+    stand_in = ModuleType("self_test")
+    monkeypatch.setattr(triton, "self_test", stand_in, raising=False)
+    stand_in.failure = stand_in.products_failure = lambda policy: None  # type: ignore[attr-defined]
+    assert device._without_wrong_kernels(policy) == policy
+    stand_in.failure = lambda policy: "no C compiler"  # type: ignore[attr-defined]
+    stand_in.products_failure = lambda policy: "wrong"  # type: ignore[attr-defined]
+    replaced = device._without_wrong_kernels(policy)
+    assert (replaced.network, replaced.int8) == ("torch", "dequantise")
+    assert replaced.reasons[-2:] == (
+        "Triton kernels failed their self-test (no C compiler), PyTorch's instead",
+        "Triton products failed their self-test (wrong), dequantise instead",
+    )

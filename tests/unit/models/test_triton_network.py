@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,8 @@ from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
 from chatserve.models.llama import Llama
+from chatserve.models.loader import build_network
+from chatserve.models.packing import Packing
 from chatserve.models.triton import graphs as graphs_module
 from chatserve.models.triton import step
 from chatserve.models.triton.network import TritonLlama
@@ -202,3 +205,26 @@ def test_a_buffer_pads_what_is_left_over() -> None:
     assert buffer.slots.tolist() == [4 * BLOCK_SIZE + 3, -1, -1]
     assert buffer.lengths.tolist() == [4, 0, 0]
     assert buffer.table_rows.tolist() == [0, 0, 0]
+
+
+def test_compressed_weights_give_the_plain_networks_logits() -> None:
+    """4 bits by kernels against 4 bits dequantised: the same codes."""
+    for packing, backend in ((Packing(), "triton"), (Packing(4, True), "triton")):
+        policy = dataclasses.replace(POLICY, packing=packing, int8=backend)
+        reference = dataclasses.replace(policy, int8="dequantise")
+        config = plain("llama").config
+        pair = Pair(
+            load(TritonLlama(config, policy), "llama"), load(Llama(config, reference), "llama")
+        )
+        for counts in ((5, 3, 0), (1, 1, 1)):
+            actual, expected = pair.feed(*counts)
+            assert is_close(actual, expected, roundings=16), packing
+
+
+def test_the_loader_builds_it_where_it_fits() -> None:
+    config = plain("llama").config
+    policy = dataclasses.replace(POLICY, network="triton")
+    assert isinstance(build_network(config, policy), TritonLlama)
+    assert type(build_network(config, POLICY)) is Llama
+    wide = dataclasses.replace(config, head_dim=256)
+    assert type(build_network(wide, policy)) is Llama

@@ -50,3 +50,17 @@ def test_a_compiler_that_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(network, "rope_store", fails)
     assert self_test.failure(policy()) == "RuntimeError: Failed to find C compiler."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_right_products_pass(dtype: torch.dtype) -> None:
+    assert self_test.products_failure(policy(dtype)) is None
+
+
+@pytest.mark.parametrize("name", ["matmul_int8", "matmul_int4"])
+def test_a_product_that_is_a_little_wrong_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(self_test, name)
+    monkeypatch.setattr(self_test, name, lambda *args: real(*args) * 1.01)
+    assert self_test.products_failure(policy()) == "they differ from the CPU's"
