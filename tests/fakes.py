@@ -93,7 +93,8 @@ class FakeEngine:
 
     `hangs`: say the pieces and then nothing more, without an end. `error`: end with it instead of
     with a finish reason. `refusal`: raised by `submit`. `step_s`: time between two events; None
-    does not even yield to the loop. The test may wait for what the server thread does.
+    does not even yield to the loop. `num_cached`: prompt tokens said to be in the cache. The
+    test may wait for what the server thread does.
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class FakeEngine:
         error: ChatserveError | None = None,
         refusal: ChatserveError | None = None,
         step_s: float | None = None,
+        num_cached: int = 0,
     ) -> None:
         self.pieces = tuple(pieces)
         self.hangs = hangs
         self.error = error
         self.refusal = refusal
         self.step_s = step_s
+        self.num_cached = num_cached
         self.current = FakeStats()
         self.is_started = False
         self.submitted: list[Submitted] = []
@@ -153,7 +156,7 @@ class FakeEngine:
         events = [
             TokenEvent(
                 seq_id, text=text, token_ids=(i,), num_prompt_tokens=num_prompt,
-                num_generated_tokens=i + 1,
+                num_generated_tokens=i + 1, num_cached_tokens=self.num_cached,
             )
             for i, text in enumerate(self.pieces[: params.max_tokens])
         ]  # fmt: skip
@@ -166,7 +169,7 @@ class FakeEngine:
             reason: Any = "length" if count == params.max_tokens else "stop"
             last = TokenEvent(
                 seq_id, num_prompt_tokens=num_prompt, num_generated_tokens=count,
-                finish_reason=reason,
+                num_cached_tokens=self.num_cached, finish_reason=reason,
             )  # fmt: skip
         return [*events, last]
 

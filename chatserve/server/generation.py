@@ -36,6 +36,7 @@ class Generation:
         self._first_at: float | None = None
         self._last_at = self._started_at
         self._num_tokens: dict[int, int] = {}
+        self._num_cached_tokens: dict[int, int] = {}
         self._outcomes: dict[int, str] = {}
 
     @classmethod
@@ -64,6 +65,12 @@ class Generation:
     @property
     def num_generated_tokens(self) -> int:
         return sum(self._num_tokens.values())
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens from the prefix cache; the first choice of a prompt speaks for all."""
+        first_choices = range(0, self.num_sequences, self.prepared.num_choices)
+        return sum(self._num_cached_tokens.get(index, 0) for index in first_choices)
 
     def events(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
         """All events in the order they come, each with the index of its choice.
@@ -105,6 +112,7 @@ class Generation:
         if self._first_at is None:
             self._first_at = self._last_at
         self._num_tokens[index] = event.num_generated_tokens
+        self._num_cached_tokens[index] = event.num_cached_tokens
         if event.is_last:
             self._outcomes[index] = event.finish_reason or "error"
 

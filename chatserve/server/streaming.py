@@ -69,7 +69,7 @@ class ChunkEncoder:
     def finish(self, index: int, reason: str) -> bytes:
         return self._frame(self._choice(index, {} if self._head.is_chat else "", reason))
 
-    def usage(self, usage: dict[str, int]) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         return b"data: " + orjson.dumps(self._chunk([], usage)) + b"\n\n"
 
     def _split(self, index: int) -> tuple[bytes, bytes]:
@@ -88,7 +88,7 @@ class ChunkEncoder:
     def _frame(self, choice: dict[str, Any]) -> bytes:
         return b"data: " + orjson.dumps(self._chunk([choice], None)) + b"\n\n"
 
-    def _chunk(self, choices: list[Any], usage: dict[str, int] | None) -> dict[str, Any]:
+    def _chunk(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head.to_dict(is_chunk=True), "choices": choices}
         return {**chunk, "usage": usage} if self._includes_usage else chunk
 
@@ -158,7 +158,7 @@ def _whole_choice(head: ReplyHead, index: int, text: str, reason: str | None) ->
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
-def usage_of(generation: Generation) -> dict[str, int]:
+def usage_of(generation: Generation) -> dict[str, Any]:
     """Token counts; a prompt counts once, however many choices continue it."""
     num_prompt_tokens = generation.prepared.num_prompt_tokens
     num_generated_tokens = generation.num_generated_tokens
@@ -166,4 +166,5 @@ def usage_of(generation: Generation) -> dict[str, int]:
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
     }

@@ -184,3 +184,21 @@ def test_a_long_prefill_counts_as_progress() -> None:
         await stream.aclose()
 
     run(check)
+
+
+def test_choices_share_their_prompt_and_salts_keep_beginnings_apart() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        prompt = [7] * 100
+
+        async def cached(name: str, choice: int = 0, salt: bytes = b"") -> int:
+            stream = events.submit(name, prompt, GREEDY, choice=choice, salt=salt)
+            async with stream:
+                return [event async for event in stream][-1].num_cached_tokens
+
+        assert await asyncio.gather(*(cached("a", choice) for choice in range(3))) == [0, 99, 99]
+        assert await cached("b") == 96
+        assert await cached("c", salt=b"key") == 0
+        assert await cached("d", salt=b"key") == 96
+        assert model.num_computed_tokens < 3 * 100 + 300
+
+    run(check)

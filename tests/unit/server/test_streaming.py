@@ -104,10 +104,14 @@ def test_completion_chunks() -> None:
     assert done == DONE
 
 
+def usage_with(**counts: int) -> dict[str, Any]:
+    return {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
 def test_usage_comes_last_with_no_choices() -> None:
     *chunks, usage, done = events(frames_of(FakeEngine(["a", "b"]), usage=True))
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert usage["usage"] == usage_with(prompt_tokens=3, completion_tokens=2, total_tokens=5)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert done == DONE
 
@@ -173,13 +177,18 @@ def test_whole_chat() -> None:
             {"index": 0, "message": {"role": "assistant", "content": "a"}, "logprobs": None,
              "finish_reason": "stop"}
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+        "usage": usage_with(prompt_tokens=3, completion_tokens=1, total_tokens=4),
     }  # fmt: skip
 
 
 def test_prompt_is_counted_once_for_all_choices() -> None:
     usage = folded(FakeEngine(["a", "b"]), num_choices=3, num_prompts=2)["usage"]
-    assert usage == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    assert usage == usage_with(prompt_tokens=6, completion_tokens=12, total_tokens=18)
+
+
+def test_cached_prompt_tokens_count_once_per_prompt() -> None:
+    usage = folded(FakeEngine(["a"], num_cached=2), num_choices=3, num_prompts=2)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
