@@ -6,6 +6,8 @@ matrix filled in several calls. Nothing here knows a family or a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,13 @@ from chatserve.models.quantize import (
     quantise_int4,
     quantise_rows,
 )
+
+RowProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""x (1, K) and W (N, K) to (1, N)."""
+
+
+def _vector_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.mv(weight, x[0]).unsqueeze(0)
 
 
 class Parameter:
@@ -40,14 +49,16 @@ class Linear:
         device, dtype = policy.device, policy.dtype
         self.weight = torch.empty(rows, columns, device=device, dtype=dtype)
         self.bias = Parameter(rows, device, dtype) if bias else None
-        # a single bfloat16 row: the matrix-vector product takes 0.7 of the time of F.linear (CPU)
-        self._has_fast_vector = device.type == "cpu" and dtype == torch.bfloat16
+        self.multiply_row: RowProduct | None = None
+        """Takes the place of F.linear for a single row, where it is faster."""
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            self.multiply_row = _vector_product  # 0.7 of the time
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias.weight if self.bias is not None else None
-        if self._has_fast_vector and x.shape[0] == 1:
-            y = torch.mv(self.weight, x[0])
-            return (y if bias is None else y + bias).unsqueeze(0)
+        if self.multiply_row is not None and x.shape[0] == 1:
+            y = self.multiply_row(x, self.weight)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight, bias)
 
     def load_rows(self, start: int, rows: torch.Tensor) -> None:

@@ -11,38 +11,7 @@ import triton
 import triton.language as tl
 
 from chatserve.models.triton.matmul_tiles import Tiles, choose_tiles, sum_parts
-
-_VECTOR_OUTPUTS = 16
-_VECTOR_DEPTH = 512
-
-
-@triton.jit
-def _vector_kernel(
-    x,
-    codes,
-    scales,
-    out,
-    num_outputs,
-    NUM_COLUMNS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    is_output = output < num_outputs
-    place = codes + output.to(tl.int64)[:, None] * NUM_COLUMNS
-    # one sum per thread and column until the end: the reduction across threads comes once
-    sums = tl.zeros((OUTPUTS, DEPTH), tl.float32)
-    for start in tl.range(0, NUM_COLUMNS, DEPTH, num_stages=3):
-        column = start + tl.arange(0, DEPTH)
-        is_column = column < NUM_COLUMNS
-        weight = tl.load(
-            place + column[None, :], mask=is_output[:, None] & is_column[None, :], other=0
-        )
-        values = tl.load(x + column, mask=is_column, other=0.0).to(tl.float32)
-        sums += weight.to(tl.float32) * values[None, :]
-    scale = tl.load(scales + output, mask=is_output, other=0.0).to(tl.float32)
-    result = tl.sum(sums, axis=1) * scale
-    tl.store(out + output, result.to(out.dtype.element_ty), mask=is_output)
+from chatserve.models.triton.row_product import multiply_row
 
 
 # the rows vary from step to step: they must not be compiled in
@@ -99,17 +68,7 @@ def matmul_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     num_outputs = codes.shape[0]
     out = x.new_empty(num_rows, num_outputs)
     if num_rows == 1:
-        _vector_kernel[(triton.cdiv(num_outputs, _VECTOR_OUTPUTS),)](
-            x,
-            codes,
-            scales,
-            out,
-            num_outputs,
-            NUM_COLUMNS=num_columns,
-            OUTPUTS=_VECTOR_OUTPUTS,
-            DEPTH=_VECTOR_DEPTH,
-            num_warps=4,
-        )
+        multiply_row(x, codes, scales, out)
     elif num_rows:
         _tiled(x, codes, scales, out, choose_tiles(num_rows, num_outputs, num_columns))
     return out

@@ -17,6 +17,7 @@ from chatserve.models.llama import Attention, Llama
 from chatserve.models.triton.attention_decode import attend_rows, num_splits_for
 from chatserve.models.triton.attention_prefill import attend_runs
 from chatserve.models.triton.graphs import CudaGraphs, DecodeGraphs, GraphBackend
+from chatserve.models.triton.matrices import choose_row_product
 from chatserve.models.triton.norm import add_rms_norm, rms_norm
 from chatserve.models.triton.rope_store import HeadNorms, rope_store
 from chatserve.models.triton.step import StepBuffer, plan_for
@@ -68,6 +69,8 @@ class TritonLlama(Llama):
         )
         for layer in range(config.num_layers):
             pool.ensure(layer, rows, rows)
+        if self._pool is None and self.device.type == "cuda":
+            choose_row_product(self.blocks)
         self._pool = pool
         if self._backend is not None:
             width = min(-(-config.context_length // pool.block_size), pool.num_blocks)

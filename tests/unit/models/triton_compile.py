@@ -22,6 +22,7 @@ from chatserve.models.triton.int4_matmul import matmul_int4
 from chatserve.models.triton.int8_matmul import matmul_int8
 from chatserve.models.triton.norm import add_rms_norm, rms_norm
 from chatserve.models.triton.rope_store import HeadNorms, rope_store
+from chatserve.models.triton.row_product import linear_row
 from chatserve.models.triton.swiglu import swiglu
 
 
@@ -80,6 +81,7 @@ def launch_all(dtype: torch.dtype) -> None:
     rms_norm(x, x[0], 1e-5)
     add_rms_norm(x, x, x[0], 1e-5)
     swiglu(x)
+    linear_row(x[:1], torch.zeros(hidden, hidden, dtype=dtype))
     positions, table = rows.long(), torch.zeros(64, dim, dtype=dtype)
     for norms in (None, HeadNorms(table[0], table[0], 1e-6)):
         rope_store(qkv, positions, positions, (table, table), (keys, values), heads, norms)
