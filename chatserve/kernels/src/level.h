@@ -64,6 +64,7 @@ struct AttentionJob {
   const uint16_t* keys;          // this layer's and KV head's place in block 0; values follow keys
   size_t block_stride;           // from one block to the next, in elements
   const int* block_ids;          // the sequence's block table
+  const uint16_t* next;          // where the job after this one begins to read; a hint
   float* scores;                 // [rows][score_stride]
   size_t score_stride;
 };

@@ -500,11 +500,12 @@ inline void score_keys(const AttentionJob& job, int first_block, int num_keys) {
     const int block = at / kBlockSize, sub = at % kBlockSize / kKeyLanes;
     const uint16_t* keys = job.keys + job.block_stride * job.block_ids[block] +
                            static_cast<size_t>(sub) * dim * kKeyLanes;
+    // Fetched meanwhile: the keys of the next block or job, and this block's values.
     const bool has_next = (block + 1) * kBlockSize < num_keys;
-    const char* next =
-        reinterpret_cast<const char*>(
-            job.keys + job.block_stride * job.block_ids[has_next ? block + 1 : block]) +
-        static_cast<size_t>(sub) * dim * kKeyLanes * 2;
+    const uint16_t* next =
+        has_next ? job.keys + job.block_stride * job.block_ids[block + 1] : job.next;
+    next += static_cast<size_t>(sub) * dim * kKeyLanes;
+    const uint16_t* values = keys + static_cast<size_t>(kBlockSize) * dim;
     F acc[R][kVectors][kChains];
     CS_UNROLL for (int r = 0; r < R; r++) {
       CS_UNROLL for (int v = 0; v < kVectors; v++) {
@@ -512,7 +513,8 @@ inline void score_keys(const AttentionJob& job, int first_block, int num_keys) {
       }
     }
     for (int d = 0; d < dim; d += 2) {
-      Simd::prefetch_l2(next + d * kKeyLanes * 2);
+      Simd::prefetch_l2(next + d * kKeyLanes);
+      Simd::prefetch_l2(values + d * kKeyLanes);
       CS_UNROLL for (int e = 0; e < 2; e++) {
         CS_UNROLL for (int v = 0; v < kVectors; v++) {
           F k = Simd::load_half(keys + (d + e) * kKeyLanes + v * kLanes);

@@ -300,6 +300,10 @@ void Network::attend_stage(int thread, const LayerParts& layer, int index) {
       work.keys = pool_->layer(index) + static_cast<size_t>(2) * kBlockSize * dim * job.kv_head;
       work.block_stride = pool_->block_stride();
       work.block_ids = input_.block_tables[job.segment];
+      const Job& next = jobs_[j + 1 < static_cast<int>(jobs_.size()) ? j + 1 : j];
+      work.next = pool_->layer(index) +
+                  static_cast<size_t>(2) * kBlockSize * dim * next.kv_head +
+                  pool_->block_stride() * input_.block_tables[next.segment][0];
       work.scores = scores_[thread]->data();
       work.score_stride = round_up(shape_.max_positions, kBlockSize) + kBlockSize;
       level_.attend(work);
