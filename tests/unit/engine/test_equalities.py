@@ -1,8 +1,13 @@
-"""What a sequence says depends on nothing but itself: token for token, on a float32 network."""
+"""What a sequence says depends on nothing but itself: token for token.
+
+On PyTorch's operators in float32, and on the CPU kernels in 8 bits.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,40 +15,56 @@ import torch
 
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams
-from chatserve.models.config import ModelConfig
+from chatserve.models.batch import Model
+from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
 from chatserve.models.llama import Llama
+from chatserve.models.llama_kernels import KernelLlama
+from chatserve.models.loader import load_model
 from tests import tiny
 from tests.unit.engine.scripted import ByteTokenizer, drain
 
 
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    hf_model = tiny.build_hf_model()
-    native = Llama(
-        ModelConfig.from_hf(hf_model.config.to_dict()),
-        choose_policy("cpu", "float32", load_8bit=False),
-    )
-    state = hf_model.state_dict()
-    for name, place in native.destinations().items():
-        place.target.load_rows(place.start, state[name])
-    return native
+@dataclass(frozen=True)
+class House:
+    """A network with the size of its blocks, and numbers of them that are too few for all."""
+
+    model: Model[Any]
+    block_size: int
+    tight: Sequence[int]
+
+    def build(self, num_blocks: int = 125, **options: Any) -> Engine:
+        return Engine(
+            self.model, ByteTokenizer(), num_kv_tokens=num_blocks * self.block_size,
+            block_size=self.block_size, **options,
+        )  # fmt: skip
 
 
-PROMPTS = {"a": [5, 6, 7], "b": list(range(100)), "c": [9] * 16, "d": [1]}
+HOUSES = {"torch": (False, 8, (17, 24, 27)), "kernels": (True, 32, (7,))}
+
+
+@pytest.fixture(scope="module", params=HOUSES)
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
+    load_8bit, block_size, tight = HOUSES[request.param]
+    policy = choose_policy("cpu", "float32", load_8bit=load_8bit)
+    if load_8bit and policy.kernels is None:
+        pytest.skip("the CPU kernels are not here")
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_model(folder)
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint.weights):
+        model = load_model(checkpoint, policy)
+    assert isinstance(model, KernelLlama) == load_8bit
+    return House(model, block_size, tight)
+
+
+PROMPTS = {"a": [5, 6, 7], "b": list(range(100)), "c": [9] * 64, "d": [1]}
 MIXED = {
     "a": SamplingParams(max_tokens=20, seed=1, ignore_eos=True),
     "b": SamplingParams(max_tokens=30, temperature=0, ignore_eos=True),
     "c": SamplingParams(max_tokens=25, seed=2, top_p=0.9, presence_penalty=1, ignore_eos=True),
     "d": SamplingParams(max_tokens=15, seed=3, top_k=40, temperature=1.5, ignore_eos=True),
 }
-BLOCK_SIZE = 8
-
-
-def build(model: Llama, num_kv_tokens: int = 1000, **options: Any) -> Engine:
-    return Engine(
-        model, ByteTokenizer(), num_kv_tokens=num_kv_tokens, block_size=BLOCK_SIZE, **options
-    )
 
 
 def run(engine: Engine) -> dict[str, list[int]]:
@@ -53,8 +74,8 @@ def run(engine: Engine) -> dict[str, list[int]]:
     }
 
 
-def tokens(model: Llama, names: str, **options: Any) -> dict[str, list[int]]:
-    engine = build(model, **options)
+def tokens(house: House, names: str, **options: Any) -> dict[str, list[int]]:
+    engine = house.build(**options)
     baseline = engine.num_free_kv_tokens
     for name in names:
         engine.add(name, PROMPTS[name], MIXED[name])
@@ -64,37 +85,42 @@ def tokens(model: Llama, names: str, **options: Any) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Llama) -> dict[str, list[int]]:
-    return {name: tokens(model, name)[name] for name in PROMPTS}
+def alone(house: House) -> dict[str, list[int]]:
+    return {name: tokens(house, name)[name] for name in PROMPTS}
 
 
-def test_batched_equals_alone(model: Llama, alone: dict[str, list[int]]) -> None:
-    assert tokens(model, "abcd") == alone
+def test_batched_equals_alone(house: House, alone: dict[str, list[int]]) -> None:
+    assert tokens(house, "abcd") == alone
 
 
-def test_chunked_prefill_equals_whole(model: Llama, alone: dict[str, list[int]]) -> None:
-    assert tokens(model, "abcd", max_num_batched_tokens=7) == alone
+def test_chunked_prefill_equals_whole(house: House, alone: dict[str, list[int]]) -> None:
+    assert tokens(house, "abcd", max_num_batched_tokens=7) == alone
 
 
-def test_waiting_equals_undisturbed(model: Llama, alone: dict[str, list[int]]) -> None:
-    assert tokens(model, "dcba", max_num_seqs=1) == alone
+def test_waiting_equals_undisturbed(house: House, alone: dict[str, list[int]]) -> None:
+    assert tokens(house, "dcba", max_num_seqs=1) == alone
 
 
-@pytest.mark.parametrize("num_blocks", [17, 19, 22])
-def test_preempted_equals_undisturbed(
-    model: Llama, alone: dict[str, list[int]], num_blocks: int
-) -> None:
-    engine = build(model, num_blocks * BLOCK_SIZE, max_num_batched_tokens=50)
-    for name in "bacd":
-        engine.add(name, PROMPTS[name], MIXED[name])
-    assert run(engine) == alone
-    assert engine.num_preempted > 0
+def test_speculation_equals_step_by_step(house: House, alone: dict[str, list[int]]) -> None:
+    assert tokens(house, "abcd", speculation=True) == alone
+    for name in PROMPTS:
+        assert tokens(house, name, speculation=True) == {name: alone[name]}
+
+
+def test_preempted_equals_undisturbed(house: House, alone: dict[str, list[int]]) -> None:
+    for num_blocks in house.tight:
+        engine = house.build(num_blocks, max_num_batched_tokens=50)
+        for name in "bacd":
+            engine.add(name, PROMPTS[name], MIXED[name])
+        assert run(engine) == alone
+        assert engine.num_preempted > 0
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_cached_equals_uncached(model: Llama, alone: dict[str, list[int]], name: str) -> None:
-    engine = build(model)
-    for expected in (0, (len(PROMPTS[name]) // BLOCK_SIZE) * BLOCK_SIZE):
+def test_cached_equals_uncached(house: House, alone: dict[str, list[int]], name: str) -> None:
+    engine = house.build()
+    num_full = len(PROMPTS[name]) // house.block_size * house.block_size
+    for expected in (0, num_full):
         engine.add(name, PROMPTS[name], MIXED[name])
         last = drain(engine)[name][-1]
         assert last.num_cached_tokens == min(expected, len(PROMPTS[name]) - 1)
@@ -103,10 +129,10 @@ def test_cached_equals_uncached(model: Llama, alone: dict[str, list[int]], name:
 
 
 def test_the_next_turn_finds_the_answer_in_the_cache(
-    model: Llama, alone: dict[str, list[int]]
+    house: House, alone: dict[str, list[int]]
 ) -> None:
     next_prompt = [*PROMPTS["b"], *alone["b"], 1, 2, 3]
-    fresh, used = build(model), build(model)
+    fresh, used = house.build(), house.build()
     used.add("b", PROMPTS["b"], MIXED["b"])
     run(used)
     for engine in (fresh, used):
@@ -118,12 +144,12 @@ def test_the_next_turn_finds_the_answer_in_the_cache(
 
 @pytest.mark.parametrize("name", "bc")
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 9])
-def test_forked_equals_alone(model: Llama, name: str, max_num_seqs: int) -> None:
+def test_forked_equals_alone(house: House, name: str, max_num_seqs: int) -> None:
     params = replace(MIXED[name], temperature=1.0, seed=7)
-    together, separate = build(model, max_num_seqs=max_num_seqs), {}
+    together, separate = house.build(max_num_seqs=max_num_seqs), {}
     for choice in range(4):
         together.add(str(choice), PROMPTS[name], params, choice=choice, group="g")
-        engine = build(model)
+        engine = house.build()
         engine.add(str(choice), PROMPTS[name], params, choice=choice)
         separate |= run(engine)
     assert run(together) == separate
@@ -131,9 +157,9 @@ def test_forked_equals_alone(model: Llama, name: str, max_num_seqs: int) -> None
 
 
 def test_a_seed_repeats_and_another_choice_differs(
-    model: Llama, alone: dict[str, list[int]]
+    house: House, alone: dict[str, list[int]]
 ) -> None:
-    engine = build(model)
+    engine = house.build()
     for choice in (0, 1):
         engine.add(str(choice), PROMPTS["a"], MIXED["a"], choice=choice)
     answers = run(engine)
@@ -146,9 +172,12 @@ def test_forbidden_ids_are_never_produced(alone: dict[str, list[int]]) -> None:
 
 
 def test_a_batch_that_failed_half_way_leaves_no_trace(
-    model: Llama, alone: dict[str, list[int]]
+    house: House, alone: dict[str, list[int]]
 ) -> None:
     """The first layers have stored keys and values when the last block raises."""
+    model = house.model
+    if not isinstance(model, Llama):
+        pytest.skip("the kernels compute a step in one call")
     block = model.blocks[-1]
     num_calls = 0
 
@@ -161,7 +190,7 @@ def test_a_batch_that_failed_half_way_leaves_no_trace(
 
     model.blocks[-1] = fails_once  # type: ignore[call-overload]
     try:
-        disturbed = tokens(model, "ab")
+        disturbed = tokens(house, "ab")
     finally:
         model.blocks[-1] = block
     assert num_calls > 4
