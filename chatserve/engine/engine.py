@@ -13,7 +13,8 @@ import torch
 from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
 from chatserve.engine.output import OutputText, TokenBytes
 from chatserve.engine.runner import Runner
-from chatserve.engine.sampler import SamplingRow, sample
+from chatserve.engine.sampler import build_sampler
+from chatserve.engine.sampler_state import SamplerState
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from chatserve.engine.speculation import Drafter
@@ -41,6 +42,7 @@ class _Turn:
     """What one sequence says in one step: a token, and more while its draft turns out right."""
 
     sequence: Sequence
+    state: SamplerState
     draft_ids: Rows[int]
     row: int
     token_ids: list[int] = field(default_factory=list)
@@ -78,8 +80,8 @@ class Engine:
         self._runner = Runner(model, self._blocks.num_blocks, block_size)
         self._vocab_size = model.vocab_size
         # a tokenizer may know padding that the model has no row for
-        forbidden = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
-        self._forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=model.device)
+        forbidden_ids = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
+        self._sampler = build_sampler(model, forbidden_ids)
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=max_num_seqs,
@@ -87,7 +89,7 @@ class Engine:
         )
         self._seed = seed
         self._speculation = speculation
-        self._live: dict[str, tuple[Sequence, OutputText]] = {}
+        self._live: dict[str, tuple[Sequence, OutputText, SamplerState]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -160,7 +162,11 @@ class Engine:
             params.stop,
             strip_leading_space=strip_leading_space and self._tokenizer.strips_leading_space,
         )
-        self._live[seq_id] = (sequence, output)
+        state = SamplerState(
+            params, sequence.prompt_ids, seed=seed, choice=choice, end_ids=self._tokenizer.eos_ids,
+            vocab_size=self._vocab_size,
+        )  # fmt: skip
+        self._live[seq_id] = (sequence, output, state)
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free what it holds; unknown and finished ones are left alone."""
@@ -201,8 +207,6 @@ class Engine:
     @torch.inference_mode()
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
         logits = self._runner.run(batch)
-        if self._forbidden_ids.numel():
-            logits.index_fill_(1, self._forbidden_ids, -torch.inf)
         turns = self._say(batch, logits)
         for item in batch:
             turn = turns.get(item.sequence.seq_id)
@@ -215,38 +219,19 @@ class Engine:
         row = 0
         for item in batch:
             if item.is_sampled:
-                turns[item.sequence.seq_id] = _Turn(item.sequence, item.draft_ids, row)
+                seq_id = item.sequence.seq_id
+                turns[seq_id] = _Turn(item.sequence, self._live[seq_id][2], item.draft_ids, row)
                 row += 1 + len(item.draft_ids)
         speaking = list(turns.values())
         while speaking:
-            rows = [self._sampling_row(turn.sequence) for turn in speaking]
-            is_all = len(rows) == len(logits)
-            token_ids = sample(logits if is_all else logits[[turn.row for turn in speaking]], rows)
+            states = [turn.state for turn in speaking]
+            token_ids = self._sampler.sample(logits, states, [turn.row for turn in speaking])
             speaking = [
                 turn
                 for turn, token_id in zip(speaking, token_ids, strict=True)
                 if self._advance(turn, token_id)
             ]
         return turns
-
-    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        params = sequence.params
-        masked: tuple[int, ...] = ()
-        if sequence.num_generated_tokens < params.min_tokens:
-            ends = {*self._tokenizer.eos_ids, *params.stop_token_ids}
-            masked = tuple(sorted(id_ for id_ in ends if id_ < self._vocab_size))
-        generated: Rows[int] = ()
-        if params.has_penalties:
-            generated = sequence.token_ids[sequence.num_prompt_tokens :]
-        return SamplingRow(
-            params=params,
-            seed=sequence.seed,
-            choice=sequence.choice,
-            position=len(sequence.token_ids),
-            prompt_ids=sequence.prompt_ids,
-            generated_ids=generated,
-            masked_ids=masked,
-        )
 
     def _advance(self, turn: _Turn, token_id: int) -> bool:
         """Append a sampled token; true if the draft foretold it and the sequence goes on."""
@@ -255,6 +240,7 @@ class Engine:
             return False
         sequence = turn.sequence
         sequence.token_ids.append(token_id)
+        turn.state.add(token_id)
         turn.token_ids.append(token_id)
         params, output = sequence.params, self._live[sequence.seq_id][1]
         is_eos = token_id in self._tokenizer.eos_ids and not params.ignore_eos

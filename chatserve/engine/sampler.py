@@ -1,155 +1,133 @@
-"""Logits to token ids, row by row. Pure: nothing is remembered between calls.
+"""Logits to token ids, row by row: in C++ where the kernels are, else in the same words in PyTorch.
 
-Each row has its own parameters, history and random number, and its arithmetic never mixes with its
-neighbours', so a sequence gets the same text alone and in a busy batch. The random number of a
-token is a hash of (seed, choice, position).
+A row's arithmetic never mixes with its neighbours', so a sequence gets the same text alone and in a
+busy batch. The functions below the class are the reference that the kernels are tested against.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from chatserve.engine.sampler_state import SamplerState, min_p_margin, uniform
 from chatserve.engine.sequence import SamplingParams
-
-_TOP_P_CANDIDATES = 1024
-
-
-@dataclass(frozen=True)
-class SamplingRow:
-    """What the sampler needs to know of one sequence.
-
-    `prompt_ids` and `generated_ids` feed the penalties; `position` is the index of the token to be
-    sampled, counted from the start of the prompt. `masked_ids` are never produced.
-    """
-
-    params: SamplingParams
-    seed: int
-    choice: int
-    position: int
-    prompt_ids: Rows[int]
-    generated_ids: Rows[int]
-    masked_ids: Rows[int] = ()
+from chatserve.models.batch import Model
+from chatserve.models.kernel_sampler import KernelSampler, build_kernel_sampler
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    data = struct.pack("<qqq", seed, choice, position)
-    digest = hashlib.blake2b(data, digest_size=8).digest()
-    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+def build_sampler(model: Model[Any], forbidden_ids: Rows[int]) -> Sampler:
+    """With the kernels where there are any, on the model's own threads if it has a team of them."""
+    team = getattr(model, "team", None)
+    kernel = build_kernel_sampler(model.vocab_size, forbidden_ids, team=team)
+    return Sampler(forbidden_ids, kernel)
 
 
-def sample(logits: torch.Tensor, rows: Rows[SamplingRow]) -> list[int]:
-    """Pick one id for each row of logits (R, V), any float dtype and device.
+class Sampler:
+    """Picks a token for each of a step's sequences."""
 
-    A row with a NaN or without any finite logit gives -1: the caller fails that sequence alone.
-    """
-    if all(_is_plain_greedy(row) for row in rows):
+    def __init__(self, forbidden_ids: Rows[int] = (), kernel: KernelSampler | None = None) -> None:
+        """`forbidden_ids` are never picked; a `kernel` knows them already."""
+        self._forbidden_ids = torch.tensor(forbidden_ids, dtype=torch.int64)
+        self._kernel = kernel
+
+    def sample(
+        self, logits: torch.Tensor, states: Rows[SamplerState], places: Rows[int] | None = None
+    ) -> list[int]:
+        """Pick one id for each state, from rows `places` of logits (R, V), or all in order.
+
+        Any float dtype and device; the logits may be overwritten. A row with a NaN, with +inf or
+        without any finite logit gives -1: the caller fails that sequence alone.
+        """
+        if not states:
+            return []
+        if logits.device.type != "cpu" and all(state.is_plain_greedy for state in states):
+            return self._argmax(logits if places is None else logits[list(places)])
+        if self._kernel is not None:
+            return self._kernel.sample(logits, [state.address for state in states], places)
+        rows = logits.to("cpu", torch.float32)
+        order = range(len(states)) if places is None else places
+        return [
+            sample_row(adjust(rows[place], state, self._forbidden_ids), state)
+            for place, state in zip(order, states, strict=True)
+        ]
+
+    def _argmax(self, logits: torch.Tensor) -> list[int]:
+        if self._forbidden_ids.numel():
+            self._forbidden_ids = self._forbidden_ids.to(logits.device)
+            logits = logits.index_fill(1, self._forbidden_ids, -torch.inf)
         best = logits.argmax(dim=-1)
-        healthy = torch.isfinite(logits.gather(1, best[:, None])[:, 0])
-        return torch.where(healthy, best, -1).tolist()
-    scores = logits.float().cpu()
-    return [_sample_row(scores[index], row) for index, row in enumerate(rows)]
+        is_healthy = torch.isfinite(logits.gather(1, best[:, None])[:, 0])
+        return torch.where(is_healthy, best, -1).tolist()
 
 
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    params = row.params
-    return (
-        params.is_greedy
-        and not params.logit_bias
-        and not row.masked_ids
-        and params.repetition_penalty == 1
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
-    )
-
-
-def _sample_row(logits: torch.Tensor, row: SamplingRow) -> int:
-    """`logits` (V,) float32 on the CPU."""
-    params = row.params
-    logits = penalise(logits, row)
-    best = int(logits.argmax())  # a NaN counts as the largest
-    if not torch.isfinite(logits[best]):
-        return -1
-    if params.is_greedy:
-        return best
-    probabilities, ids = distribution(logits, params)
-    cumulative = probabilities.double().cumsum(0)
-    point = uniform(row.seed, row.choice, row.position) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, point, right=True))
-    index = min(index, len(probabilities) - 1)
-    return index if ids is None else int(ids[index])
-
-
-def penalise(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """Penalties and biases on logits (V,) float32; returns a new tensor where anything changes.
+def adjust(
+    logits: torch.Tensor, state: SamplerState, forbidden_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Penalties, biases and masks on logits (V,) float32; returns a new tensor.
 
     Repetition (Keskar et al. 2019, arXiv 1909.05858 §4.1) counts prompt and answer; presence and
     frequency (OpenAI's formula) count generated tokens only.
     """
-    params = row.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.generated_ids}), dtype=torch.int64)
-        values = logits[seen]
-        factor = params.repetition_penalty
-        logits = logits.index_copy(
-            0, seen, torch.where(values > 0, values / factor, values * factor)
-        )
-    if (params.presence_penalty or params.frequency_penalty) and row.generated_ids:
-        counts = Counter(row.generated_ids)
-        ids = torch.tensor(list(counts), dtype=torch.int64)
-        times = torch.tensor(list(counts.values()), dtype=torch.float32)
-        logits = logits.index_add(
-            0, ids, -(params.presence_penalty + params.frequency_penalty * times)
-        )
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
-        logits = logits.index_add(0, ids, torch.tensor(list(params.logit_bias.values())))
-    if row.masked_ids:
-        logits = logits.index_fill(0, torch.tensor(list(row.masked_ids)), -torch.inf)
+    logits = logits.clone()
+    seen_ids, offset_ids = torch.from_numpy(state.seen_ids), torch.from_numpy(state.offset_ids)
+    values, penalty = logits[seen_ids], state.params.repetition_penalty
+    logits[seen_ids] = torch.where(values > 0, values / penalty, values * penalty)
+    logits[offset_ids] += torch.from_numpy(state.offsets)
+    logits[torch.from_numpy(state.masked_ids)] = -torch.inf
+    if forbidden_ids is not None:
+        logits[forbidden_ids] = -torch.inf
     return logits
 
 
-def distribution(
-    logits: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities that the filters leave, and their ids (None: in vocabulary order, all of them).
+def sample_row(logits: torch.Tensor, state: SamplerState) -> int:
+    """Pick an id of adjusted logits (V,) float32 on the CPU; -1 as in `Sampler.sample`."""
+    best = int(logits.argmax())  # a NaN counts as the largest, the first of equals is taken
+    if not torch.isfinite(logits[best]):
+        return -1
+    if state.params.is_greedy:
+        return best
+    cumulative = weights(logits, state.params).cumsum(0)
+    point = uniform(state.seed, state.choice, state.position) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, point, right=True))
 
-    logits: (V,) float32. Order of filters: temperature, top-k, top-p, min-p. The probabilities are
-    not normalised again after filtering.
+
+def weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """(V,) float64: e^((logit - largest) / temperature) of the ids that the filters keep, else 0.
+
+    Order of filters: top-k, top-p, min-p; temperature comes before them all. Of equal logits the
+    lower ids are kept first.
     """
-    probabilities = torch.softmax(logits / params.temperature, dim=-1)
-    is_filtered = 0 < params.top_k < len(logits) or params.top_p < 1
-    if not is_filtered and params.min_p <= 0:
-        return probabilities, None
-    if params.top_k > 0:
-        values, ids = probabilities.topk(min(params.top_k, len(logits)))
-    elif params.top_p < 1:
-        values, ids = _largest_up_to(probabilities, params.top_p)
-    else:
-        ids = (probabilities >= params.min_p * probabilities.max()).nonzero()[:, 0]
-        return probabilities[ids], ids
+    best = logits.max().double()
+    kept = logits
+    if 0 < params.top_k < len(logits):
+        kept = _keep_largest(kept, params.top_k)
     if params.top_p < 1:
-        total = values.double().sum() if params.top_k > 0 else 1.0
-        before = values.double().cumsum(0) - values
-        keep = before < params.top_p * total
-        keep[0] = True
-        values, ids = values[keep], ids[keep]
+        kept = _keep_largest(kept, _num_up_to(kept, params.top_p, params.temperature))
     if params.min_p > 0:
-        keep = values >= params.min_p * values[0]
-        values, ids = values[keep], ids[keep]
-    return values, ids
+        kept = torch.where(kept.double() >= best + min_p_margin(params), kept, -torch.inf)
+    return _weigh(kept, best, params.temperature)
 
 
-def _largest_up_to(probabilities: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest probabilities in descending order, enough to hold `mass`; rarely sorts all."""
-    count = min(_TOP_P_CANDIDATES, len(probabilities))
-    values, ids = probabilities.topk(count)
-    if count < len(probabilities) and float(values.double().sum()) < mass:
-        values, ids = probabilities.sort(descending=True, stable=True)
-    return values, ids
+def _weigh(logits: torch.Tensor, best: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.exp((logits.double() - best) / temperature)
+
+
+def _keep_largest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """All but the `count` largest logits become -inf."""
+    limit = logits.topk(count).values[-1]
+    is_above, is_equal = logits > limit, logits == limit
+    is_kept = is_above | (is_equal & (is_equal.cumsum(0) <= count - is_above.sum()))
+    return torch.where(is_kept, logits, -torch.inf)
+
+
+def _num_up_to(logits: torch.Tensor, top_p: float, temperature: float) -> int:
+    """How many of the largest logits it takes to hold a share `top_p` of all weight."""
+    mass = _weigh(logits, logits.max().double(), temperature)
+    wanted = top_p * mass.sum()
+    # all that weigh less than their part of what may be missing are missing; mostly nearly all
+    heavy = logits[mass * len(logits) >= mass.sum() - wanted]
+    heavy = heavy.sort(descending=True).values
+    before = _weigh(heavy, heavy[0].double(), temperature).cumsum(0)
+    return 1 + int((before[:-1] < wanted).sum())

@@ -182,11 +182,11 @@ class KernelLlama:
         self.max_rows = max_rows
         self._kernels = kernels
         self._functions = kernels.functions
-        self._team = Team(kernels, self.num_threads)
+        self.team = Team(kernels, self.num_threads)
         hidden = config.hidden_size
 
         def build(rows: int, columns: int) -> KernelMatrix:
-            return KernelMatrix(kernels, self._team, rows, columns, packing)
+            return KernelMatrix(kernels, self.team, rows, columns, packing)
 
         self._head = build(config.vocab_size, hidden)
         self._table: Table | None = None
@@ -317,7 +317,7 @@ class KernelLlama:
     def _build_network(self, num_positions: int) -> None:
         self._num_positions = num_positions
         handle = self._functions.cs_network_create(
-            ctypes.byref(self._shape()), self._kernels.level_name, self._team.handle
+            ctypes.byref(self._shape()), self._kernels.level_name, self.team.handle
         )
         if not handle:
             raise DoesNotFit(f"no memory for the buffers of {self.max_rows:,} tokens a step")

@@ -1,0 +1,174 @@
+"""What sampling remembers of one sequence: parameters, tokens seen, place in its random numbers.
+
+Grows by a token in constant time, however long the prompt and the answer. Knows no logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import numpy as np
+
+from chatserve.engine.sequence import SamplingParams
+from chatserve.models.kernel_sampler import SamplingRecord
+
+_MASK = 2**64 - 1
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    return float(split_mix(split_mix(seed, choice), position) >> 11) * 2.0**-53
+
+
+def split_mix(stream: int, index: int) -> int:
+    """Number `index` of the stream that SplitMix64 (Steele, Lea & Flood 2014) draws from a seed."""
+    z = (stream + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+class SamplerState:
+    """Everything that a sequence's next token depends on besides its logits.
+
+    Of the tokens so far it keeps what the parameters ask for: `seen_ids`, prompt and answer, for
+    the repetition penalty; `offset_ids` with `offsets`, the logit bias less the presence and
+    frequency penalties of the answer's tokens. `record` says the same to the kernels.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Rows[int],
+        *,
+        seed: int,
+        choice: int = 0,
+        end_ids: Iterable[int] = (),
+        vocab_size: int,
+    ) -> None:
+        """`end_ids` end an answer, as stop tokens do; `min_tokens` masks both."""
+        self.params = params
+        self.seed = seed
+        self.choice = choice
+        self._seen: set[int] = set()
+        self._seen_ids = _Grown(np.int32)
+        self._counts: dict[int, int] = {}
+        self._is_counting = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._slots: dict[int, int] = {}
+        self._offset_ids, self._offsets = _Grown(np.int32), _Grown(np.float32)
+        self._masked_ids = np.array(
+            sorted(id_ for id_ in {*end_ids, *params.stop_token_ids} if id_ < vocab_size),
+            dtype=np.int32,
+        )
+        self.record = SamplingRecord(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            min_p_margin=min_p_margin(params),
+            stream=split_mix(seed, choice),
+            position=len(prompt_ids),
+            masked_until=len(prompt_ids) + params.min_tokens,
+            masked_ids=self._masked_ids.ctypes.data,
+            num_masked=len(self._masked_ids),
+            top_k=min(params.top_k, 2**31 - 1),
+            is_greedy=params.is_greedy,
+            repetition_penalty=params.repetition_penalty,
+        )
+        self.address = self.record.address
+        if params.repetition_penalty != 1:
+            self._seen = set(prompt_ids)
+            self._seen_ids.extend(list(self._seen))
+            self._point_to_seen()
+        if params.logit_bias:
+            self._slots = {id_: slot for slot, id_ in enumerate(params.logit_bias)}
+            self._offset_ids.extend(list(params.logit_bias))
+            self._offsets.extend(list(params.logit_bias.values()))
+            self._point_to_offsets()
+
+    def add(self, token_id: int) -> None:
+        """Go on to the next position: `token_id` stands at this one."""
+        self.record.position += 1
+        if self.params.repetition_penalty != 1 and token_id not in self._seen:
+            self._seen.add(token_id)
+            self._seen_ids.extend([token_id])
+            self._point_to_seen()
+        if self._is_counting:
+            self._count(token_id)
+
+    @property
+    def position(self) -> int:
+        """Index of the token to be sampled, counted from the start of the prompt."""
+        return int(self.record.position)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the largest logit it is, as the model computed them."""
+        changes = len(self.seen_ids) or len(self.offset_ids) or len(self.masked_ids)
+        return self.params.is_greedy and not changes
+
+    @property
+    def seen_ids(self) -> _Array:
+        return self._seen_ids.values
+
+    @property
+    def offset_ids(self) -> _Array:
+        return self._offset_ids.values
+
+    @property
+    def offsets(self) -> _Array:
+        return self._offsets.values
+
+    @property
+    def masked_ids(self) -> _Array:
+        """Ids that are not to stand at this position."""
+        is_masked = self.record.position < self.record.masked_until
+        return self._masked_ids if is_masked else self._masked_ids[:0]
+
+    def _count(self, token_id: int) -> None:
+        params = self.params
+        count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        penalty = params.presence_penalty + params.frequency_penalty * count
+        offset = params.logit_bias.get(token_id, 0.0) - penalty
+        slot = self._slots.get(token_id)
+        if slot is not None:
+            self._offsets.values[slot] = offset
+            return
+        self._slots[token_id] = len(self._slots)
+        self._offset_ids.extend([token_id])
+        self._offsets.extend([offset])
+        self._point_to_offsets()
+
+    def _point_to_seen(self) -> None:
+        self.record.seen_ids = self._seen_ids.address
+        self.record.num_seen = len(self.seen_ids)
+
+    def _point_to_offsets(self) -> None:
+        self.record.offset_ids = self._offset_ids.address
+        self.record.offsets = self._offsets.address
+        self.record.num_offsets = len(self.offset_ids)
+
+
+def min_p_margin(params: SamplingParams) -> float:
+    """How far below the largest logit min-p keeps one (at most 0); -inf when it is off."""
+    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+class _Grown:
+    """An array that grows at its end; twice the room when it is full."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._room = np.empty(0, dtype=dtype)
+        self.values: _Array = self._room
+        self.address = 0
+
+    def extend(self, more: Rows[float]) -> None:
+        count, total = len(self.values), len(self.values) + len(more)
+        if total > len(self._room):
+            room = np.empty(max(64, 2 * total), dtype=self._room.dtype)
+            room[:count] = self.values
+            self._room, self.address = room, room.ctypes.data
+        self._room[count:total] = more
+        self.values = self._room[:total]
