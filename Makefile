@@ -65,9 +65,13 @@ check: $(VENV)/.dev ## form, lint, strict types, layering, stale docs
 	$(PY) -m pytest -q tests/unit/test_layering.py
 	$(PY) docs/generate.py --check
 
-bench: $(VENV)/.dev weights ## one JSON line per benchmark
-	$(PY) -m benchmarks.decode
-	$(PY) -m benchmarks.startup
+bench: $(VENV)/.dev weights ## beside every installed peer (benchmarks/peers.md); an hour; ARGS="--rounds 2"
+	@$(PY) -m benchmarks.models smollm2-135m >&2
+	@$(PY) -m benchmarks.bandwidth
+	@$(PY) -m benchmarks $(ARGS)
+	@$(PY) -m benchmarks.features
+	@$(PY) -m benchmarks.startup
+	@$(PY) -m benchmarks.quality
 
 gpu-check: ## tests and figures on a CUDA device; PYTHON=python3 is used as it is, no venv
 	$(PYTHON) -m benchmarks.gpu_check

@@ -22,22 +22,22 @@ from chatserve.models.gguf import GGUFFile
 
 def make_model(name: str, out: Path, forms: list[str]) -> None:
     """Write the `forms` of a model that are not there yet."""
-    source = open_source(name)
     tokenizer = default_model_path()
     with closing(GGUFFile.open(tokenizer)) as file:
         metadata = file.metadata
-    for form in forms:
-        target = out / name / ("hf" if form == "hf" else f"{form}.gguf")
-        if target.exists():
-            print(f"{target} is there", flush=True)
-            continue
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        if form == "hf":
-            write_folder(unfinished, source, metadata)
-        else:
-            write_gguf(unfinished, source, form, tokenizer)
-        unfinished.rename(target)
-        print(f"{target} written", flush=True)
+    with open_source(name) as source:
+        for form in forms:
+            target = out / name / ("hf" if form == "hf" else f"{form}.gguf")
+            if target.exists():
+                print(f"{target} is there", flush=True)
+                continue
+            unfinished = target.with_name(f"{target.name}.unfinished")
+            if form == "hf":
+                write_folder(unfinished, source, metadata)
+            else:
+                write_gguf(unfinished, source, form, tokenizer)
+            unfinished.rename(target)
+            print(f"{target} written", flush=True)
 
 
 def main() -> None:

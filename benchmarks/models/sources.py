@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,21 +41,20 @@ class ModelSource(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-def open_default_model() -> Checkpoint:
-    """The default model as it lies in the cache; the caller closes its weights."""
-    return open_checkpoint(resolve_weights(DEFAULT_MODEL, offline=True))
-
-
 def default_model_path() -> Path:
+    """The default model's GGUF file in chatserve's cache; never downloaded."""
     return resolve_weights(DEFAULT_MODEL, offline=True)
 
 
-def open_source(name: str) -> ModelSource:
+@contextmanager
+def open_source(name: str) -> Iterator[ModelSource]:
     """`name`: the default model's, or one of `SHAPES`."""
-    default = open_default_model()
-    if name == DEFAULT_MODEL:
-        return CheckpointSource(default)
-    return RandomSource(_random_config(name, default.config))
+    default = open_checkpoint(default_model_path())
+    with closing(default.weights):
+        if name == DEFAULT_MODEL:
+            yield CheckpointSource(default)
+        else:
+            yield RandomSource(_random_config(name, default.config))
 
 
 @dataclass(frozen=True)
