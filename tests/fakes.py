@@ -24,6 +24,7 @@ class Submitted:
     params: SamplingParams
     choice: int
     strip_leading_space: bool
+    salt: bytes
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class FakeEngine:
         params: SamplingParams,
         *,
         choice: int = 0,
+        salt: bytes = b"",
         strip_leading_space: bool = False,
     ) -> FakeStream:
         if self.refusal is not None:
@@ -146,7 +148,7 @@ class FakeEngine:
         seq_id = f"{request_id}-{choice}"
         with self._changed:
             self.submitted.append(
-                Submitted(seq_id, tuple(prompt_ids), params, choice, strip_leading_space)
+                Submitted(seq_id, tuple(prompt_ids), params, choice, strip_leading_space, salt)
             )
             self.running.add(seq_id)
             self._changed.notify_all()

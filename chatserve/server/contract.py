@@ -52,6 +52,7 @@ class Engine(Protocol):
         params: SamplingParams,
         *,
         choice: int = 0,
+        salt: bytes = b"",
         strip_leading_space: bool = False,
     ) -> TokenStream: ...
 

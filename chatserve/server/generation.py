@@ -22,7 +22,7 @@ MAX_QUEUED_EVENTS = 16
 
 
 class Generation:
-    """Submits every choice of every prompt at once.
+    """Submits every choice of every prompt at once; prompts of one `salt` may share a cache.
 
     Raises what the engine raises at submission (`Overloaded`); nothing is left running then.
     """
@@ -40,7 +40,9 @@ class Generation:
         self._outcomes: dict[int, str] = {}
 
     @classmethod
-    async def submit(cls, engine: Engine, request_id: str, prepared: Prepared) -> Generation:
+    async def submit(
+        cls, engine: Engine, request_id: str, prepared: Prepared, salt: bytes = b""
+    ) -> Generation:
         generation = cls(engine, request_id, prepared)
         try:
             for i, prompt in enumerate(prepared.prompts):
@@ -50,6 +52,7 @@ class Generation:
                         prompt.ids,
                         prompt.params,
                         choice=choice,
+                        salt=salt,
                         strip_leading_space=prepared.strip_leading_space,
                     )
                     generation._streams.append(stream)

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from chatserve.errors import BadStream, ChatserveError, WorkerLost
 from chatserve.protocol.control import bearer
 from chatserve.protocol.sse import MAX_EVENT_BYTES
+from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
 from chatserve.server.registry import Lease, WorkerRegistry
@@ -57,6 +58,7 @@ class Relay:
     ) -> None:
         self._registry = registry
         self._session = session
+        self._token = control_token
         self._headers = {
             "Content-Type": "application/json",
             # bytes go through as they are: nothing here could decompress them for the client
@@ -88,7 +90,7 @@ class Relay:
                 worker.base_url + request.url.path,
                 # bytes over 1 MiB would be written in one go, with a warning
                 data=io.BytesIO(body),
-                headers=self._headers,
+                headers=self._headers | header_for_worker(request.headers, self._token),
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

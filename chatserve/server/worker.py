@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatserve.errors import ModelNotFound
 from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
+from chatserve.server.cache_salt import salt_of
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.edge import AccessPolicy, Edge
@@ -187,7 +188,8 @@ class WorkerRoutes:
         head = ReplyHead(
             request_id, int(time.time()), prepared.model, model.fingerprint, prepared.is_chat
         )
-        generation = await Generation.submit(engine, request_id, prepared)
+        salt = salt_of(request.headers, self._control_token)
+        generation = await Generation.submit(engine, request_id, prepared, salt)
         if prepared.is_stream:
             return self._stream(generation, head)
         try:

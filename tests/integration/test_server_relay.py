@@ -344,3 +344,30 @@ def test_draining_controller(house: House) -> None:
         ready = httpx.get(f"{house.url}/health/ready")
         assert (ready.status_code, ready.json()["status"]) == (503, "draining")
         assert len(engine.running) == 1
+
+
+def test_clients_of_different_keys_share_no_cache() -> None:
+    registry = WorkerRegistry(time.monotonic)
+    engine = FakeEngine()
+    of_worker = AccessPolicy.build("127.0.0.1", api_keys=[TOKEN])
+    of_controller = AccessPolicy.build(
+        "127.0.0.1", api_keys=["key-a", "key-b"], control_token=TOKEN
+    )
+    with (
+        serving(
+            lambda: create_worker_app(engine, FakeModel(), policy=of_worker, control_token=TOKEN)
+        ) as worker,
+        serving(
+            lambda: create_controller_app(registry, control_token=TOKEN, policy=of_controller)
+        ) as controller,
+    ):
+        registry.register("w", worker.url, READY)
+        for key in ("key-a", "key-a", "key-b"):
+            answer = httpx.post(
+                f"{controller.url}/v1/chat/completions", json=CHAT,
+                headers={"Authorization": f"Bearer {key}", "X-Chatserve-Cache-Salt": "0" * 64},
+            )  # fmt: skip
+            assert answer.status_code == 200
+    first, again, other = (item.salt for item in engine.submitted)
+    assert first == again != other
+    assert b"" not in (first, other) and bytes(32) not in (first, other)
