@@ -2,8 +2,8 @@
 
     python -m benchmarks.sampling [--rows 16] [--threads 2] [--repeats 30]
 
-Prints one JSON line: medians in microseconds of one call for all rows, Python included, logits
-fresh from memory as after a step.
+Prints one JSON line: medians in microseconds of one call for all rows, Python included, with fresh
+logits and threads awake as after a step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -20,11 +22,12 @@ from chatserve.engine.sampler import Sampler
 from chatserve.engine.sampler_state import SamplerState
 from chatserve.engine.sequence import SamplingParams
 from chatserve.kernels.library import load_kernels
-from chatserve.models.kernel_matrix import Team
+from chatserve.models.kernel_matrix import KernelMatrix, Team
 from chatserve.models.kernel_sampler import KernelSampler
+from chatserve.models.packing import Packing
 
 VOCABULARIES = (49_152, 128_256)
-NUM_SEEN = 1000
+NUM_SEEN = 1000  # half of them in the prompt, half in the answer
 CASES = {
     "greedy": SamplingParams(temperature=0),
     "temperature": SamplingParams(temperature=0.8),
@@ -48,24 +51,30 @@ def likely_logits(num_rows: int, vocab_size: int) -> torch.Tensor:
 
 
 def states_of(params: SamplingParams, num_rows: int, vocab_size: int) -> list[SamplerState]:
-    prompt = [7 * i % vocab_size for i in range(NUM_SEEN)]
+    seen = [37 * i % vocab_size for i in range(NUM_SEEN)]
+    prompt, answer = seen[: NUM_SEEN // 2], seen[NUM_SEEN // 2 :]
     states = [
         SamplerState(params, prompt, seed=row, vocab_size=vocab_size) for row in range(num_rows)
     ]
     for state in states:
-        for token_id in range(NUM_SEEN):
-            state.add(11 * token_id % vocab_size)
+        for token_id in answer:
+            state.add(token_id)
     return states
 
 
 def measure(
-    sampler: Sampler, logits: torch.Tensor, states: list[SamplerState], repeats: int
+    sampler: Sampler,
+    logits: torch.Tensor,
+    states: list[SamplerState],
+    repeats: int,
+    wake: Callable[[], object],
 ) -> float:
-    """Median microseconds of a call, which gets logits of its own every time."""
+    """Median microseconds of a call, which gets logits of its own every time, after `wake`."""
     times = []
     work = torch.empty_like(logits)
     for _ in range(repeats + 3):
         work.copy_(logits)
+        wake()
         start = time.perf_counter()
         sampler.sample(work, states)
         times.append(time.perf_counter() - start)
@@ -81,16 +90,24 @@ def main() -> None:
     torch.set_num_threads(1)  # its own threads would spin on the cores of the team
     kernels = load_kernels()
     team = Team(kernels, arguments.threads)
+    step = KernelMatrix(kernels, team, 4096, 1024, Packing(8, is_grouped=False))
+    inputs = torch.ones(arguments.rows, 1024)
     figures: dict[str, dict[str, float]] = {}
     for vocab_size in VOCABULARIES:
         fast = Sampler(kernel=KernelSampler(kernels, team, vocab_size))
         logits = likely_logits(arguments.rows, vocab_size)
         for name, params in CASES.items():
             states = states_of(params, arguments.rows, vocab_size)
+            variants = {
+                "one_row": (fast, 1, arguments.repeats),
+                "all_rows": (fast, arguments.rows, arguments.repeats),
+                "torch_one_row": (Sampler(), 1, 5),
+            }
             figures[f"{vocab_size} {name}"] = {
-                "one_row": measure(fast, logits[:1], states[:1], arguments.repeats),
-                "all_rows": measure(fast, logits, states, arguments.repeats),
-                "torch_one_row": measure(Sampler(), logits[:1], states[:1], 5),
+                variant: measure(
+                    sampler, logits[:rows], states[:rows], repeats, partial(step.multiply, inputs)
+                )
+                for variant, (sampler, rows, repeats) in variants.items()
             }
     print(
         json.dumps(
