@@ -84,6 +84,15 @@ class DecodeGraphs:
             and plan.table_width <= self._table_width
         )
 
+    def capture_all(self) -> None:
+        """Before the first request, so that none waits for it; the largest first, for its memory.
+
+        A step of each size runs, on padding alone.
+        """
+        for bucket in reversed(BUCKETS):
+            if self._backend is not None and bucket not in self._captured:
+                self._capture(bucket)
+
     def run(self, batch: Batch) -> torch.Tensor | None:
         """Logits (R, V), valid until the next run; None when the bucket cannot be captured."""
         num_rows = len(batch.token_ids)

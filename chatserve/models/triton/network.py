@@ -20,7 +20,7 @@ from chatserve.models.triton.graphs import CudaGraphs, DecodeGraphs, GraphBacken
 from chatserve.models.triton.matrices import choose_row_product
 from chatserve.models.triton.norm import add_rms_norm, rms_norm
 from chatserve.models.triton.rope_store import HeadNorms, rope_store
-from chatserve.models.triton.step import StepBuffer, plan_for
+from chatserve.models.triton.step import MAX_SHORT, Plan, StepBuffer, plan_for
 from chatserve.models.triton.swiglu import swiglu
 
 _MAX_HEAD_DIM = 128  # twice that does not fit the shared memory of cards for desktops
@@ -69,8 +69,7 @@ class TritonLlama(Llama):
         )
         for layer in range(config.num_layers):
             pool.ensure(layer, rows, rows)
-        if self._pool is None and self.device.type == "cuda":
-            choose_row_product(self.blocks)
+        is_first = self._pool is None
         self._pool = pool
         if self._backend is not None:
             width = min(-(-config.context_length // pool.block_size), pool.num_blocks)
@@ -81,6 +80,20 @@ class TritonLlama(Llama):
                 table_width=width,
                 device=self.device,
             )
+        if is_first and self.device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Measure, compile and capture what the first requests would otherwise wait for."""
+        assert self._pool is not None
+        choose_row_product(self.blocks)
+        num_rows = 2 * MAX_SHORT
+        plan = Plan(num_rows, 1, 1, tiles=[(0, 0, 0, 0)], output_rows=[0])
+        prefill = StepBuffer(plan, self._pool.block_size, self.device)
+        prefill.write(Batch((), (), (), ()))
+        self._run(prefill)
+        if self._graphs is not None:
+            self._graphs.capture_all()
 
     def _run(self, step: StepBuffer) -> torch.Tensor:
         config, eps = self.config, self.config.rms_norm_eps

@@ -22,7 +22,7 @@ from chatserve.models.llama import Llama
 from chatserve.models.loader import build_network
 from chatserve.models.packing import Packing
 from chatserve.models.triton import graphs as graphs_module
-from chatserve.models.triton import step
+from chatserve.models.triton import matrices, step
 from chatserve.models.triton.network import TritonLlama
 from chatserve.models.triton.step import StepBuffer, plan_for
 from tests import tiny
@@ -169,6 +169,23 @@ def test_capturing_touches_no_block() -> None:
         after = pair.pools[0].layer(layer)[0].clone()
         after[pair.blocks[0][1], 40 - BLOCK_SIZE] = keys[pair.blocks[0][1], 40 - BLOCK_SIZE]
         assert torch.equal(after.nan_to_num(), keys.nan_to_num())
+
+
+def test_warming_up_captures_all_and_touches_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "BUCKETS", (1, 4))
+    monkeypatch.setattr(matrices, "cuda_seconds", lambda function: 1.0)
+    graphs = CountingGraphs()
+    pair = Pair(build("llama", graphs), plain("llama"))
+    pair.feed(20, 12)
+    before = [pair.pools[0].layer(layer)[0].clone() for layer in range(2)]
+    with torch.inference_mode():
+        pair.network.warm_up()
+    assert graphs.num_captured == 2
+    for layer, keys in enumerate(before):
+        assert torch.equal(pair.pools[0].layer(layer)[0].nan_to_num(), keys.nan_to_num())
+    actual, expected = pair.feed(1, 1)
+    assert graphs.num_captured == 2
+    assert is_close(actual, expected, roundings=16)
 
 
 def test_without_graphs_it_decodes_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
