@@ -88,7 +88,9 @@ class TritonLlama(Llama):
         assert self._pool is not None
         choose_row_product(self.blocks)
         num_rows = 2 * MAX_SHORT
-        plan = Plan(num_rows, 1, 1, tiles=[(0, 0, 0, 0)], output_rows=[0])
+        # a tile that ends before the first key: it reads nothing, and its rows are zeros
+        tiles = [(0, num_rows, -num_rows, 0)]
+        plan = Plan(num_rows, 1, 1, tiles=tiles, output_rows=[0])
         prefill = StepBuffer(plan, self._pool.block_size, self.device)
         prefill.write(Batch((), (), (), ()))
         self._run(prefill)
