@@ -33,11 +33,15 @@ def kernels() -> Kernels:
 @pytest.fixture
 def hogs() -> Iterator[None]:
     """Processes that compute all the time, on every core of a small machine."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    yield
-    for process in others:
-        process.kill()
-        process.wait()
+    # they end by themselves where a killed test run cannot end them
+    busy = "import time; end = time.monotonic() + 120\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(2)]
+    try:
+        yield
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
 
 
 def within_time(work: Callable[[], None]) -> None:
