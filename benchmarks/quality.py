@@ -132,7 +132,7 @@ def main() -> None:
             for ids, reference in zip(texts.values(), references, strict=True):
                 score.add(form_logits(model, ids, arguments.step), reference, ids)
             line = {
-                "benchmark": "quality", **describe(), "model": path.name, "form": form,
+                "benchmark": "quality", **describe(), "model": path.parent.name if path.name == "hf" else path.name, "form": form,
                 "policy": policy.describe(), "kernels": os.environ.get("CHATSERVE_KERNELS"),
                 "step": arguments.step, "texts": list(texts), **score.figures(),
             }  # fmt: skip
