@@ -73,7 +73,7 @@ class Engine:
         """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks.
 
         `speculation`: let sequences guess from their own past, a few tokens a step. It changes how
-        soon a text comes, never what it is.
+        soon a text comes, not what it is, where a row's logits do not depend on its neighbours.
         """
         self._tokenizer = tokenizer
         self._blocks = BlockManager(num_kv_tokens // block_size, block_size)

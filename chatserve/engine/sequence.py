@@ -43,14 +43,6 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature < 1e-5
 
-    @property
-    def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
-
 
 class Status(enum.Enum):
     WAITING = "waiting"
