@@ -51,33 +51,43 @@ def build(
 
     `machine` is another processor type for a cross compiler in `CXX`. Raises `BuildFailed`.
     """
-    compiler = find_compiler()
-    machine = machine or platform.machine()
-    levels = _LEVELS.get(_MACHINES.get(machine, machine))
-    if levels is None:
-        raise BuildFailed(f"there are no kernels for {machine} processors")
-    units: dict[str, tuple[str, ...]] = {**dict.fromkeys(_COMMON, ()), **levels}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         workplace = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
         raise BuildFailed(f"{target.parent} cannot be written: {error}") from error
     with workplace as folder:
-        objects = [Path(folder) / f"{name}.o" for name in units]
-
-        def compile_one(unit: tuple[tuple[str, Sequence[str]], Path]) -> None:
-            (name, flags), out = unit
-            source = SOURCES / f"{name}.cpp"
-            _run([*compiler, *_FLAGS, *flags, *extra_flags, "-c", str(source), "-o", str(out)])
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, zip(units.items(), objects, strict=True)))
+        objects = compile_objects(Path(folder), extra_flags=extra_flags, machine=machine)
         linked = Path(folder) / target.name
-        _run(
-            [*compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(linked)]
-        )
+        command = [*find_compiler(), "-shared", "-pthread", *extra_flags]
+        _run([*command, *map(str, objects), "-o", str(linked)])
         linked.replace(target)
     return target
+
+
+def compile_objects(
+    folder: Path, *, extra_flags: Sequence[str] = (), machine: str | None = None
+) -> list[Path]:
+    """An object file in `folder` for every source of this processor type, or of `machine`'s.
+
+    Raises `BuildFailed`.
+    """
+    compiler = find_compiler()
+    machine = machine or platform.machine()
+    levels = _LEVELS.get(_MACHINES.get(machine, machine))
+    if levels is None:
+        raise BuildFailed(f"there are no kernels for {machine} processors")
+    units: dict[str, tuple[str, ...]] = {**dict.fromkeys(_COMMON, ()), **levels}
+    objects = [folder / f"{name}.o" for name in units]
+
+    def compile_one(unit: tuple[tuple[str, Sequence[str]], Path]) -> None:
+        (name, flags), out = unit
+        source = SOURCES / f"{name}.cpp"
+        _run([*compiler, *_FLAGS, *flags, *extra_flags, "-c", str(source), "-o", str(out)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, zip(units.items(), objects, strict=True)))
+    return objects
 
 
 def find_compiler() -> list[str]:
