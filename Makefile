@@ -10,12 +10,13 @@ PROMPT ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+KERNELS := chatserve/kernels/lib/libchatserve_kernels.so
 # the text as typed: make must not expand a dollar sign in a prompt
 export CHAT_PROMPT := $(value PROMPT)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev format check chat test unit integration e2e weights bench \
-	gpu-check docs build clean
+	sanitize gpu-check docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,27 +33,34 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# compiled again when a source has changed; without a compiler PyTorch's operators do the work
+$(KERNELS): $(wildcard chatserve/kernels/src/*) chatserve/kernels/build.py | $(VENV)/.runtime
+	@$(PY) -m chatserve.kernels.build >&2 || true
+
 install: $(VENV)/.runtime ## make .venv and install chatserve into it
 install-dev: $(VENV)/.dev ## the same with everything that tests and checks need
 
-chat: $(VENV)/.runtime ## chat in the terminal; PROMPT="…" answers once, WEIGHTS=… another model
+chat: $(VENV)/.runtime $(KERNELS) ## chat in the terminal; PROMPT="…" answers once, WEIGHTS=… another model
 	@$(if $(WEIGHTS),,$(PY) -m chatserve pull smollm2-135m >/dev/null)
 	@$(PY) -m chatserve.cli $(WEIGHTS) $(ARGS) $${CHAT_PROMPT:+--prompt "$$CHAT_PROMPT"}
 
 weights: $(VENV)/.runtime
 	@$(PY) -m chatserve pull smollm2-135m >/dev/null
 
-test: $(VENV)/.dev weights ## unit, integration and e2e tests
+test: $(VENV)/.dev $(KERNELS) weights ## unit, integration and e2e tests
 	$(PY) -m pytest
 
-unit: $(VENV)/.dev ## tests without sockets, in seconds
+unit: $(VENV)/.dev $(KERNELS) ## tests without sockets, in seconds
 	$(PY) -m pytest tests/unit
 
-integration: $(VENV)/.dev weights ## tests against real servers on loopback
+integration: $(VENV)/.dev $(KERNELS) weights ## tests against real servers on loopback
 	$(PY) -m pytest tests/integration
 
-e2e: $(VENV)/.dev weights ## whole programs: processes, terminals
+e2e: $(VENV)/.dev $(KERNELS) weights ## whole programs: processes, terminals
 	$(PY) -m pytest tests/e2e
+
+sanitize: $(VENV)/.dev ## the CPU kernels under sanitizers, and on an emulated ARM processor
+	$(PY) -m pytest tests/integration/test_kernels_driver.py
 
 format: $(VENV)/.dev ## put all code into its form
 	$(PY) -m ruff format .
@@ -65,7 +73,7 @@ check: $(VENV)/.dev ## form, lint, strict types, layering, stale docs
 	$(PY) -m pytest -q tests/unit/test_layering.py
 	$(PY) docs/generate.py --check
 
-bench: $(VENV)/.dev weights ## beside every installed peer (benchmarks/peers.md); an hour; ARGS="--rounds 2"
+bench: $(VENV)/.dev $(KERNELS) weights ## beside every installed peer (benchmarks/peers.md); an hour; ARGS="--rounds 2"
 	@$(PY) -m benchmarks.models smollm2-135m >&2
 	@$(PY) -m benchmarks.bandwidth
 	@$(PY) -m benchmarks $(ARGS)
@@ -84,4 +92,5 @@ build: $(VENV)/.dev ## wheel and sdist in dist/
 	$(PY) -m build
 
 clean: ## remove everything that was made here, also .venv
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		chatserve/kernels/lib
