@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=512, help="tokens of one batch")
     arguments = parser.parse_args()
     path: Path = arguments.model or default_model_path()
+    name = path.parent.name if path.name == "hf" else path.name
     texts = dict(read_texts(path))
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
@@ -132,7 +133,7 @@ def main() -> None:
             for ids, reference in zip(texts.values(), references, strict=True):
                 score.add(form_logits(model, ids, arguments.step), reference, ids)
             line = {
-                "benchmark": "quality", **describe(), "model": path.parent.name if path.name == "hf" else path.name, "form": form,
+                "benchmark": "quality", **describe(), "model": name, "form": form,
                 "policy": policy.describe(), "kernels": os.environ.get("CHATSERVE_KERNELS"),
                 "step": arguments.step, "texts": list(texts), **score.figures(),
             }  # fmt: skip
