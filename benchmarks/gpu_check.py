@@ -42,6 +42,7 @@ TESTS = (
     "tests/gpu",
     "tests/unit/models/test_triton_rows.py",
     "tests/unit/models/test_triton_matmul.py",
+    "tests/unit/models/test_triton_matrices.py",
     "tests/unit/models/test_triton_attention.py",
     "tests/unit/models/test_triton_network.py",
     "tests/unit/models/test_triton_self_test.py",
