@@ -77,7 +77,8 @@ class EngineConfig:
         ge=1, le=65536,
     )  # fmt: skip
     speculation: bool = setting(
-        True, "guess tokens from what a text has said before; it comes sooner and stays the same",
+        True, "guess tokens from what a text has said before; it comes sooner and stays the same "
+        "(where a batch does not change the rounding: on the CPU kernels, and in float32)",
         group="engine",
     )  # fmt: skip
     seed: int | None = setting(

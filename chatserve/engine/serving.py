@@ -106,7 +106,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         seed=config.seed,
-        speculation=config.speculation,
+        speculation=config.speculation and policy.has_steady_rows,
     )
     _try_out(engine, checkpoint.path)
     prompts = PromptBuilder(
@@ -136,6 +136,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "template": choice.template.name,
             "native": not isinstance(model, FallbackModel),
             "kv_tokens": limits.num_kv_tokens,
+            "speculation": config.speculation and policy.has_steady_rows,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
     )

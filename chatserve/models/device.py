@@ -63,6 +63,15 @@ class DevicePolicy:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def has_steady_rows(self) -> bool:
+        """Whether a token's logits do not depend on how many are computed with it.
+
+        Bit for bit on the CPU kernels, in all but near ties in float32. PyTorch's products in half
+        precision round differently for one row and for several.
+        """
+        return self.kernels is not None or (self.dtype == torch.float32 and self.packing is None)
+
     def describe(self) -> str:
         """One line for the log."""
         int8 = f" int8={self.int8}" if self.int8 else ""

@@ -264,3 +264,21 @@ def test_failed_triton_kernels_are_replaced(monkeypatch: pytest.MonkeyPatch) -> 
         "Triton kernels failed their self-test (no C compiler), PyTorch's instead",
         "Triton products failed their self-test (wrong), dequantise instead",
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "load_8bit", "has_kernels", "expected"),
+    [
+        ("float32", False, False, True), ("bfloat16", False, False, False),
+        ("float32", True, False, False), ("bfloat16", True, True, True),
+    ],
+)  # fmt: skip
+def test_only_some_forms_compute_a_row_alike_in_every_batch(
+    dtype: str, load_8bit: bool, has_kernels: bool, expected: bool
+) -> None:
+    policy = choose_policy("cpu", dtype, load_8bit=load_8bit)
+    if has_kernels and policy.kernels is None:
+        pytest.skip("the kernels were not compiled here")
+    if not has_kernels:
+        policy = dataclasses.replace(policy, kernels=None)
+    assert policy.has_steady_rows is expected
