@@ -10,8 +10,8 @@ namespace chatserve {
 namespace {
 
 // Logits that are read, in all passes, for less than which no other thread is worth waking: some
-// 150 microseconds.
-constexpr long kSharedWork = 1'000'000;
+// 100 microseconds.
+constexpr long kSharedWork = 400'000;
 constexpr int kDrawPasses = 3;  // a sampled row costs so many times a greedy one
 
 }  // namespace

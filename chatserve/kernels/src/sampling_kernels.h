@@ -16,9 +16,12 @@ namespace {
 using chatserve::kSamplingBlock;
 using chatserve::SamplingJob;
 
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int kStride = 4 * kLanes;  // of loops with four accumulators
 static_assert(kSamplingBlock % kStride == 0 && kLanes <= chatserve::kMaxSamplingLanes);
-constexpr float kSmallestExponent = -87.0f;
+// How far below what top-p may drop a logit must be to be dropped at first glance; the largest logit
+// has weight 1.
+constexpr double kFewParts = 256, kManyParts = 4096, kSteepTotal = 4;
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -85,36 +88,55 @@ inline void apply_lists(const SamplingJob& job) {
 
 // ---- passes over the vocabulary ----
 
-// The largest logit, NaN if any is NaN; the lane maxima of each block. Returns their number too.
+// What the logits of a block or of all say together.
+struct Extremes {
+  F largest = Simd::set1(-INFINITY);
+  I most = Simd::izero();  // magnitudes as integers, of which a NaN has the largest
+
+  void add(F x) {
+    largest = Simd::max(x, largest);
+    most = Simd::umax(most, Simd::magnitude(x));
+  }
+  void add(const Extremes& other) {
+    largest = Simd::max(largest, other.largest);
+    most = Simd::umax(most, other.most);
+  }
+  // NaN if any logit is NaN.
+  float value() const {
+    return Simd::ulargest(most) > 0x7f800000u ? NAN : Simd::largest(largest);
+  }
+};
+
+template <bool kIsFetching>
+inline Extremes block_extremes(const SamplingJob& job, int begin, int end) {
+  Extremes parts[4];
+  int i = begin;
+  for (; i + kStride <= end; i += kStride) {
+    CS_UNROLL for (int j = 0; j < 4; j++) {
+      const float* x = job.logits + i + j * kLanes;
+      parts[j].add(Simd::load(x));
+      if (kIsFetching) Simd::prefetch_l2(x + 2 * kSamplingBlock);
+    }
+  }
+  // -inf, behind the end, is never the largest and never a NaN
+  visit_vectors(job.logits, i, end, [&](F x, int) { parts[0].add(x); });
+  parts[0].add(parts[1]);
+  parts[2].add(parts[3]);
+  parts[0].add(parts[2]);
+  return parts[0];
+}
+
+// The largest logit, NaN if any is NaN; the lane maxima of each block, and how many they are.
 inline float find_largest(const SamplingJob& job, int* num_maxima) {
-  const F nothing = Simd::set1(-INFINITY);
-  F best = nothing;
-  I most = Simd::izero();  // a NaN has more bits than anything else
+  Extremes all;
   float* maxima = job.scratch.maxima;
   for (int begin = 0; begin < job.vocab; begin += kSamplingBlock, maxima += kLanes) {
-    F m[4] = {nothing, nothing, nothing, nothing};
-    I n[4] = {most, most, most, most};
-    const int end = block_end(begin, job.vocab);
-    int i = begin;
-    for (; i + kStride <= end; i += kStride) {
-      CS_UNROLL for (int j = 0; j < 4; j++) {
-        F x = Simd::load(job.logits + i + j * kLanes);
-        m[j] = Simd::max(x, m[j]);
-        n[j] = Simd::umax(n[j], Simd::magnitude(x));
-      }
-    }
-    visit_vectors(job.logits, i, end, [&](F x, int) {
-      m[0] = Simd::max(x, m[0]);
-      // -inf, also behind the end, is no more than the limit
-      n[0] = Simd::umax(n[0], Simd::magnitude(x));
-    });
-    m[0] = Simd::max(Simd::max(m[0], m[1]), Simd::max(m[2], m[3]));
-    most = Simd::umax(Simd::umax(n[0], n[1]), Simd::umax(n[2], n[3]));
-    Simd::store(maxima, m[0]);
-    best = Simd::max(best, m[0]);
+    const Extremes block = block_extremes<true>(job, begin, block_end(begin, job.vocab));
+    Simd::store(maxima, block.largest);
+    all.add(block);
   }
   *num_maxima = static_cast<int>(maxima - job.scratch.maxima);
-  return Simd::ulargest(most) > 0x7f800000u ? NAN : Simd::largest(best);
+  return all.value();
 }
 
 inline int32_t first_equal(const SamplingJob& job, float best) {
@@ -142,34 +164,64 @@ inline int gather(const SamplingJob& job, float limit) {
   return n;
 }
 
+// e^((x - best) / temperature) for x <= best as a power of 2, 0 below its range; relative error
+// about 1e-7. A polynomial of degree 5 whose largest relative error over [-1/2, 1/2] is 7e-8.
 struct Weigher {
-  F best, inverse;
+  F best, scale;  // scale: log2(e) / temperature
 
   F operator()(F x) const {
-    const F exponent = Simd::mul(Simd::sub(x, best), inverse);
-    return Simd::keep_not_below(exponential(exponent), exponent, Simd::set1(kSmallestExponent));
+    const F lowest = Simd::set1(-126.0f);
+    const F exponent = Simd::mul(Simd::sub(x, best), scale);
+    const F t = Simd::max(exponent, lowest);
+    const I n = Simd::to_int(t);
+    const F r = Simd::sub(t, Simd::to_float(n));
+    F p = Simd::set1(1.327647152e-3f);
+    p = Simd::fma(p, r, Simd::set1(9.675541331e-3f));
+    p = Simd::fma(p, r, Simd::set1(5.550713275e-2f));
+    p = Simd::fma(p, r, Simd::set1(2.402211972e-1f));
+    p = Simd::fma(p, r, Simd::set1(6.931469671e-1f));
+    p = Simd::fma(p, r, Simd::set1(1.0f));
+    return Simd::keep_not_below(Simd::mul(p, Simd::power_of_two(n)), exponent, lowest);
   }
 };
 
-// Weights of the whole vocabulary: of each block, and added up.
-inline double weigh_all(const SamplingJob& job, const Weigher& weigh) {
-  double total = 0;
-  double* mass = job.scratch.block_mass;
-  for (int begin = 0; begin < job.vocab; begin += kSamplingBlock) {
-    F sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
-    const int end = block_end(begin, job.vocab);
-    int i = begin;
-    for (; i + kStride <= end; i += kStride) {
-      CS_UNROLL for (int j = 0; j < 4; j++) {
-        sums[j] = Simd::add(sums[j], weigh(Simd::load(job.logits + i + j * kLanes)));
-      }
+inline float block_mass(const SamplingJob& job, int begin, int end, const Weigher& weigh) {
+  F sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+  int i = begin;
+  for (; i + kStride <= end; i += kStride) {
+    CS_UNROLL for (int j = 0; j < 4; j++) {
+      const float* x = job.logits + i + j * kLanes;
+      Simd::prefetch_l2(x + kSamplingBlock);  // the next block arrives during the sums
+      sums[j] = Simd::add(sums[j], weigh(Simd::load(x)));
     }
-    visit_vectors(job.logits, i, end, [&](F x, int) { sums[0] = Simd::add(sums[0], weigh(x)); });
-    const F sum = Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3]));
-    *mass = Simd::sum(sum);
-    total += *mass++;
   }
-  return total;
+  visit_vectors(job.logits, i, end, [&](F x, int) { sums[0] = Simd::add(sums[0], weigh(x)); });
+  return Simd::sum(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
+}
+
+// The largest logit, as above; the weights of each block, and added up. A block is weighed against
+// its own largest logit while it is at hand, and against that of all afterwards.
+inline float weigh_blocks(const SamplingJob& job, F scale, double* total) {
+  Extremes all;
+  float* maxima = job.scratch.maxima;
+  double* mass = job.scratch.block_mass;
+  int num_blocks = 0;
+  for (int begin = 0; begin < job.vocab; begin += kSamplingBlock) {
+    const int end = block_end(begin, job.vocab);
+    const Extremes block = block_extremes<false>(job, begin, end);
+    const float largest = Simd::largest(block.largest);
+    maxima[num_blocks] = largest;
+    mass[num_blocks++] = block_mass(job, begin, end, {Simd::set1(largest), scale});
+    all.add(block);
+  }
+  const float best = all.value();
+  *total = 0;
+  for (int b = 0; b < num_blocks; b++) {
+    // a block of -inf alone has mass 0
+    mass[b] *= std::exp((static_cast<double>(maxima[b]) - best) / job.params->temperature);
+    *total += mass[b];
+  }
+  return best;
 }
 
 // ---- candidates ----
@@ -245,16 +297,17 @@ inline int keep_largest(const SamplingJob& job, int n, float low, float high, do
   const float limit = find_limit(s.values, n, low, high, wanted, measure);
   double kept = measure(s.values, n, value_of(key_of(limit) + 1));
   int count = 0;
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < n; i++) {  // no branch on what nobody can foretell
     const float x = s.values[i];
-    if (x < limit) continue;
-    if (x == limit) {
-      if (kept >= wanted) continue;
+    bool is_kept = x > limit;
+    if (x == limit && kept < wanted) {
       kept += measure.of(i);
+      is_kept = true;
     }
     s.values[count] = x;
     s.weights[count] = s.weights[i];
-    s.ids[count++] = s.ids[i];
+    s.ids[count] = s.ids[i];
+    count += is_kept;
   }
   pad(s.values, count);
   return count;
@@ -274,13 +327,12 @@ inline int gather_top_k(const SamplingJob& job, int num_maxima, float best) {
 }
 
 // Candidates that top-p leaves of the whole vocabulary.
-inline int gather_top_p(const SamplingJob& job, float best, const Weigher& weigh) {
+inline int gather_top_p(const SamplingJob& job, float best, double total, const Weigher& weigh) {
   const auto& s = job.scratch;
-  const double top_p = job.params->top_p, total = weigh_all(job, weigh);
-  const double wanted = top_p * total;
-  // All logits of less than a share of 1 - top_p divided by the size of the vocabulary together
-  // are not missed; mostly a far higher bound does.
-  for (double parts = 256;; parts *= 16) {
+  const double top_p = job.params->top_p, wanted = top_p * total;
+  // All that weigh less than 1 - top_p of the total, divided by the size of the vocabulary, are not
+  // missed. Mostly a far higher bound does: even more so where one id has much of the weight.
+  for (double parts = total < kSteepTotal ? kFewParts : kManyParts;; parts *= 16) {
     float low = -FLT_MAX;
     if (parts < job.vocab) {
       const double weight = (1 - top_p) / parts * total;
@@ -319,8 +371,8 @@ inline int walk(const float* weights, int n, double before, double target) {
   return last;
 }
 
-inline int32_t draw_of_all(const SamplingJob& job, double u, const Weigher& weigh) {
-  const double target = u * weigh_all(job, weigh);
+inline int32_t draw_of_all(const SamplingJob& job, double u, double all, const Weigher& weigh) {
+  const double target = u * all;
   const double* mass = job.scratch.block_mass;
   double before = 0, total = 0;
   int begin = 0;
@@ -344,47 +396,65 @@ inline int32_t draw_of_candidates(const SamplingJob& job, int n, double u) {
   return job.scratch.ids[walk(job.scratch.weights, n, 0, u * total)];
 }
 
+// Candidates that min-p leaves of the first n.
+inline int keep_min_p(const SamplingJob& job, int n, float best) {
+  const auto& s = job.scratch;
+  const float limit = min_p_limit(job, best);
+  int count = 0;
+  for (int i = 0; i < n; i++) {
+    s.weights[count] = s.weights[i];
+    s.ids[count] = s.ids[i];
+    count += s.values[i] >= limit;
+  }
+  return count;
+}
+
+inline bool is_finite(float x) { return std::fabs(x) <= FLT_MAX; }
+
+// With the weights of the whole vocabulary.
+inline int32_t sample_by_mass(const SamplingJob& job, double u, F scale) {
+  double total;
+  const float best = weigh_blocks(job, scale, &total);
+  if (!is_finite(best)) return -1;
+  const Weigher weigh = {Simd::set1(best), scale};
+  if (!(job.params->top_p < 1)) return draw_of_all(job, u, total, weigh);
+  int n = gather_top_p(job, best, total, weigh);
+  if (job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
+  return draw_of_candidates(job, n, u);
+}
+
+// With the weights of the few that top-k or min-p leave.
+inline int32_t sample_by_rank(const SamplingJob& job, double u, F scale, bool has_top_k) {
+  int num_maxima;
+  const float best = find_largest(job, &num_maxima);
+  if (!is_finite(best)) return -1;
+  int n = has_top_k ? gather_top_k(job, num_maxima, best) : gather(job, min_p_limit(job, best));
+  weigh_candidates(job, n, {Simd::set1(best), scale});
+  if (has_top_k && job.params->top_p < 1) {
+    // behind the candidates stand -inf values, so their weights do not count
+    const Mass mass{job.scratch.weights};
+    const double total = mass(job.scratch.values, n, -FLT_MAX);
+    n = keep_largest(job, n, -FLT_MAX, best, job.params->top_p * total, mass);
+  }
+  if (has_top_k && job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
+  return draw_of_candidates(job, n, u);
+}
+
 int32_t sample(const SamplingJob& job) {
   const cs_sampling& p = *job.params;
   apply_lists(job);
-  int num_maxima;
-  const float best = find_largest(job, &num_maxima);
-  if (!(std::fabs(best) <= FLT_MAX)) return -1;
-  if (p.is_greedy) return first_equal(job, best);
-  const Weigher weigh = {Simd::set1(best), Simd::set1(static_cast<float>(1 / p.temperature))};
+  if (p.is_greedy) {
+    int num_maxima;
+    const float best = find_largest(job, &num_maxima);
+    return is_finite(best) ? first_equal(job, best) : -1;
+  }
+  const F scale = Simd::set1(static_cast<float>(kLog2E / p.temperature));
   const double u = uniform(p.stream, static_cast<uint64_t>(p.position));
-  const bool has_top_k = p.top_k > 0 && p.top_k < job.vocab, has_top_p = p.top_p < 1;
-  const bool has_min_p = p.min_p_margin > -INFINITY;
-  int n;
-  if (has_top_k) {
-    n = gather_top_k(job, num_maxima, best);
-    weigh_candidates(job, n, weigh);
-    if (has_top_p) {
-      // behind the candidates stand -inf values, so their weights do not count
-      const Mass mass{job.scratch.weights};
-      const double total = mass(job.scratch.values, n, -FLT_MAX);
-      n = keep_largest(job, n, -FLT_MAX, best, p.top_p * total, mass);
-    }
-  } else if (has_top_p) {
-    n = gather_top_p(job, best, weigh);
-  } else if (has_min_p) {
-    n = gather(job, min_p_limit(job, best));
-    weigh_candidates(job, n, weigh);
-    return draw_of_candidates(job, n, u);
-  } else {
-    return draw_of_all(job, u, weigh);
+  const bool has_top_k = p.top_k > 0 && p.top_k < job.vocab;
+  if (has_top_k || (p.min_p_margin > -INFINITY && !(p.top_p < 1))) {
+    return sample_by_rank(job, u, scale, has_top_k);
   }
-  if (has_min_p) {
-    const float limit = min_p_limit(job, best);
-    int count = 0;
-    for (int i = 0; i < n; i++) {
-      if (job.scratch.values[i] < limit) continue;
-      job.scratch.weights[count] = job.scratch.weights[i];
-      job.scratch.ids[count++] = job.scratch.ids[i];
-    }
-    n = count;
-  }
-  return draw_of_candidates(job, n, u);
+  return sample_by_mass(job, u, scale);
 }
 
 }  // namespace
