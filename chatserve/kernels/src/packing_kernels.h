@@ -24,16 +24,10 @@ inline float half_to_float(uint16_t h) {
 inline uint16_t half_not_below(float value) {
   if (!std::isfinite(value)) return 0x7e00;
   if (value > 65504.0f) return 0x7bff;
-  uint32_t low = 0, high = 0x7bff;  // halves in order of their bits
-  while (low < high) {
-    uint32_t middle = (low + high) / 2;
-    if (half_to_float(static_cast<uint16_t>(middle)) >= value) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return static_cast<uint16_t>(low);
+  if (value < 0x1p-14f) return static_cast<uint16_t>(std::ceil(value * 0x1p24f));  // subnormal
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(((bits + 0x1fff) >> 13) - (112u << 10));
 }
 
 inline void row_to_float(const void* rows, Dtype dtype, size_t first, int count, float* out) {
