@@ -53,14 +53,17 @@ class KernelSampler:
 
         Overwrites the logits where they are float32 on the CPU.
         """
-        logits = logits.to("cpu", torch.float32)
-        if logits.stride(1) != 1 or logits.stride(0) < self._vocab_size:
+        if logits.dtype is not torch.float32 or not logits.is_cpu:
+            logits = logits.to("cpu", torch.float32)
+        stride, step = logits.stride()
+        if step != 1 or stride < self._vocab_size:
             logits = logits.contiguous()
+            stride = logits.shape[1]
         num_rows = len(addresses)
         out = (ctypes.c_int32 * num_rows)()
         check(
             self._functions.cs_sampler_sample(
-                self._handle, logits.data_ptr(), logits.stride(0), logits.shape[0],
+                self._handle, logits.data_ptr(), stride, logits.shape[0],
                 None if places is None else (ctypes.c_int32 * num_rows)(*places),
                 (ctypes.c_void_p * num_rows)(*addresses), num_rows, out,
             )

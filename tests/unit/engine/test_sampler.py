@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatserve.engine.sampler import Sampler, adjust, weights
+from chatserve.engine.sampler import Sampler, adjust, build_sampler, weights
 from chatserve.engine.sampler_state import SamplerState
 from chatserve.engine.sequence import SamplingParams
 from chatserve.models.kernel_sampler import build_kernel_sampler
+from tests.unit.engine.ledger import LedgerModel
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
 
@@ -56,6 +57,13 @@ def frequencies(sample: Sample, count: int = 2000, **options: Any) -> list[float
     states = [state(position, **options) for position in range(1, count + 1)]
     counts = Counter(sample(LOGITS.expand(count, -1), states))
     return [counts[token_id] / count for token_id in range(5)]
+
+
+def test_without_kernels_the_reference_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATSERVE_KERNELS", "off")
+    assert build_kernel_sampler(5) is None
+    sampler = build_sampler(LedgerModel(num_ids=5), [4])
+    assert sampler.sample(LOGITS[None], [state(temperature=0)]) == [0]
 
 
 def test_greedy_takes_the_largest(sample: Sample) -> None:
