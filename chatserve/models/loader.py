@@ -21,7 +21,7 @@ from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config, refusals
 from chatserve.models.llama import Llama
-from chatserve.models.llama_kernels import KernelLlama, misfit, thread_counts
+from chatserve.models.llama_kernels import HEAD_PACKING, KernelLlama, misfit, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.packing import GROUP, Packing
 from chatserve.models.weights import TensorInfo
@@ -164,7 +164,10 @@ def _native_bytes(config: ModelConfig, policy: DevicePolicy, packing: Packing | 
         return config.num_parameters * size
     embedding = config.vocab_size * config.hidden_size
     half = 0 if config.is_tied else embedding
-    return int((config.num_parameters - half) * packing.bytes_per_weight) + half * size
+    head_packing = HEAD_PACKING if policy.kernels else packing
+    body = config.num_parameters - half - embedding
+    packed = body * packing.bytes_per_weight + embedding * head_packing.bytes_per_weight
+    return int(packed) + half * size
 
 
 def _check_memory(

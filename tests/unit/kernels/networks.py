@@ -16,7 +16,7 @@ from chatserve.models.kernel_matrix import KernelMatrix, Team
 from chatserve.models.kv_pool import Placement, TorchKVPool
 from chatserve.models.linear import Matrix
 from chatserve.models.llama import Llama
-from chatserve.models.llama_kernels import KernelKVPool, KernelLlama
+from chatserve.models.llama_kernels import HEAD_PACKING, KernelKVPool, KernelLlama
 from chatserve.models.packing import Packing
 
 BLOCK_SIZE = library.BLOCK_SIZE
@@ -79,8 +79,10 @@ def as_packed(kernels: Kernels, packing: Packing, state: State) -> State:
     An embedding beside a head is no matrix: its rows are only looked up.
     """
 
-    def unpacked(values: torch.Tensor) -> torch.Tensor:
-        matrix = KernelMatrix(kernels, Team(kernels, 1), *values.shape, packing)
+    def unpacked(name: str, values: torch.Tensor) -> torch.Tensor:
+        is_head = name in ("model.embed_tokens.weight", "lm_head.weight")
+        form = HEAD_PACKING if is_head else packing
+        matrix = KernelMatrix(kernels, Team(kernels, 1), *values.shape, form)
         matrix.load_rows(0, values)
         return torch.stack([matrix.row(index) for index in range(len(values))])
 
@@ -88,7 +90,7 @@ def as_packed(kernels: Kernels, packing: Packing, state: State) -> State:
         is_table = name == "model.embed_tokens.weight" and "lm_head.weight" in state
         return state[name].dim() == 2 and not is_table
 
-    return {name: unpacked(x) if is_packed(name) else x for name, x in state.items()}
+    return {name: unpacked(name, x) if is_packed(name) else x for name, x in state.items()}
 
 
 def quantised(x: torch.Tensor) -> torch.Tensor:
