@@ -5,6 +5,7 @@ The composition of one worker's inside. Knows no HTTP; the cheap checks come bef
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -35,7 +36,14 @@ from chatserve.models.chat_template import (
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
-from chatserve.models.loader import Progress, context_length, kv_bytes_per_token, load_model
+from chatserve.models.loader import (
+    Progress,
+    context_length,
+    fits_kernels,
+    is_compressed,
+    kv_bytes_per_token,
+    load_model,
+)
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.tokenizer import load_tokenizer
 
@@ -78,15 +86,16 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
-    policy = check(
-        choose_policy(
-            config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
-            quant_group=config.quant_group,
-        )
+    policy = choose_policy(
+        config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
+        quant_group=config.quant_group,
     )  # fmt: skip
-    logger.info("%s", policy.describe())
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
+        if config.dtype == "auto":
+            policy = _compressed_as_the_file(policy, checkpoint)
+        policy = check(policy)
+        logger.info("%s", policy.describe())
         metadata = _gguf_metadata(path)
         tokenizer = load_tokenizer(path, metadata)
         sources = load_template_sources(path, metadata)
@@ -146,6 +155,21 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
     )
     return async_engine, served
+
+
+def _compressed_as_the_file(policy: DevicePolicy, checkpoint: Checkpoint) -> DevicePolicy:
+    """8 bits for weights that come in 8 bits or fewer, where the CPU kernels take them.
+
+    They are several times faster than half precision there, and no further from float32 than it:
+    their logits are not rounded to half precision (docs/design/010).
+    """
+    if policy.device.type != "cpu" or policy.packing or not is_compressed(checkpoint):
+        return policy
+    packed = choose_policy("cpu", load_8bit=True)
+    if packed.kernels is None or not fits_kernels(checkpoint):
+        return policy
+    reason = "8 bits as the file has no more; --dtype bfloat16 unpacks it"
+    return dataclasses.replace(packed, reasons=(*packed.reasons, reason))
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,18 @@ def load_model(
     return model
 
 
+def is_compressed(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold the matrices in about 8 bits a weight or fewer, as most GGUF do."""
+    infos = [info for info in checkpoint.weights.tensors().values() if len(info.shape) == 2]
+    num_weights = sum(math.prod(info.shape) for info in infos)
+    return sum(info.num_bytes for info in infos) < 1.25 * num_weights
+
+
+def fits_kernels(checkpoint: Checkpoint) -> bool:
+    """Whether the CPU kernels can hold the network of a checkpoint."""
+    return is_native(checkpoint.config) and misfit(_native_config(checkpoint)) is None
+
+
 def _without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
     """The policy without the CPU kernels, where they cannot hold this network.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from chatserve.config import WorkerConfig
+from chatserve.engine import serving
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import Message, PromptBuilder
 from chatserve.engine.sequence import SamplingParams
@@ -22,7 +25,7 @@ from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.loader import load_model
 from chatserve.models.tokenizer import load_tokenizer
-from tests import networks
+from tests import networks, tiny
 from tests.weights import default_model
 
 pytestmark = pytest.mark.weights
@@ -163,3 +166,22 @@ def test_kernels_stay_close_and_take_their_share(
     config = packed.config
     norms = (2 * config.num_layers + 1) * config.hidden_size
     assert packed.num_bytes <= share * 2 * (config.num_parameters - norms)
+
+
+@pytest.mark.skipif(INT8.kernels is None, reason="the kernels were not compiled here")
+@pytest.mark.parametrize(
+    ("dtype", "packing"), [("auto", "int8"), ("bfloat16", None)]
+)  # docs/design/010
+def test_a_compressed_file_stays_compressed_unless_a_dtype_is_asked_for(
+    dtype: str, packing: str | None
+) -> None:
+    path = str(default_model())
+    _, served = serving.load(WorkerConfig(weights=path, dtype=dtype, context_length=512))
+    assert served.description["packing"] == packing
+    assert served.description["load_8bit"] is (packing is not None)
+
+
+def test_a_folder_in_half_precision_stays_so(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, dtype=torch.bfloat16)
+    _, served = serving.load(WorkerConfig(weights=str(tmp_path), device="cpu"))
+    assert served.description["packing"] is None
