@@ -26,7 +26,7 @@ class ChatserveEngine:
         config = build(WorkerConfig, {"weights": weights, "offline": True})
         async_engine, served = serving.load(config)
         # the engine inside: its thread and queue are what the HTTP figures add
-        self._engine = async_engine._engine
+        self._engine = async_engine.engine
         self.vocab_size = served.vocab_size
         self._names = itertools.count()
 

@@ -107,6 +107,11 @@ class AsyncEngine:
         self._tick = 0
         self._last_progress = time.monotonic()
 
+    @property
+    def engine(self) -> Engine:
+        """The synchronous engine, for use without `start`."""
+        return self._engine
+
     def start(self) -> None:
         """Start the thread; call it inside the event loop that will consume the events."""
         self._loop = asyncio.get_running_loop()
