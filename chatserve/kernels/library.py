@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from ctypes import (
     POINTER,
     Structure,
@@ -218,3 +219,11 @@ def choose_level(levels: Sequence[str], wanted: str | None) -> str:
             "PyTorch's operators"
         )
     return wanted
+
+
+def destroy_with(owner: object, destroy: Callable[[int], None], handle: int) -> None:
+    """Call `destroy` with the handle when `owner` is gone, but not when the interpreter ends.
+
+    A thread may be computing with it then, and the system takes all memory back anyway.
+    """
+    weakref.finalize(owner, destroy, handle).atexit = False

@@ -5,7 +5,6 @@ Each owns its memory and fills itself from checkpoint rows; the kernels only poi
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ class Team:
 
     def __init__(self, kernels: Kernels, num_threads: int) -> None:
         self.handle: int = kernels.functions.cs_team_create(num_threads)
-        weakref.finalize(self, kernels.functions.cs_team_destroy, self.handle)
+        library.destroy_with(self, kernels.functions.cs_team_destroy, self.handle)
 
 
 class KernelMatrix:
@@ -45,7 +44,7 @@ class KernelMatrix:
         if not handle:
             raise DoesNotFit(f"no memory for a packed matrix of {rows:,} x {columns:,} weights")
         self.handle: int = handle
-        weakref.finalize(self, self._functions.cs_matrix_destroy, handle)
+        library.destroy_with(self, self._functions.cs_matrix_destroy, handle)
 
     @property
     def num_bytes(self) -> int:

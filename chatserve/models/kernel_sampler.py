@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +42,7 @@ class KernelSampler:
         if not handle:
             raise DoesNotFit(f"no memory to sample from {vocab_size:,} tokens")
         self._handle: int = handle
-        weakref.finalize(self, self._functions.cs_sampler_destroy, handle)
+        library.destroy_with(self, self._functions.cs_sampler_destroy, handle)
 
     def sample(
         self, logits: torch.Tensor, addresses: Sequence[int], places: Sequence[int] | None = None

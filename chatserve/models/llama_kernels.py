@@ -11,7 +11,6 @@ import ctypes
 import logging
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -109,7 +108,7 @@ class KernelKVPool:
         if not handle:
             raise DoesNotFit(f"no memory for {num_blocks:,} blocks of KV cache")
         self.handle: int = handle
-        weakref.finalize(self, self._functions.cs_pool_destroy, handle)
+        library.destroy_with(self, self._functions.cs_pool_destroy, handle)
 
     @property
     def num_bytes(self) -> int:
@@ -326,7 +325,7 @@ class KernelLlama:
         if not handle:
             raise DoesNotFit(f"no memory for the buffers of {self.max_rows:,} tokens a step")
         self._network = handle
-        weakref.finalize(self, self._functions.cs_network_destroy, handle)
+        library.destroy_with(self, self._functions.cs_network_destroy, handle)
         self._cos, self._sin = angles(self.config.rope, self.config.head_dim, num_positions)
         ends = library.Ends(
             head=self._head.handle, norm=self._norm.address, cos=self._cos.data_ptr(),

@@ -154,3 +154,32 @@ functions.cs_team_destroy(team)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert 1 <= int(done.stdout) < 64
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_interpreter_may_end_in_the_middle_of_a_job() -> None:
+    # ctypes alone: PyTorch's own calls do not survive this in a thread that is left behind
+    program = """
+import threading
+import torch
+from chatserve.kernels.library import load_kernels
+from chatserve.models.kernel_matrix import KernelMatrix, Team
+from chatserve.models.packing import Packing
+kernels = load_kernels()
+team = Team(kernels, 2)
+matrix = KernelMatrix(kernels, team, 4096, 1024, Packing(8))
+x, y = torch.ones(64, 1024), torch.ones(64, 4096)
+addresses = x.data_ptr(), 64, y.data_ptr()
+is_running = threading.Event()
+def work():
+    while True:
+        kernels.functions.cs_matrix_multiply(matrix.handle, team.handle, *addresses)
+        is_running.set()
+threading.Thread(target=work, daemon=True).start()
+is_running.wait()
+"""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLOCK_S
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
