@@ -14,6 +14,7 @@ from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
 from chatserve.models.kernel_matrix import GateUpRows, KernelMatrix, Team
 from chatserve.models.packing import Packing
+from tests.unit.kernels.networks import quantised
 
 GROUP = library.GROUP
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,15 +134,6 @@ def test_gate_and_up_share_panels_sixteen_rows_each(
     panels = unpacked(mixed).view(-1, 2, 16, 64)
     assert torch.equal(panels[:, 0].reshape(half, 64), plain[:half])
     assert torch.equal(panels[:, 1].reshape(half, 64), plain[half:])
-
-
-def quantised(x: torch.Tensor) -> torch.Tensor:
-    """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns."""
-    groups = x.view(len(x), -1, GROUP)
-    most = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
-    codes = (groups * inverse).round()
-    return (codes.double() * (most / 127).double()).view(x.shape)
 
 
 @settings(max_examples=25)
