@@ -97,7 +97,8 @@ def quantised(x: torch.Tensor) -> torch.Tensor:
     """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns."""
     groups = x.view(len(x), -1, library.GROUP)
     most = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
+    # not 127 / most, which torch computes as 127 * (1 / most)
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, torch.zeros_like(most))
     codes = (groups * inverse).round()
     return (codes.double() * (most / 127).double()).view(x.shape)
 
