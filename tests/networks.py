@@ -30,7 +30,7 @@ class Solo:
         positions = [self._num_past + row for row in rows]
         segment = Segment(0, len(token_ids), self._num_past, self._block_ids)
         self._num_past += len(token_ids)
-        return self._model.forward(Batch(token_ids, positions, [segment], rows), self.pool)
+        return self._model.forward(Batch(token_ids, positions, [segment], rows), self.pool).clone()
 
 
 def logits(model: Model[Any], ids: Iterable[int] | torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,9 @@ class Model(Protocol[Pool]):
     def build_kv_pool(self, num_blocks: int, block_size: int) -> Pool: ...
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
-        """Logits (R, V) of `batch.output_rows`, in a float dtype; the caller may overwrite them.
+        """Logits (R, V) of `batch.output_rows`, in a float dtype.
 
-        Stores the batch's keys and values in the pool.
+        They are good until the next call, and the caller may overwrite them. Stores the batch's
+        keys and values in the pool.
         """
         ...

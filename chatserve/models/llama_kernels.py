@@ -51,6 +51,7 @@ PREFETCHES = (0, 8192)
 """Bytes ahead that are tried."""
 HEAD_PACKING = Packing(is_grouped=True)
 """Of the head, whatever the other matrices have."""
+_KEPT_ROWS = 64  # of logits; more are rare, and given back
 _TUNING_S = 0.05  # for one setting, where a step is no longer
 _MAX_HEAD_DIM = 256
 _MAX_COLUMNS = 1 << 16
@@ -198,6 +199,7 @@ class KernelLlama:
         self._blocks = [_Block(config, build, window) for window in config.sliding_windows]
         self._norm = Vector(hidden)
         self._stride = padded(config.vocab_size)
+        self._logits = torch.empty(0, self._stride)
         self._network = 0
         self._num_positions = 0
 
@@ -239,7 +241,10 @@ class KernelLlama:
         return pool
 
     def forward(self, batch: Batch, pool: KernelKVPool) -> torch.Tensor:
-        """Logits (R, V) float32 of the batch's output rows. Stores keys and values."""
+        """Logits (R, V) float32 of the batch's output rows, good until the next call.
+
+        Stores keys and values.
+        """
         segments = batch.segments
         tokens, positions = _int32(batch.token_ids), _int32(batch.positions)
         starts = _int32([segment.start for segment in segments])
@@ -249,7 +254,7 @@ class KernelLlama:
         ends = np.cumsum(lengths, dtype=np.uintp)
         tables = np.uintp(ids.ctypes.data) + np.uintp(4) * (ends - np.array(lengths, np.uintp))
         outputs = _int32(batch.output_rows)
-        logits = torch.empty(len(outputs), self._stride)
+        logits = self._room_for(len(outputs))
         step = library.Step(
             num_rows=len(tokens), num_segments=len(starts), num_outputs=len(outputs),
             tokens=tokens.ctypes.data, positions=positions.ctypes.data,
@@ -259,6 +264,14 @@ class KernelLlama:
         )  # fmt: skip
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
         return logits[:, : self.config.vocab_size]
+
+    def _room_for(self, num_outputs: int) -> torch.Tensor:
+        """Rows of one buffer, kept: fresh pages for 3 MB cost as much as sampling them."""
+        if num_outputs > _KEPT_ROWS:
+            return torch.empty(num_outputs, self._stride)
+        if num_outputs > len(self._logits):
+            self._logits = torch.empty(_KEPT_ROWS, self._stride)
+        return self._logits[:num_outputs]
 
     def set_num_threads(self, num_threads: int) -> None:
         """Between steps only."""
