@@ -79,7 +79,7 @@ def counts(data: st.DataObject, sequences: list[Prompt]) -> list[tuple[Prompt, i
 
 
 @torch.no_grad()
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.data(), st.integers(1, 3), st.permutations(range(NUM_BLOCKS)), st.booleans())
 def test_logits_are_the_same_bits_in_any_batch_and_any_chunks(
     subject: Subject, data: st.DataObject, num_threads: int, block_ids: list[int], fetch: bool
