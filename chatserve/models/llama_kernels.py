@@ -246,6 +246,7 @@ class KernelLlama:
         Stores keys and values.
         """
         segments = batch.segments
+        assert all(len(s.block_ids) * library.BLOCK_SIZE >= s.num_total for s in segments)
         tokens, positions = _int32(batch.token_ids), _int32(batch.positions)
         starts = _int32([segment.start for segment in segments])
         counts = _int32([segment.num_tokens for segment in segments])
