@@ -108,20 +108,18 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
 bool KVPool::create(const NetworkShape& shape, int num_blocks) {
   num_layers_ = shape.num_layers;
   num_blocks_ = num_blocks;
-  block_stride_ = stride_of(shape);
-  layer_stride_ = block_stride_ * num_blocks;
-  return data_.allocate(layer_stride_ * num_layers_);
+  layer_stride_ = stride_of(shape);
+  block_stride_ = layer_stride_ * num_layers_;
+  return data_.allocate(block_stride_ * num_blocks_);
 }
 
 bool KVPool::fits(const NetworkShape& shape) const {
-  return num_layers_ == shape.num_layers && block_stride_ == stride_of(shape);
+  return num_layers_ == shape.num_layers && layer_stride_ == stride_of(shape);
 }
 
 void KVPool::copy_block(int source, int target) {
-  for (int l = 0; l < num_layers_; l++) {
-    std::memcpy(layer(l) + block_stride_ * target, layer(l) + block_stride_ * source,
-                block_stride_ * sizeof(uint16_t));
-  }
+  std::memcpy(data_.data() + block_stride_ * target, data_.data() + block_stride_ * source,
+              block_stride_ * sizeof(uint16_t));
 }
 
 // ---- network ----

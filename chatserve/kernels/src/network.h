@@ -58,7 +58,8 @@ struct EndParts {
   const float *cos, *sin;  // [max_positions][head_dim / 2]
 };
 
-// Keys and values: [layer][block][KV head][keys, values] in half precision.
+// Keys and values: [block][layer][KV head][keys, values] in half precision. Memory is committed as
+// blocks are first used, so those of a block lie together.
 class KVPool {
  public:
   bool create(const NetworkShape& shape, int num_blocks);
