@@ -39,15 +39,24 @@ class BlockTable:
 class BlockManager:
     """Hands out the blocks 0 … `num_blocks` - 1. Questions and deeds come in pairs."""
 
-    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int = BLOCK_SIZE, *, num_warm_blocks: int | None = None
+    ) -> None:
+        """`num_warm_blocks`: a block costs memory from its first use on, so when so many have been
+        used, the cache gives up its oldest before an unused one is taken. None: all blocks cost
+        alike, and a table that lies in one piece is preferred.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
-        order = sorted(range(num_blocks), key=lambda id_: (id_ % _SPREAD, id_), reverse=True)
+        self._num_warm = num_warm_blocks
+        spread = _SPREAD if num_warm_blocks is None else 1
+        order = sorted(range(num_blocks), key=lambda id_: (id_ % spread, id_), reverse=True)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(order)
         self._idle: OrderedDict[int, None] = OrderedDict()  # in the cache, held by nobody
         self._num_holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks  # of blocks in the cache
         self._cached: dict[bytes, int] = {}
+        self._highest = -1  # block that was ever used, where they are taken in order
 
     @property
     def num_free_blocks(self) -> int:
@@ -175,16 +184,27 @@ class BlockManager:
 
     def _take(self, previous: int | None) -> int:
         """A block for one holder: the one behind `previous` if it is free, else any."""
-        if previous is not None and previous + 1 in self._free:
+        if self._num_warm is None and previous is not None and previous + 1 in self._free:
             block_id = previous + 1
             del self._free[block_id]
-        elif self._free:
+        elif self._free and not self._prefers_idle():
             block_id, _ = self._free.popitem()
+            self._highest = max(self._highest, block_id)
         else:
             block_id, _ = self._idle.popitem(last=False)
             self._unpublish(block_id)
         self._num_holders[block_id] = 1
         return block_id
+
+    def _prefers_idle(self) -> bool:
+        """Whether the next free block was never used, and enough have been."""
+        is_unused = next(reversed(self._free)) > self._highest
+        return bool(
+            self._num_warm is not None
+            and self._idle
+            and is_unused
+            and self._highest + 1 >= self._num_warm
+        )
 
     def _unpublish(self, block_id: int) -> None:
         digest = self._hash_of[block_id]

@@ -64,6 +64,7 @@ class Engine:
         tokenizer: EngineTokenizer,
         *,
         num_kv_tokens: int,
+        num_warm_tokens: int | None = None,
         block_size: int = BLOCK_SIZE,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
@@ -71,12 +72,17 @@ class Engine:
         speculation: bool = False,
     ) -> None:
         """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks.
+        `num_warm_tokens`: see `BlockManager`, for a pool that is committed as it is used.
 
         `speculation`: let sequences guess from their own past, a few tokens a step. It changes how
         soon a text comes, not what it is, where a row's logits do not depend on its neighbours.
         """
         self._tokenizer = tokenizer
-        self._blocks = BlockManager(num_kv_tokens // block_size, block_size)
+        self._blocks = BlockManager(
+            num_kv_tokens // block_size,
+            block_size,
+            num_warm_blocks=None if num_warm_tokens is None else num_warm_tokens // block_size,
+        )
         self._runner = Runner(model, self._blocks.num_blocks, block_size)
         self._vocab_size = model.vocab_size
         # a tokenizer may know padding that the model has no row for

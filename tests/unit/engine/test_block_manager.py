@@ -54,6 +54,20 @@ def test_what_was_used_last_is_forgotten_last_and_the_end_before_the_beginning()
     assert len(blocks._find(BlockTable(), list(range(100, 112)))) == 3
 
 
+def test_old_cached_blocks_are_reused_before_memory_is_touched() -> None:
+    blocks = BlockManager(100, SIZE, num_warm_blocks=6)
+    used: set[int] = set()
+    for start in range(0, 1000, 100):  # two full blocks and a part of one
+        table = filled(blocks, list(range(start, start + 2 * SIZE + 1)))
+        used.update(table.block_ids)
+        blocks.free(table)
+    assert used == set(range(6))
+    assert len(blocks._find(BlockTable(), list(range(900, 900 + 2 * SIZE)))) == 2
+    # who needs more gets more
+    tables = [filled(blocks, list(range(i, i + 2 * SIZE))) for i in range(0, 4000, 100)]
+    assert len({id_ for table in tables for id_ in table.block_ids}) == 80
+
+
 def test_the_same_tokens_after_others_are_not_the_same() -> None:
     blocks = BlockManager(9, SIZE)
     filled(blocks, [1, 1, 1, 1, 2, 2, 2, 2])
@@ -93,9 +107,11 @@ def test_trim_gives_back_what_lies_behind() -> None:
 class Blocks(RuleBasedStateMachine):
     """Any sequence of operations, beside a model of what each slot holds."""
 
+    num_warm_blocks: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(NUM_BLOCKS, SIZE)
+        self.blocks = BlockManager(NUM_BLOCKS, SIZE, num_warm_blocks=self.num_warm_blocks)
         self.tables: list[tuple[BlockTable, list[int]]] = []
         # what the pool holds: per block the history that ends in each of its slots
         self.slots: list[list[tuple[object, ...]]] = [[()] * SIZE for _ in range(NUM_BLOCKS)]
@@ -184,5 +200,11 @@ class Blocks(RuleBasedStateMachine):
         assert self.blocks.num_free_blocks == NUM_BLOCKS
 
 
+class BlocksKeptWarm(Blocks):
+    num_warm_blocks = 4
+
+
 TestBlocks = Blocks.TestCase
+TestBlocksKeptWarm = BlocksKeptWarm.TestCase
+TestBlocksKeptWarm.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestBlocks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
