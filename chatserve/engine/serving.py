@@ -36,6 +36,7 @@ from chatserve.models.chat_template import (
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
+from chatserve.models.llama_kernels import num_warm_tokens
 from chatserve.models.loader import (
     Progress,
     context_length,
@@ -51,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of the memory left beside the weights
 _RESERVED_BYTES = 512 << 20  # activations and the rest of the process
-# the kernels' pool is committed as it is used: so much of it before old prompts are forgotten
-_WARM_CONTEXTS = 2
 _MIN_CONTEXT = 256  # tokens; below it a chat is not worth starting
 # fields of a generation_config.json that are sampling defaults, with what a request may ask for
 _GENERATION_DEFAULTS = {
@@ -114,7 +113,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         model,
         tokenizer,
         num_kv_tokens=limits.num_kv_tokens,
-        num_warm_tokens=_WARM_CONTEXTS * limits.context_length if policy.kernels else None,
+        num_warm_tokens=num_warm_tokens(limits.context_length) if policy.kernels else None,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         seed=config.seed,

@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -140,6 +140,7 @@ _FUNCTIONS = {
     "cs_pool_create": (c_void_p, POINTER(Shape), c_int),
     "cs_pool_destroy": (None, c_void_p),
     "cs_pool_bytes": (c_size_t, c_void_p),
+    "cs_pool_warm": (c_int, c_void_p, c_int),
     "cs_pool_copy_block": (c_int, c_void_p, c_int, c_int),
     "cs_sampler_create": (c_void_p, c_char_p, c_void_p, c_int, c_void_p, c_int),
     "cs_sampler_destroy": (None, c_void_p),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 PREFETCHES = (0, 8192)
 """Bytes ahead that are tried."""
+_COMMITTED_BYTES = 512 << 20  # of the pool, at most, before anybody has asked for anything
 HEAD_PACKING = Packing(is_grouped=True)
 """Of the head, whatever the other matrices have."""
 _KEPT_ROWS = 64  # of logits; more are rare, and given back
@@ -65,6 +67,14 @@ class Tuning(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.num_threads} threads, {self.prefetch} bytes ahead"
+
+
+def num_warm_tokens(context_length: int) -> int:
+    """How many tokens the pool remembers before old prompts make place for new ones.
+
+    More are held while sequences run that need them.
+    """
+    return min(2 * context_length, max(context_length, 16384))
 
 
 def thread_counts() -> tuple[int, ...]:
@@ -114,6 +124,15 @@ class KernelKVPool:
     @property
     def num_bytes(self) -> int:
         return int(self._functions.cs_pool_bytes(self.handle))
+
+    def warm(self, num_blocks: int) -> None:
+        """Commit the first blocks' memory in a thread, so that no prompt waits for it."""
+        num_blocks = min(num_blocks, _COMMITTED_BYTES // (self.num_bytes // self.num_blocks))
+
+        def commit() -> None:  # refers to self: the pool must not go before it ends
+            check(self._functions.cs_pool_warm(self.handle, num_blocks))
+
+        threading.Thread(target=commit, name="commit", daemon=True).start()
 
     def copy_block(self, source: int, target: int) -> None:
         check(self._functions.cs_pool_copy_block(self.handle, source, target))
@@ -238,6 +257,7 @@ class KernelLlama:
             "%s kernels: %s", self._kernels.level,
             "; ".join(f"{tuning}: {1000 * time:.1f} ms" for tuning, time in seconds.items()),
         )  # fmt: skip
+        pool.warm(num_warm_tokens(self.config.context_length) // block_size)
         return pool
 
     def forward(self, batch: Batch, pool: KernelKVPool) -> torch.Tensor:

@@ -279,6 +279,12 @@ void cs_pool_destroy(cs_pool* pool) { delete pool; }
 
 size_t cs_pool_bytes(const cs_pool* pool) { return pool->pool.num_bytes(); }
 
+int cs_pool_warm(cs_pool* pool, int num_blocks) {
+  if (num_blocks < 0) return CS_BAD_ARGUMENT;
+  pool->pool.warm(num_blocks);
+  return CS_OK;
+}
+
 int cs_pool_copy_block(cs_pool* pool, int source, int target) {
   if (!is_within(source, pool->pool.num_blocks()) || !is_within(target, pool->pool.num_blocks())) {
     return CS_BAD_ARGUMENT;

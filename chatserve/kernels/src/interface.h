@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 1
+#define CS_VERSION 2
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -114,6 +114,8 @@ CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step*
 CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);
 CS_API void cs_pool_destroy(cs_pool* pool);
 CS_API size_t cs_pool_bytes(const cs_pool* pool);
+// Commits the memory of the first blocks before they are used; may run beside steps.
+CS_API int cs_pool_warm(cs_pool* pool, int num_blocks);
 CS_API int cs_pool_copy_block(cs_pool* pool, int source, int target);
 
 // The forbidden ids, which are copied, are never picked.

@@ -39,4 +39,15 @@ void free_pages(void* pages, size_t num_bytes) {
   if (pages) munmap(pages, rounded(num_bytes));
 }
 
+void commit_pages(void* pages, size_t num_bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  madvise(pages, rounded(num_bytes), MADV_POPULATE_WRITE);
+#elif defined(__linux__)
+  madvise(pages, rounded(num_bytes), 23);  // Linux 5.14, in older headers; refused before
+#else
+  (void)pages;
+  (void)num_bytes;
+#endif
+}
+
 }  // namespace chatserve

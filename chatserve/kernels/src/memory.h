@@ -8,6 +8,8 @@ namespace chatserve {
 // Null when there is no memory.
 void* allocate_pages(size_t num_bytes);
 void free_pages(void* pages, size_t num_bytes);
+// Commits memory before it is used, where the system can; contents stay.
+void commit_pages(void* pages, size_t num_bytes);
 
 // A typed buffer of pages that frees itself.
 template <typename T>

@@ -122,6 +122,10 @@ void KVPool::copy_block(int source, int target) {
               block_stride_ * sizeof(uint16_t));
 }
 
+void KVPool::warm(int num_blocks) {
+  commit_pages(data_.data(), block_stride_ * std::min(num_blocks, num_blocks_) * sizeof(uint16_t));
+}
+
 // ---- network ----
 
 Network::Network(const NetworkShape& shape, const LevelKernels& level, Team& team)

@@ -66,6 +66,8 @@ class KVPool {
   // Whether a network of this shape may use it.
   bool fits(const NetworkShape& shape) const;
   void copy_block(int source, int target);
+  // Commits the memory of the first blocks; may run while others are in use.
+  void warm(int num_blocks);
 
   int num_blocks() const { return num_blocks_; }
   size_t block_stride() const { return block_stride_; }

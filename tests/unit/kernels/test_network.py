@@ -6,8 +6,10 @@ half precision), so what is left is the order of additions, and codes that it ti
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from chatserve.kernels.library import Kernels
 from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import RopeConfig
 from chatserve.models.device import choose_policy
+from chatserve.models.kernel_matrix import check
 from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.packing import Packing
 from tests.unit.kernels.networks import (
@@ -134,3 +137,20 @@ def test_a_copied_block_reads_like_its_source(kernels: Kernels, packing: Packing
     copy.num_past = 40
     assert torch.equal(step(network, pool, [(copy, 10)])[0], expected[40:])
     assert torch.equal(whole(network, pool, ids, (0, 1)), expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_a_warmed_pool_is_in_memory_and_holds_what_it_held(kernels: Kernels) -> None:
+    shape = config(context_length=64)
+    network = random_network(kernels, Packing(), shape)
+    pool = pool_of(network, 4000)  # 2 layers x 2 heads x 32 tokens x 16 x 4 bytes: 32 MB
+    asked = [(Prompt(prompt(40, 0), (1, 0)), 40)]
+    first = torch.cat(step(network, pool, asked))
+    before = psutil.Process().memory_info().rss
+    check(kernels.functions.cs_pool_warm(pool.handle, 4000))
+    grown = psutil.Process().memory_info().rss - before
+    assert grown > 0.7 * pool.num_bytes
+    again = torch.cat(step(network, pool, [(Prompt(prompt(40, 0), (1, 0)), 40)]))
+    assert torch.equal(again, first)
+    with pytest.raises(RuntimeError):
+        check(kernels.functions.cs_pool_warm(pool.handle, -1))
