@@ -62,7 +62,9 @@ def tmux() -> Iterator[Tmux]:
         pytest.skip("needs tmux")
     default_model()
     terminal = Tmux(f"chatserve-test-{os.getpid()}")
-    command = [sys.executable, "-m", "chatserve.cli", "--no-save", "--seed", "3"]
+    command = [sys.executable, "-m", "chatserve.cli", "--no-save", "--temperature", "0"]
+    # long enough to be stopped in the middle, however fast the machine
+    command += ["--max-new-tokens", "4000"]
     shell = f"{shlex.join(command)}; echo left with $?; cat"
     terminal.run("-u", "new-session", "-d", "-x", "90", "-y", "40", shell)
     yield terminal
@@ -72,9 +74,9 @@ def tmux() -> Iterator[Tmux]:
 def test_a_chat_streams_stops_with_ctrl_c_and_leaves_with_ctrl_d(tmux: Tmux) -> None:
     tmux.wait_for(PROMPT.search)
     # typed while the worker still loads: it waits for the model, nothing is lost
-    tmux.type("What is 2+2? Answer with one number.")
+    tmux.type("Say hello.")
     answered = tmux.wait_for(lambda screen: len(PROMPT.findall(screen)) == 2)
-    assert "4" in answered
+    assert "Hello" in answered
     tmux.type("Tell me a very long story about a llama.")
     # some words of the story are there, and it still streams
     partial = tmux.wait_for(lambda screen: len(story(screen)) > 8)

@@ -31,4 +31,10 @@ void free_pages(void* pages, size_t num_bytes) {
   munmap(static_cast<char*>(pages) + rounded(num_bytes, kLine) - room, room + kPage);
 }
 
+// Touches everything, as the real one may.
+void commit_pages(void* pages, size_t num_bytes) {
+  volatile char* bytes = static_cast<char*>(pages);
+  for (size_t at = 0; at < num_bytes; at += kPage) bytes[at] = bytes[at];
+}
+
 }  // namespace chatserve
