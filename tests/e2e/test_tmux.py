@@ -92,5 +92,6 @@ def test_a_chat_streams_stops_with_ctrl_c_and_leaves_with_ctrl_d(tmux: Tmux) -> 
 
 
 def story(screen: str) -> list[str]:
-    """The words after the question; none before it has been sent."""
-    return screen.partition("story about a llama.\n")[2].split()
+    """The answer's words after the question, without the status line; none before it is sent."""
+    lines = screen.partition("story about a llama.\n")[2].splitlines()
+    return " ".join(line for line in lines if " · cpu · " not in line).split()
