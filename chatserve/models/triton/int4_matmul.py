@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatserve.models.triton.matmul_tiles import Tiles, choose_tiles, sum_parts
+from chatserve.models.triton.matmul_tiles import multiply_tiled
 
 _VECTOR_OUTPUTS = 16
 _VECTOR_BYTES = 256  # of a row at once
@@ -64,10 +64,11 @@ def _tiled_kernel(
     NUM_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    BYTES: tl.constexpr,
+    DEPTH: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
     ROW_BYTES: tl.constexpr = NUM_COLUMNS // 2
+    BYTES: tl.constexpr = DEPTH // 2
     GROUPS: tl.constexpr = BYTES // 16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -127,36 +128,5 @@ def matmul_int4(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> 
             num_warps=4,
         )
     elif num_rows:
-        _tiled(x, packed, scales, out, choose_tiles(num_rows, num_outputs, num_columns))
+        multiply_tiled(_tiled_kernel, x, packed, scales, out)
     return out
-
-
-def _tiled(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, tiles: Tiles
-) -> None:
-    num_rows, num_outputs = out.shape
-    grid = (
-        triton.cdiv(num_rows, tiles.rows),
-        triton.cdiv(num_outputs, tiles.outputs),
-        tiles.num_splits,
-    )
-    target = out
-    if tiles.num_splits > 1:
-        target = out.new_empty(tiles.num_splits, *out.shape, dtype=torch.float32)
-    _tiled_kernel[grid](
-        x,
-        packed,
-        scales,
-        target,
-        num_rows,
-        num_outputs,
-        NUM_COLUMNS=x.shape[1],
-        ROWS=tiles.rows,
-        OUTPUTS=tiles.outputs,
-        BYTES=tiles.depth // 2,
-        NUM_SPLITS=tiles.num_splits,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    if tiles.num_splits > 1:
-        sum_parts(target, None, out)

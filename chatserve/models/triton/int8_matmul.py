@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatserve.models.triton.matmul_tiles import Tiles, choose_tiles, sum_parts
+from chatserve.models.triton.matmul_tiles import multiply_tiled
 from chatserve.models.triton.row_product import multiply_row
 
 
@@ -64,42 +64,10 @@ def matmul_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     Sums in float32; codes are exact in every activation dtype and the scale comes last.
     """
     x = x.contiguous()
-    num_rows, num_columns = x.shape
-    num_outputs = codes.shape[0]
-    out = x.new_empty(num_rows, num_outputs)
+    num_rows = len(x)
+    out = x.new_empty(num_rows, len(codes))
     if num_rows == 1:
         multiply_row(x, codes, scales, out)
     elif num_rows:
-        _tiled(x, codes, scales, out, choose_tiles(num_rows, num_outputs, num_columns))
+        multiply_tiled(_tiled_kernel, x, codes, scales, out, sum_scales=scales)
     return out
-
-
-def _tiled(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, tiles: Tiles
-) -> None:
-    num_rows, num_outputs = out.shape
-    grid = (
-        triton.cdiv(num_rows, tiles.rows),
-        triton.cdiv(num_outputs, tiles.outputs),
-        tiles.num_splits,
-    )
-    target = out
-    if tiles.num_splits > 1:
-        target = out.new_empty(tiles.num_splits, *out.shape, dtype=torch.float32)
-    _tiled_kernel[grid](
-        x,
-        codes,
-        scales,
-        target,
-        num_rows,
-        num_outputs,
-        NUM_COLUMNS=x.shape[1],
-        ROWS=tiles.rows,
-        OUTPUTS=tiles.outputs,
-        DEPTH=tiles.depth,
-        NUM_SPLITS=tiles.num_splits,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    if tiles.num_splits > 1:
-        sum_parts(target, scales, out)

@@ -1,11 +1,11 @@
-"""How a product of few or many rows is cut into programs, and the sum of a split product's parts.
+"""How a product of several rows is cut into programs and launched, and the sum of its parts.
 
 Shared by the int8 and int4 kernels; knows no weight format.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,50 @@ def choose_tiles(num_rows: int, num_outputs: int, num_columns: int) -> Tiles:
     wanted = triton.cdiv(_WANTED_PROGRAMS, programs) if num_rows <= 64 else 1
     num_splits = max(1, min(wanted, num_columns // (4 * depth), _MAX_SPLITS))
     return Tiles(rows, outputs, depth, num_splits, num_warps, num_stages)
+
+
+def multiply_tiled(
+    kernel: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    sum_scales: torch.Tensor | None = None,
+) -> None:
+    """out (M, N) = x (M, K) times the transpose of `weight`, in a format that `kernel` knows.
+
+    sum_scales: (N,), where the kernel leaves them to the sum of a split product.
+    """
+    num_rows, num_columns = x.shape
+    num_outputs = out.shape[1]
+    tiles = choose_tiles(num_rows, num_outputs, num_columns)
+    is_split = tiles.num_splits > 1
+    target = out
+    if is_split:
+        target = out.new_empty(tiles.num_splits, num_rows, num_outputs, dtype=torch.float32)
+    grid = (
+        triton.cdiv(num_rows, tiles.rows),
+        triton.cdiv(num_outputs, tiles.outputs),
+        tiles.num_splits,
+    )
+    kernel[grid](
+        x,
+        weight,
+        scales,
+        target,
+        num_rows,
+        num_outputs,
+        NUM_COLUMNS=num_columns,
+        ROWS=tiles.rows,
+        OUTPUTS=tiles.outputs,
+        DEPTH=tiles.depth,
+        NUM_SPLITS=tiles.num_splits,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if is_split:
+        sum_parts(target, sum_scales, out)
 
 
 @triton.jit
