@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatserve.models.triton.attention_tile import mix_tile, read_tile
+
 _TILE = 64  # tokens whose keys are read at once
 _MAX_SPLITS = 16
 _WANTED_PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -74,21 +76,12 @@ def _split_kernel(
     for tile in range(start, end):
         token = tile * TILE + tl.arange(0, TILE)
         is_seen = (token < length) & (token >= first)
-        block = tl.load(table + token // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
-        place = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        is_read = is_seen[:, None] & is_dim[None, :]
-        key = tl.load(keys + place[:, None] + dim[None, :], mask=is_read, other=0.0)
-        value = tl.load(values + place[:, None] + dim[None, :], mask=is_read, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        # every tile holds a token that is seen, so the maximum is finite from here on
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp(maximum - new_maximum)
-        weights = tl.exp(scores - new_maximum[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        mix = mix * shrink[:, None]
-        mix = tl.dot(weights.to(value.dtype), value, mix, input_precision="ieee")
-        maximum = new_maximum
+        key, value = read_tile(
+            keys, values, table, kv_head, token, is_seen, dim, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )
+        maximum, total, mix = mix_tile(
+            query, key, value, is_seen[None, :], scale, maximum, total, mix
+        )
 
     # a row of padding has no tokens
     safe_total = tl.where(total == 0.0, 1.0, total)

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatserve.models.triton.attention_tile import mix_tile, read_tile
+
 QUERY_TILE = 64
 _KEY_TILE = 64
 
@@ -81,25 +83,13 @@ def _prefill_kernel(
     for tile in range(first_key // TILE, tl.cdiv(num_keys, TILE)):
         token = tile * TILE + tl.arange(0, TILE)
         is_there = token < num_keys
-        block = tl.load(table + token // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
-        place = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        is_read = is_there[:, None] & is_dim[None, :]
-        key = tl.load(keys + place[:, None] + dim[None, :], mask=is_read, other=0.0)
-        value = tl.load(values + place[:, None] + dim[None, :], mask=is_read, other=0.0)
+        key, value = read_tile(
+            keys, values, table, kv_head, token, is_there, dim, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )
         is_seen = (token[None, :] <= position[:, None]) & is_there[None, :]
         if WINDOW > 0:
             is_seen = is_seen & (token[None, :] > position[:, None] - WINDOW)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(is_seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # a window may hide a whole tile from a row: no finite maximum yet, and nothing to add
-        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        shrink = tl.exp(maximum - finite)
-        weights = tl.exp(scores - finite[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        mix = mix * shrink[:, None]
-        mix = tl.dot(weights.to(value.dtype), value, mix, input_precision="ieee")
-        maximum = new_maximum
+        maximum, total, mix = mix_tile(query, key, value, is_seen, scale, maximum, total, mix)
 
     # rows past the tile's end may have seen nothing; they are not stored
     total = tl.where(total == 0.0, 1.0, total)
