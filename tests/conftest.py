@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings as hypothesis_settings
 
 from chatserve.environment import limit_spinning
 
 limit_spinning()  # before the first test imports torch
+
+# a shell starts jobs in the background deaf to Ctrl-C, and every program under test would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine makes an example slow, not wrong
 hypothesis_settings.register_profile("chatserve", deadline=None)
