@@ -70,9 +70,6 @@ class Model(Protocol[Pool]):
     """A network over flat batches. Its pool has a layout of its own, so it builds it itself."""
 
     @property
-    def device(self) -> torch.device: ...
-
-    @property
     def vocab_size(self) -> int: ...
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> Pool: ...

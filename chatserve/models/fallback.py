@@ -34,11 +34,8 @@ class FallbackModel:
     def __init__(self, model: Any, policy: DevicePolicy) -> None:
         self._model = model
         self.policy = policy
+        self.device = policy.device
         self.vocab_size: int = model.config.get_text_config().vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
         return TorchKVPool(num_blocks, block_size, self.device)

@@ -145,21 +145,15 @@ class Llama:
     def __init__(self, config: ModelConfig, policy: DevicePolicy) -> None:
         self.config = config
         self.policy = policy
-        size = (config.vocab_size, config.hidden_size)
+        self.device = policy.device
+        self.vocab_size = config.vocab_size
+        size = (self.vocab_size, config.hidden_size)
         self.head = build_matrix(*size, bias=False, policy=policy)
         # an untied embedding is only ever looked up, row by row: it stays in the model's dtype
         self.embedding = self.head if config.is_tied else Linear(*size, bias=False, policy=policy)
         self.blocks = [Block(config, layer, policy) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, policy)
         self.rotary = RotaryTable(config.rope, config.head_dim, policy.device, policy.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
         return TorchKVPool(num_blocks, block_size, self.device)
@@ -175,7 +169,7 @@ class Llama:
         for block in self.blocks:
             x = block(x, step)
         if not batch.output_rows:
-            return x.new_empty(0, self.config.vocab_size)
+            return x.new_empty(0, self.vocab_size)
         rows = torch.tensor(batch.output_rows, device=self.device)
         return self.head(self.norm(x[rows]))
 

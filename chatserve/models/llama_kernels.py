@@ -197,6 +197,7 @@ class KernelLlama:
         """
         self.config = config
         self.policy = policy
+        self.vocab_size = config.vocab_size
         self.packing = packing
         self.num_threads = thread_counts[0]
         self._thread_counts = thread_counts
@@ -221,14 +222,6 @@ class KernelLlama:
         self._logits = torch.empty(0, self._stride)
         self._network = 0
         self._num_positions = 0
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
 
     @property
     def num_bytes(self) -> int:
@@ -284,7 +277,7 @@ class KernelLlama:
             logits=logits.data_ptr(), logits_stride=self._stride,
         )  # fmt: skip
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
-        return logits[:, : self.config.vocab_size]
+        return logits[:, : self.vocab_size]
 
     def _room_for(self, num_outputs: int) -> torch.Tensor:
         """Rows of one buffer, kept: fresh pages for 3 MB cost as much as sampling them."""

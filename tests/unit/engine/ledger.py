@@ -42,7 +42,6 @@ class LedgerPool:
 class LedgerModel:
     """Continues a text by one of `num_ids` pseudo-random ids that all of the text decides."""
 
-    device = torch.device("cpu")
     vocab_size = tiny.VOCAB_SIZE
 
     def __init__(self, num_ids: int = tiny.VOCAB_SIZE) -> None:
