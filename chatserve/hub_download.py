@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ import httpx
 
 from chatserve import __version__, cache
 from chatserve.errors import HubError
+from chatserve.progress import Progress
 
 RECORD = "chatserve-hub.json"
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 _MAX_STALLS = 3
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from chatserve.config import WorkerConfig
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
+from chatserve.progress import Progress
 from chatserve.server import command_line
 from tests.fakes import FakeEngine, FakeModel, FakeStats
 
@@ -32,9 +32,7 @@ class DyingEngine(FakeEngine):
         return FakeStats(is_alive=not self.submitted)
 
 
-def load(
-    config: WorkerConfig, progress: Callable[[int, int], None]
-) -> tuple[FakeEngine, FakeModel]:
+def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeModel]:
     path = Path(config.weights)
     model = FakeModel(names=config.model_names, description={"device": config.device})
     if path.name in FAILURES:

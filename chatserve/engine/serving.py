@@ -38,7 +38,6 @@ from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama_kernels import num_warm_tokens
 from chatserve.models.loader import (
-    Progress,
     context_length,
     fits_kernels,
     is_compressed,
@@ -47,6 +46,7 @@ from chatserve.models.loader import (
 )
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.tokenizer import load_tokenizer
+from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -25,11 +25,9 @@ from chatserve.models.llama_kernels import HEAD_PACKING, KernelLlama, misfit, th
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.packing import GROUP, Packing
 from chatserve.models.weights import TensorInfo
+from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes in all)."""
 
 _WORKING_BYTES = 300 << 20  # the interpreter, one tensor's slices, the first KV buffers
 _SLICE_VALUES = 1 << 20  # read at a time; measured: larger ones leave larger holes in the heap

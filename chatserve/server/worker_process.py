@@ -21,6 +21,7 @@ from chatserve import environment
 from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
 from chatserve.errors import GenerationFailed
+from chatserve.progress import Progress
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
@@ -50,7 +51,6 @@ _SWITCH_S = 1e-4
 Python's default is half a step of the engine; with 16 streams a step then takes 4 % longer.
 """
 
-Progress = Callable[[int, int], None]
 Load = Callable[[WorkerConfig, Progress], tuple[Engine, ServedModel]]
 
 
