@@ -97,9 +97,8 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             policy = _compressed_as_the_file(policy, checkpoint)
         policy = check(policy)
         logger.info("%s", policy.describe())
-        metadata = _gguf_metadata(path)
-        tokenizer = load_tokenizer(path, metadata)
-        sources = load_template_sources(path, metadata)
+        tokenizer = load_tokenizer(path, checkpoint.metadata)
+        sources = load_template_sources(path, checkpoint.metadata)
         facts = WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint))
         choice = choose_template(config.conv_template, facts, tokenizer, sources)
         logger.info("chat template %s: %s", choice.template.name, choice.reason)
@@ -223,15 +222,6 @@ def _try_out(engine: Engine, path: Path) -> None:
                     f"{path} loads but cannot generate ({event.error.message}); config.json or the "
                     "weights are damaged"
                 )
-
-
-def _gguf_metadata(path: Path) -> Mapping[str, Any] | None:
-    if path.is_dir():
-        return None
-    from chatserve.models.gguf import GGUFFile
-
-    with closing(GGUFFile.open(path)) as file:
-        return file.metadata
 
 
 def _vocab_rows(checkpoint: Checkpoint) -> int | None:

@@ -41,12 +41,16 @@ _READERS: dict[str, Callable[[Path], WeightSource]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model on disk; `config` reads as in Hugging Face's config.json, whatever the format."""
+    """One model on disk; `config` reads as in Hugging Face's config.json, whatever the format.
+
+    metadata: of a GGUF file, its tokenizer and chat template included; None for a folder.
+    """
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
     weights: WeightSource
+    metadata: Mapping[str, Any] | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -66,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with ExitStack() as stack:
         stack.callback(file.close)
         weights = GGUFWeights(file)
-        checkpoint = Checkpoint(path, weights.config(), {}, weights)
+        checkpoint = Checkpoint(path, weights.config(), {}, weights, file.metadata)
         stack.pop_all()
     return checkpoint
 

@@ -109,6 +109,7 @@ def test_no_generation_config_means_an_empty_one(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     checkpoint.weights.close()
     assert checkpoint.generation_config == {}
+    assert checkpoint.metadata is None
 
 
 def test_a_gguf_file_opens_under_hugging_face_names(tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ def test_a_gguf_file_opens_under_hugging_face_names(tmp_path: Path) -> None:
     with closing(checkpoint.weights) as weights:
         assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
         assert checkpoint.config["tie_word_embeddings"] is False
+        assert checkpoint.metadata["general.architecture"] == "llama"
         assert weights.tensors()["model.layers.1.mlp.up_proj.weight"].shape == (12, 8)
 
 
