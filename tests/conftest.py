@@ -10,7 +10,7 @@ from chatserve.environment import limit_spinning
 
 limit_spinning()  # before the first test imports torch
 
-# a shell starts jobs in the background deaf to Ctrl-C, and every program under test would inherit it
+# a shell starts background jobs deaf to Ctrl-C, and the programs under test would inherit it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
