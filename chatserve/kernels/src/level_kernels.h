@@ -54,6 +54,7 @@ inline F exponential(F x) {
 }  // namespace
 
 #include "attention_kernels.h"
+#include "dot_product_kernels.h"
 #include "packing_kernels.h"
 #include "product_kernels.h"
 #include "row_kernels.h"

@@ -1,0 +1,101 @@
+// Tiles of a matrix product by dot products of four columns, over the level's `Simd`. Included by
+// level_kernels.h.
+#pragma once
+
+namespace {
+
+inline I broadcast(const int8_t* codes) {
+  int32_t word;
+  std::memcpy(&word, codes, 4);
+  return Simd::iset1(word);
+}
+
+// A group's exact sums added to those of the groups before. `halves`: scales of the output rows where
+// weights are grouped. Tiles of every kind use it: a row has the same bits in all of them.
+template <bool GROUPED>
+inline F add_group(F total, I sum, F scale, const uint16_t* halves) {
+  if (GROUPED) scale = Simd::mul(scale, Simd::load_half(halves));
+  return Simd::fma(Simd::to_float(sum), scale, total);
+}
+
+// M activation rows times the rows [part] of one panel -> tile[M][kPanelRows].
+template <int M, int BITS, bool GROUPED, bool PREFETCH>
+inline void multiply_tile(const Matrix& w, int panel, int part, const Activations& a, size_t ahead,
+                          float (*tile)[kPanelRows]) {
+  constexpr int kParts = M == 1 ? 1 : Simd::kParts;
+  constexpr int kVectors = kPanelRows / kLanes / kParts;
+  constexpr int kChains = M == 1 ? Simd::kMaxChains : M == 2 ? (Simd::kMaxChains + 1) / 2 : 1;
+  const int columns = w.columns, groups = w.groups;
+  const int first = part * kVectors * kLanes;  // row within the panel
+  const uint8_t* codes = w.codes + w.panel_bytes * panel + 4 * first;
+  const uint16_t* halves =
+      GROUPED ? w.group_scales + static_cast<size_t>(panel) * groups * kPanelRows + first : nullptr;
+  F sums[M][kVectors];
+  CS_UNROLL for (int m = 0; m < M; m++) {
+    CS_UNROLL for (int v = 0; v < kVectors; v++) sums[m][v] = Simd::zero();
+  }
+  for (int g = 0; g < groups; g++) {
+    I acc[kChains][M][kVectors];
+    CS_UNROLL for (int m = 0; m < M; m++) {
+      I start = Simd::iset1(a.corrections[m * groups + g]);
+      CS_UNROLL for (int v = 0; v < kVectors; v++) {
+        acc[0][m][v] = start;
+        CS_UNROLL for (int c = 1; c < kChains; c++) acc[c][m][v] = Simd::izero();
+      }
+    }
+    const int8_t* x = a.codes + g * kGroup;
+    constexpr int kColumns = BITS == 8 ? 4 : 8;  // of one chunk of codes
+    constexpr int kStep = BITS == 8 ? kChains : (kChains + 1) / 2;
+    for (int k = 0; k < kGroup; k += kColumns * kStep) {
+      CS_UNROLL for (int s = 0; s < kStep; s++) {
+        I weights[kVectors];
+        CS_UNROLL for (int v = 0; v < kVectors; v++) {
+          weights[v] = Simd::load_codes(codes + 4 * kLanes * v);
+          if (PREFETCH) Simd::prefetch_l2(codes + 4 * kLanes * v + ahead);
+        }
+        codes += 4 * kPanelRows;
+        const int8_t* xs = x + k + kColumns * s;
+        if (BITS == 8) {
+          CS_UNROLL for (int m = 0; m < M; m++) {
+            I b = broadcast(xs + static_cast<size_t>(m) * columns);
+            CS_UNROLL for (int v = 0; v < kVectors; v++) {
+              acc[s % kChains][m][v] = Simd::dot8(acc[s % kChains][m][v], weights[v], b);
+            }
+          }
+        } else {
+          constexpr int kOther = kChains > 1 ? 1 : 0;
+          CS_UNROLL for (int v = 0; v < kVectors; v++) {
+            I low = Simd::low_codes(weights[v]), high = Simd::high_codes(weights[v]);
+            CS_UNROLL for (int m = 0; m < M; m++) {
+              const int8_t* xm = xs + static_cast<size_t>(m) * columns;
+              I& one = acc[2 * s % kChains][m][v];
+              one = Simd::dot4(one, low, broadcast(xm));
+              I& two = acc[(2 * s + kOther) % kChains][m][v];
+              two = Simd::dot4(two, high, broadcast(xm + 4));
+            }
+          }
+        }
+      }
+    }
+    CS_UNROLL for (int m = 0; m < M; m++) {
+      F scale = Simd::set1(a.scales[m * groups + g]);
+      CS_UNROLL for (int v = 0; v < kVectors; v++) {
+        I sum = acc[0][m][v];
+        CS_UNROLL for (int c = 1; c < kChains; c++) sum = Simd::iadd(sum, acc[c][m][v]);
+        const uint16_t* half = GROUPED ? halves + g * kPanelRows + v * kLanes : nullptr;
+        sums[m][v] = add_group<GROUPED>(sums[m][v], sum, scale, half);
+      }
+    }
+  }
+  CS_UNROLL for (int m = 0; m < M; m++) {
+    CS_UNROLL for (int v = 0; v < kVectors; v++) {
+      F sum = sums[m][v];
+      if (!GROUPED) {
+        sum = Simd::mul(sum, Simd::load(w.row_scales + panel * kPanelRows + first + v * kLanes));
+      }
+      Simd::store(tile[m] + first + v * kLanes, sum);
+    }
+  }
+}
+
+}  // namespace
