@@ -35,7 +35,10 @@ _LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "level_avx2": ("-mavx2", "-mfma", "-mf16c"),
     },
-    "aarch64": {"level_neon": ("-march=armv8.2-a+dotprod+fp16",)},
+    "aarch64": {
+        "level_neon_i8mm": ("-march=armv8.2-a+dotprod+fp16+i8mm",),
+        "level_neon": ("-march=armv8.2-a+dotprod+fp16",),
+    },
 }  # fmt: skip
 _MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
 

@@ -63,13 +63,30 @@ def test_the_kernels_run_clean_under_sanitizers(tmp_path: Path, sanitizers: str)
     assert done.stdout.splitlines()[-1].endswith("sampler: ok")
 
 
-def test_the_neon_kernels_are_right_on_an_emulated_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def arm_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tool in (CROSS_COMPILER, EMULATOR):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    monkeypatch.setenv("CXX", CROSS_COMPILER)
-    done = run([EMULATOR, build_driver(tmp_path, ("-O2", "-static"), "aarch64")])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("CXX", CROSS_COMPILER)
+        return build_driver(tmp_path_factory.mktemp("arm"), ("-O2", "-static"), "aarch64")
+
+
+def test_the_neon_kernels_are_right_on_an_emulated_processor(arm_driver: Path) -> None:
+    done = run([EMULATOR, "-cpu", "max", arm_driver])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert "neon, 4 bits grouped, 14 heads on 2 of 32: ok" in done.stdout.splitlines()
+    for level in ("neoni8mm", "neon"):
+        assert f"{level}, 4 bits grouped, 14 heads on 2 of 32: ok" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("processor", "levels"),
+    [("max", ["neoni8mm", "neon"]), ("cortex-a76", ["neon"]), ("cortex-a72", [])],
+)
+def test_an_arm_processor_has_the_levels_of_its_instructions(
+    arm_driver: Path, processor: str, levels: list[str]
+) -> None:
+    done = run([EMULATOR, "-cpu", processor, arm_driver, "levels"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == levels

@@ -2,7 +2,8 @@
 // processor has: for sanitizers, and for processors that are only emulated.
 //
 // Judges by a network of its own in plain scalar code, which rounds where the kernels round, and by
-// the bits: a row must not depend on its batch, its chunk or the number of threads.
+// the bits: a row must not depend on its batch, its chunk or the number of threads, nor a product on
+// the level. `driver levels` prints what levels there are, and that is all.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -496,6 +497,34 @@ void check_network(const char* level, Packing packing, Features features) {
   std::printf("%s: ok\n", name.str().c_str());
 }
 
+// Products of one weight: integer sums are exact and every group is rounded alike, so that all levels
+// give the same bits, for any number of rows.
+void check_products(const std::vector<std::string>& levels, Packing packing) {
+  // a row of codes is longer than what buffers leave behind their end: reading one too many is found
+  constexpr int kRows = 96, kColumns = 352, kMaxRows = 20;
+  cs_team* team = cs_team_create(2);
+  const Floats weight = gaussian(kRows * kColumns, 1), x = gaussian(kMaxRows * kColumns, 1);
+  std::vector<Floats> expected;
+  for (const std::string& level : levels) {
+    cs_matrix* matrix =
+        cs_matrix_create(level.c_str(), kRows, kColumns, packing.bits, packing.is_grouped);
+    require(team && matrix &&
+                cs_matrix_load(matrix, team, 0, kRows, weight.data(), 0, 0) == CS_OK,
+            "a matrix was refused");
+    for (int num_rows = 1; num_rows <= kMaxRows; num_rows++) {
+      Floats y(static_cast<size_t>(num_rows) * kRows);
+      require(cs_matrix_multiply(matrix, team, x.data(), num_rows, y.data()) == CS_OK,
+              "a product was refused");
+      if (level == levels.front()) expected.push_back(y);
+      require(!std::memcmp(y.data(), expected[num_rows - 1].data(), y.size() * sizeof(float)),
+              level + " and " + levels.front() + ": other bits in a product of " +
+                  std::to_string(num_rows) + " rows by " + std::to_string(packing.bits) + " bits");
+    }
+    cs_matrix_destroy(matrix);
+  }
+  cs_team_destroy(team);
+}
+
 // Draws tokens from rows of logits of every kind; only where they may lie is checked.
 void check_sampler(const char* level) {
   constexpr int kVocab = 3001, kRows = 5;
@@ -527,21 +556,28 @@ void check_sampler(const char* level) {
 
 }  // namespace
 
-int main() {
+int main(int num_words, char** words) {
+  std::istringstream names(cs_levels());
+  std::vector<std::string> levels;
+  for (std::string level; names >> level;) levels.push_back(level);
+  if (num_words == 2 && std::string(words[1]) == "levels") {
+    std::printf("%s\n", cs_levels());
+    return 0;
+  }
+  require(!levels.empty(), "this processor has no level");
   const Features networks[] = {
       {4, 2, 16, 64, 96, 2, 101, 0, false, false, false},
       {9, 3, 64, 96, 64, 2, 33, 20, false, false, true},
       {2, 1, 80, 32, 160, 2, 64, 0, true, true, false},
       {14, 2, 32, 64, 32, 2, 50, 33, true, false, true},
   };
-  std::istringstream levels(cs_levels());
-  int num_levels = 0;
-  for (std::string level; levels >> level; num_levels++) {
-    for (const Packing packing : {Packing{8, 0}, Packing{8, 1}, Packing{4, 1}}) {
+  const Packing packings[] = {{8, 0}, {8, 1}, {4, 1}};
+  for (const Packing packing : packings) check_products(levels, packing);
+  for (const std::string& level : levels) {
+    for (const Packing packing : packings) {
       for (const Features& features : networks) check_network(level.c_str(), packing, features);
     }
     check_sampler(level.c_str());
   }
-  require(num_levels > 0, "this processor has no level");
   return 0;
 }

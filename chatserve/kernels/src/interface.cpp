@@ -33,6 +33,7 @@ const LevelKernels* const kLevels[] = {
     &kAvx512,
     &kAvx2,
 #elif defined(__aarch64__)
+    &kNeonI8mm,
     &kNeon,
 #endif
 };

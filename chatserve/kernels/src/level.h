@@ -95,6 +95,6 @@ struct LevelKernels {
   int32_t (*sample)(const SamplingJob&);
 };
 
-extern const LevelKernels kAvx512, kAvx2, kNeon;
+extern const LevelKernels kAvx512, kAvx2, kNeonI8mm, kNeon;
 
 }  // namespace chatserve

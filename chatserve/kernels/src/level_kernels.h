@@ -55,6 +55,7 @@ inline F exponential(F x) {
 
 #include "attention_kernels.h"
 #include "dot_product_kernels.h"
+#include "matrix_product_kernels.h"
 #include "packing_kernels.h"
 #include "product_kernels.h"
 #include "row_kernels.h"

@@ -5,6 +5,12 @@
 #include <sys/auxv.h>
 #endif
 
+namespace {
+
+using Simd = NeonSimd;
+
+}  // namespace
+
 #include "level_kernels.h"
 
 namespace {

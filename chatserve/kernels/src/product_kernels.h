@@ -8,10 +8,12 @@ inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activ
                            size_t ahead, float (*tile)[kPanelRows]) {
   for (int part = 0; part < (num_rows == 1 ? 1 : Simd::kParts); part++) {
     switch (num_rows) {
-#define CS_CASE(n)                                                                \
-  case n:                                                                         \
-    if constexpr (n <= Simd::kMaxTile)                                            \
-      multiply_tile<n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile);         \
+#define CS_CASE(n)                                                                      \
+  case n:                                                                               \
+    if constexpr (n > 1 && n <= Simd::kMaxTile && Simd::kHasMatrixProduct)              \
+      multiply_pairs<Simd, n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile); \
+    else if constexpr (n <= Simd::kMaxTile)                                             \
+      multiply_tile<n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile);        \
     break;
       CS_CASE(1) CS_CASE(2) CS_CASE(3) CS_CASE(4) CS_CASE(5) CS_CASE(6)
 #undef CS_CASE

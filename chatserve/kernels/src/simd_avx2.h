@@ -11,6 +11,7 @@ struct Simd {
   using I = __m256i;
   static constexpr int kLanes = 8;
   static constexpr int kParts = 2;
+  static constexpr bool kHasMatrixProduct = false;
   static constexpr int kMaxTile = 3;
   // vpmaddubsw wants one unsigned side: 8-bit codes stay signed (see dot8), 4-bit ones do not
   static constexpr int kOffset8 = 0, kOffset4 = 8;

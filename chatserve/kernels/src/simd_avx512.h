@@ -11,6 +11,7 @@ struct Simd {
   using I = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kParts = 1;  // a panel's 32 rows are computed in so many parts
+  static constexpr bool kHasMatrixProduct = false;  // see simd_neon_i8mm.h
   static constexpr int kMaxTile = 6;
   static constexpr int kOffset8 = 128, kOffset4 = 8;
   static constexpr int kMaxChains = 4;     // accumulators per vector that hide the latency of a dot

@@ -1,4 +1,5 @@
-// 128-bit vectors: 4 floats, with the dot product extension. Included by level_neon.cpp alone.
+// 128-bit vectors: 4 floats, with the dot product extension. Included by level_neon.cpp, and by
+// simd_neon_i8mm.h, which adds to it.
 #pragma once
 #include <arm_neon.h>
 
@@ -6,11 +7,12 @@
 
 namespace {
 
-struct Simd {
+struct NeonSimd {
   using F = float32x4_t;
   using I = int32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kParts = 2;
+  static constexpr bool kHasMatrixProduct = false;
   static constexpr int kMaxTile = 3;
   static constexpr int kOffset8 = 0, kOffset4 = 8;
   static constexpr int kMaxChains = 1;
