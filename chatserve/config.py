@@ -39,7 +39,7 @@ class ModelOptions:
         False, "compress them to packed int4: smaller and faster, less exact (CPU)", group="model"
     )
     quant_group: str | None = setting(
-        None, "with --load-8bit: one scale per 32 weights, finer and a little slower (CPU)",
+        None, "with --load-8bit: a scale per 32 weights, and 16-bit activations (CPU)",
         group="model", choices=("32",),
     )  # fmt: skip
     conv_template: str | None = setting(

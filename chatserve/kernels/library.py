@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 2
+VERSION = 3
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -123,7 +123,7 @@ _FUNCTIONS = {
     "cs_levels": (c_char_p,),
     "cs_team_create": (c_void_p, c_int),
     "cs_team_destroy": (None, c_void_p),
-    "cs_matrix_create": (c_void_p, c_char_p, c_int, c_int, c_int, c_int),
+    "cs_matrix_create": (c_void_p, c_char_p, c_int, c_int, c_int, c_int, c_int),
     "cs_matrix_destroy": (None, c_void_p),
     "cs_matrix_bytes": (c_size_t, c_void_p),
     "cs_matrix_load": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_int),

@@ -18,7 +18,7 @@ import torch
 from chatserve.errors import StartupError, UsageError
 from chatserve.kernels.library import Kernels, KernelsUnavailable, load_kernels
 from chatserve.models.attention import AttentionBackend, attend
-from chatserve.models.packing import Packing
+from chatserve.models.packing import FINE, Packing
 from chatserve.models.quantize import (
     MATMULS,
     Int8Backend,
@@ -126,7 +126,9 @@ def _choose_packing(load_8bit: bool, load_4bit: bool, quant_group: str | None) -
         return Packing(bits=4, is_grouped=True)
     if quant_group is not None and not load_8bit:
         raise UsageError("--quant-group is a finer form of --load-8bit; give both")
-    return Packing(is_grouped=quant_group is not None) if load_8bit else None
+    if not load_8bit:
+        return None
+    return Packing() if quant_group is None else FINE
 
 
 def _choose_kernels(packing: Packing) -> tuple[Kernels | None, str]:
@@ -309,7 +311,7 @@ def _kernels_agree(kernels: Kernels) -> bool:
 
     generator = torch.Generator().manual_seed(0)
     team = Team(kernels, 1)
-    for packing in (Packing(), Packing(is_grouped=True), Packing(bits=4, is_grouped=True)):
+    for packing in (Packing(), FINE, Packing(bits=4, is_grouped=True)):
         matrix = KernelMatrix(kernels, team, 96, 128, packing)
         matrix.load_rows(0, torch.randn(96, 128, generator=generator))
         weight = torch.stack([matrix.row(index) for index in range(96)])

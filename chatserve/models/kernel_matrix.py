@@ -39,8 +39,9 @@ class KernelMatrix:
         self._team = team
         self.shape = (rows, columns)
         handle = self._functions.cs_matrix_create(
-            kernels.level_name, rows, columns, packing.bits, packing.is_grouped
-        )
+            kernels.level_name, rows, columns, packing.bits, packing.is_grouped,
+            packing.activation_bits // 8,
+        )  # fmt: skip
         if not handle:
             raise DoesNotFit(f"no memory for a packed matrix of {rows:,} x {columns:,} weights")
         self.handle: int = handle

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -212,7 +213,8 @@ class KernelLlama:
 
         # The last matrix decides between near equals: a finer scale there takes mean KL from 0.0069
         # to 0.0059, and 4 bits would be too few.
-        self._head = KernelMatrix(kernels, self.team, config.vocab_size, hidden, HEAD_PACKING)
+        head_packing = replace(HEAD_PACKING, activation_bits=packing.activation_bits)
+        self._head = KernelMatrix(kernels, self.team, config.vocab_size, hidden, head_packing)
         self._table: Table | None = None
         if not config.is_tied:
             self._table = Table(config.vocab_size, hidden, policy.dtype)

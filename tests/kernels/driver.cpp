@@ -68,7 +68,7 @@ float from_half(uint16_t half) {
 // ---- a packed matrix, and what it stands for ----
 
 struct Packing {
-  int bits, is_grouped;
+  int bits, is_grouped, num_terms;
 };
 
 struct Matrix {
@@ -82,7 +82,8 @@ struct Matrix {
   void build(const char* level, cs_team* team, Packing packing, int num_rows, int num_columns,
              bool is_gate_up = false) {
     rows = num_rows, columns = num_columns;
-    handle = cs_matrix_create(level, rows, columns, packing.bits, packing.is_grouped);
+    handle = cs_matrix_create(level, rows, columns, packing.bits, packing.is_grouped,
+                              packing.num_terms);
     require(handle, "a matrix was refused");
     const Floats source = gaussian(static_cast<size_t>(rows) * columns, 1.5f / std::sqrt(columns));
     const int half = is_gate_up ? rows / 2 : rows;
@@ -165,7 +166,7 @@ struct Layer {
 
 using Row = std::vector<double>;
 
-Row quantised(const Row& x) {
+Row quantised(const Row& x, int num_terms) {
   Row y(x.size());
   for (size_t first = 0; first < x.size(); first += kGroup) {
     float most = 0;
@@ -175,7 +176,11 @@ Row quantised(const Row& x) {
     if (most == 0) continue;
     const float inverse = 127.0f / most;
     for (int i = 0; i < kGroup; i++) {
-      y[first + i] = std::nearbyint(static_cast<float>(x[first + i]) * inverse) * (most / 127.0f);
+      float scaled = static_cast<float>(x[first + i]) * inverse, step = most / 127.0f;
+      for (int t = 0; t < num_terms; t++, step /= 254) {
+        y[first + i] += static_cast<double>(std::nearbyint(scaled)) * step;
+        scaled = (scaled - std::nearbyint(scaled)) * 254;
+      }
     }
   }
   return y;
@@ -193,7 +198,7 @@ Row normed(const double* x, const Floats& weight, double eps) {
 class Network {
  public:
   Network(const char* level, cs_team* team, Packing packing, Features features, int num_blocks)
-      : f_(features), layers_(features.num_layers) {
+      : f_(features), num_terms_(packing.num_terms), layers_(features.num_layers) {
     const int heads_out = f_.num_heads * f_.head_dim;
     const int qkv_rows = heads_out + 2 * f_.num_kv_heads * f_.head_dim;
     num_positions_ = num_blocks * kBlockSize;
@@ -247,19 +252,19 @@ class Network {
       Row x(start, start + f_.hidden);
       for (int i = 0; i < f_.num_layers; i++) {
         const Layer& l = layers_[i];
-        Row heads = l.qkv.multiply(quantised(normed(x.data(), l.attention_norm, kEps)),
+        Row heads = l.qkv.multiply(quantised(normed(x.data(), l.attention_norm, kEps), num_terms_),
                                    if_any(l.qkv_bias));
         const Row mixed = attend(l, i ? f_.window : 0, heads, position, keys[i], values[i]);
-        add(x, l.output.multiply(quantised(mixed), if_any(l.output_bias)));
-        const Row both = l.gate_up.multiply(quantised(normed(x.data(), l.mlp_norm, kEps)),
+        add(x, l.output.multiply(quantised(mixed, num_terms_), if_any(l.output_bias)));
+        const Row both = l.gate_up.multiply(quantised(normed(x.data(), l.mlp_norm, kEps), num_terms_),
                                             if_any(l.gate_up_bias));
         Row inner(f_.ffn);
         for (int k = 0; k < f_.ffn; k++) {
           inner[k] = both[k] / (1 + std::exp(-both[k])) * both[f_.ffn + k];
         }
-        add(x, l.down.multiply(quantised(inner), if_any(l.down_bias)));
+        add(x, l.down.multiply(quantised(inner, num_terms_), if_any(l.down_bias)));
       }
-      all.push_back(head_.multiply(quantised(normed(x.data(), norm_, kEps)), nullptr));
+      all.push_back(head_.multiply(quantised(normed(x.data(), norm_, kEps), num_terms_), nullptr));
     }
     return all;
   }
@@ -356,6 +361,7 @@ class Network {
   }
 
   Features f_;
+  int num_terms_;
   cs_shape shape_;
   int num_positions_;
   cs_network* network_;
@@ -446,7 +452,8 @@ void check_against_reference(const Network& network, const Sequence& s, const st
 
 void check_network(const char* level, Packing packing, Features features) {
   std::ostringstream name;
-  name << level << ", " << packing.bits << " bits" << (packing.is_grouped ? " grouped" : "") << ", "
+  name << level << ", " << packing.bits << " bits" << (packing.is_grouped ? " grouped" : "")
+       << (packing.num_terms == 2 ? " fine" : "") << ", "
        << features.num_heads << " heads on " << features.num_kv_heads << " of "
        << features.head_dim;
   cs_team* team = cs_team_create(2);
@@ -507,7 +514,8 @@ void check_products(const std::vector<std::string>& levels, Packing packing) {
   std::vector<Floats> expected;
   for (const std::string& level : levels) {
     cs_matrix* matrix =
-        cs_matrix_create(level.c_str(), kRows, kColumns, packing.bits, packing.is_grouped);
+        cs_matrix_create(level.c_str(), kRows, kColumns, packing.bits, packing.is_grouped,
+                         packing.num_terms);
     require(team && matrix &&
                 cs_matrix_load(matrix, team, 0, kRows, weight.data(), 0, 0) == CS_OK,
             "a matrix was refused");
@@ -571,7 +579,7 @@ int main(int num_words, char** words) {
       {2, 1, 80, 32, 160, 2, 64, 0, true, true, false},
       {14, 2, 32, 64, 32, 2, 50, 33, true, false, true},
   };
-  const Packing packings[] = {{8, 0}, {8, 1}, {4, 1}};
+  const Packing packings[] = {{8, 0, 1}, {8, 1, 1}, {8, 1, 2}, {4, 1, 1}};
   for (const Packing packing : packings) check_products(levels, packing);
   for (const std::string& level : levels) {
     for (const Packing packing : packings) {

@@ -142,14 +142,15 @@ cs_team* cs_team_create(int num_threads) { return new (std::nothrow) cs_team{Tea
 
 void cs_team_destroy(cs_team* team) { delete team; }
 
-cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped) {
+cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped,
+                            int num_terms) {
   const LevelKernels* kernels = find_level(level);
   if (!kernels || !is_count(rows, kMaxVocab) || !is_width(columns) ||
-      (bits != 8 && bits != 4) || (bits == 4 && !is_grouped)) {
+      (bits != 8 && bits != 4) || (bits == 4 && !is_grouped) || !is_count(num_terms, kMaxTerms)) {
     return nullptr;
   }
   cs_matrix* handle = new (std::nothrow) cs_matrix;
-  if (handle && !handle->matrix.create(*kernels, rows, columns, bits, is_grouped)) {
+  if (handle && !handle->matrix.create(*kernels, rows, columns, bits, is_grouped, num_terms)) {
     delete handle;
     return nullptr;
   }

@@ -14,6 +14,7 @@ constexpr int kBlockSize = 32;  // token places of a KV block
 constexpr int kKeyLanes = 16;   // positions side by side in a block's keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxColumns = 1 << 16;
+constexpr int kMaxTerms = 2;
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
@@ -26,14 +27,16 @@ enum class RowMap : int { plain = 0, gate = 1, up = 2 };
 struct Matrix {
   int rows, columns, panels, groups, bits;
   bool is_grouped;         // one half-precision scale per 32 columns instead of one per row
+  int num_terms;           // rows of 8-bit codes that stand for one activation row, 1 or 2
   size_t panel_bytes;
   uint8_t* codes;
   uint16_t* group_scales;  // [panel][group][32 rows]
   float* row_scales;       // [panel][32 rows]
 };
 
-// Quantised activation rows: codes[M][columns], scales[M][groups], and what an accumulator starts
-// with, -offset * sum(codes), in corrections[M][groups].
+// Quantised activation rows: codes[M][terms][columns], scales[M][terms][groups], and what an
+// accumulator starts with, -offset * sum(codes), in corrections[M][terms][groups]. A second term holds
+// what the first one rounds away, in steps 254 times finer.
 struct Activations {
   int8_t* codes;
   float* scales;
@@ -81,9 +84,10 @@ struct LevelKernels {
   // processor. A hint: it changes no result.
   void (*multiply)(const Matrix&, const Activations&, int num_rows, int first_panel, int last_panel,
                    size_t ahead, const Output&);
-  // Codes of one row, after RMSNorm where `norm` is given. Non-finite input gives NaN scales.
+  // One row's place in `Activations`, after RMSNorm where `norm` is given. Non-finite input gives NaN
+  // scales.
   void (*quantise)(const float* x, const float* norm, float eps, int columns, int offset,
-                   int8_t* codes, float* scales, int32_t* corrections);
+                   int num_terms, const Activations& row);
   // In place: optional RMSNorm over the head, then rotation by cos, sin [head_dim / 2].
   void (*rotate)(float* head, const float* norm, float eps, const float* cos, const float* sin,
                  int head_dim);

@@ -30,7 +30,7 @@ size_t stride_of(const NetworkShape& shape) {
 // ---- matrix ----
 
 bool PackedMatrix::create(const LevelKernels& level, int rows, int columns, int bits,
-                          bool is_grouped) {
+                          bool is_grouped, int num_terms) {
   level_ = &level;
   const int panels = (rows + kPanelRows - 1) / kPanelRows;
   const int groups = columns / kGroup;
@@ -41,9 +41,15 @@ bool PackedMatrix::create(const LevelKernels& level, int rows, int columns, int 
     return false;
   }
   view_ = {rows,           columns,     panels,         groups,
-           bits,           is_grouped,  panel_bytes,    codes_.data(),
-           group_scales_.data(), row_scales_.data()};
+           bits,           is_grouped,  num_terms,      panel_bytes,
+           codes_.data(),  group_scales_.data(), row_scales_.data()};
   return true;
+}
+
+Activations PackedMatrix::row_of(const Activations& all, int row) const {
+  const size_t first = static_cast<size_t>(row) * view_.num_terms;
+  return {all.codes + first * view_.columns, all.scales + first * view_.groups,
+          all.corrections + first * view_.groups};
 }
 
 void PackedMatrix::load(Team& team, int start, int num_rows, const void* rows, Dtype dtype,
@@ -74,15 +80,16 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
   Buffer<int8_t> codes;
   Buffer<float> scales;
   Buffer<int32_t> corrections;
-  const size_t rows = num_rows, columns = view_.columns, groups = view_.groups;
-  if (!codes.allocate(rows * columns) || !scales.allocate(rows * groups) ||
-      !corrections.allocate(rows * groups)) {
+  const size_t columns = view_.columns, groups = view_.groups;
+  const size_t terms = static_cast<size_t>(num_rows) * view_.num_terms;
+  if (!codes.allocate(terms * columns) || !scales.allocate(terms * groups) ||
+      !corrections.allocate(terms * groups)) {
     return false;
   }
-  for (size_t row = 0; row < rows; row++) {
-    level_->quantise(x + row * columns, nullptr, 0, view_.columns, offset(),
-                     codes.data() + row * columns, scales.data() + row * groups,
-                     corrections.data() + row * groups);
+  const Activations all = {codes.data(), scales.data(), corrections.data()};
+  for (int row = 0; row < num_rows; row++) {
+    level_->quantise(x + row * columns, nullptr, 0, view_.columns, offset(), view_.num_terms,
+                     row_of(all, row));
   }
   struct Product {
     const PackedMatrix* self;
@@ -90,7 +97,7 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
     Activations activations;
     Output output;
   } product{this, num_rows, team.num_threads(),
-            {codes.data(), scales.data(), corrections.data()},
+            all,
             {Epilogue::store, y, static_cast<size_t>(view_.panels) * kPanelRows, nullptr}};
   auto job = [](void* context, int thread) {
     const Product& p = *static_cast<Product*>(context);
@@ -140,9 +147,9 @@ bool Network::create() {
   return create_scores() && x_.allocate(rows * shape_.hidden) &&
          qkv_.allocate(rows * qkv_stride_) &&
          mixed_.allocate(rows * shape_.num_heads * shape_.head_dim) &&
-         ffn_.allocate(rows * shape_.ffn) && codes_.allocate(rows * widest) &&
-         scales_.allocate(rows * (widest / kGroup)) &&
-         corrections_.allocate(rows * (widest / kGroup));
+         ffn_.allocate(rows * shape_.ffn) && codes_.allocate(kMaxTerms * rows * widest) &&
+         scales_.allocate(kMaxTerms * rows * (widest / kGroup)) &&
+         corrections_.allocate(kMaxTerms * rows * (widest / kGroup));
 }
 
 bool Network::create_scores() {
@@ -229,11 +236,8 @@ void Network::embed(int row) {
 }
 
 void Network::quantise(const float* x, const float* norm, const PackedMatrix& next, int row) {
-  const int columns = next.view().columns;
-  const size_t groups = next.view().groups;
-  level_.quantise(x, norm, shape_.eps, columns, next.offset(),
-                  codes_.data() + static_cast<size_t>(row) * columns,
-                  scales_.data() + row * groups, corrections_.data() + row * groups);
+  level_.quantise(x, norm, shape_.eps, next.view().columns, next.offset(), next.view().num_terms,
+                  next.row_of(activations(), row));
 }
 
 // After this stage `codes_` holds the input of `next`, and the units are its panels.
@@ -246,7 +250,7 @@ void Network::quantise_stage(int thread, const float* x, size_t stride, const fl
 }
 
 void Network::multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to) {
-  const Activations a = {codes_.data(), scales_.data(), corrections_.data()};
+  const Activations a = activations();
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     level_.multiply(w.view(), a, num_rows, begin, end, ahead_, to);
   }

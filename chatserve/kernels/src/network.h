@@ -13,11 +13,15 @@ namespace chatserve {
 class PackedMatrix {
  public:
   // False when there is no memory.
-  bool create(const LevelKernels& level, int rows, int columns, int bits, bool is_grouped);
+  bool create(const LevelKernels& level, int rows, int columns, int bits, bool is_grouped,
+              int num_terms);
   void load(Team& team, int start, int num_rows, const void* rows, Dtype dtype, RowMap map);
 
   // y[num_rows][panels * kPanelRows] = x[num_rows][columns] W^T. False when there is no memory.
   bool multiply(Team& team, const float* x, int num_rows, float* y) const;
+
+  // Row `row` of activations that this matrix can be multiplied with.
+  Activations row_of(const Activations& all, int row) const;
 
   const Matrix& view() const { return view_; }
   const LevelKernels& level() const { return *level_; }
@@ -125,6 +129,7 @@ class Network {
   void work(int thread);
   void embed(int row);
   void quantise(const float* x, const float* norm, const PackedMatrix& next, int row);
+  Activations activations() { return {codes_.data(), scales_.data(), corrections_.data()}; }
   void quantise_stage(int thread, const float* x, size_t stride, const float* norm,
                       const PackedMatrix& next);
   void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);

@@ -45,26 +45,38 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
   }
 }
 
+inline void add_tile_row(float* row, const float* other) {
+  for (int i = 0; i < kPanelRows; i += kLanes) {
+    Simd::store(row + i, Simd::add(Simd::load(row + i), Simd::load(other + i)));
+  }
+}
+
 template <int BITS, bool GROUPED>
 void multiply_range(const Matrix& w, const Activations& a, int num_rows, int first_panel,
                     int last_panel, size_t ahead, const Output& to) {
   alignas(64) float tile[Simd::kMaxTile][kPanelRows];
-  const int num_blocks = (num_rows + Simd::kMaxTile - 1) / Simd::kMaxTile;
+  const int terms = w.num_terms, most = Simd::kMaxTile / terms;
+  const int num_blocks = (num_rows + most - 1) / most;
   for (int panel = first_panel; panel < last_panel; panel++) {
     for (int block = 0; block < num_blocks; block++) {
       const long begin = static_cast<long>(num_rows) * block / num_blocks;
       const long end = static_cast<long>(num_rows) * (block + 1) / num_blocks;
-      Activations part = {a.codes + begin * w.columns, a.scales + begin * w.groups,
-                          a.corrections + begin * w.groups};
+      const long first = begin * terms;
+      Activations part = {a.codes + first * w.columns, a.scales + first * w.groups,
+                          a.corrections + first * w.groups};
       const int count = static_cast<int>(end - begin);
       // the second pass over a panel finds it in the cache and has time to fetch the next one
       const size_t reach = block == 1 ? w.panel_bytes : num_blocks == 1 ? ahead : 0;
       if (reach) {
-        multiply_panel<BITS, GROUPED, true>(w, panel, count, part, reach, tile);
+        multiply_panel<BITS, GROUPED, true>(w, panel, terms * count, part, reach, tile);
       } else {
-        multiply_panel<BITS, GROUPED, false>(w, panel, count, part, 0, tile);
+        multiply_panel<BITS, GROUPED, false>(w, panel, terms * count, part, 0, tile);
       }
-      for (int m = 0; m < count; m++) finish_row(to, begin + m, panel, tile[m]);
+      for (int m = 0; m < count; m++) {
+        float* row = tile[terms * m];
+        if (terms == 2) add_tile_row(row, row + kPanelRows);
+        finish_row(to, begin + m, panel, row);
+      }
     }
   }
 }

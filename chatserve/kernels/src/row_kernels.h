@@ -24,11 +24,13 @@ void rms_norm(const float* x, const float* norm, float eps, int columns, float* 
   }
 }
 
-void quantise(const float* x, const float* norm, float eps, int columns, int offset, int8_t* codes,
-              float* scales, int32_t* corrections) {
+template <int TERMS>
+void quantise_terms(const float* x, const float* norm, float eps, int columns, int offset,
+                    const Activations& row) {
   constexpr int kVectors = kGroup / kLanes;
+  const int groups = columns / kGroup;
   F factor = Simd::set1(norm ? norm_factor(x, eps, columns) : 1.0f);
-  for (int g = 0; g < columns / kGroup; g++) {
+  for (int g = 0; g < groups; g++) {
     F values[kVectors];
     // magnitudes compare as integers: a NaN is the largest and makes the scale NaN
     I most = Simd::izero();
@@ -44,16 +46,29 @@ void quantise(const float* x, const float* norm, float eps, int columns, int off
     // below the smallest normal number the inverse would overflow; such a group is zero
     const bool is_usable = bits >= 0x00800000u * 8 && bits < 0x7f800000u;
     F inverse = Simd::set1(is_usable ? 127.0f / largest : 0.0f);
-    scales[g] = bits < 0x7f800000u ? (is_usable ? largest / 127.0f : 0.0f) : NAN;
-    I total = Simd::izero();
+    const float scale = bits < 0x7f800000u ? (is_usable ? largest / 127.0f : 0.0f) : NAN;
+    I totals[TERMS];
+    CS_UNROLL for (int t = 0; t < TERMS; t++) totals[t] = Simd::izero();
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       F scaled = is_usable ? Simd::mul(values[v], inverse) : Simd::zero();
-      I rounded = Simd::to_int(scaled);
-      total = Simd::iadd(total, rounded);
-      Simd::store_codes(codes + g * kGroup + v * kLanes, rounded);
+      CS_UNROLL for (int t = 0; t < TERMS; t++) {
+        I rounded = Simd::to_int(scaled);
+        totals[t] = Simd::iadd(totals[t], rounded);
+        Simd::store_codes(row.codes + t * columns + g * kGroup + v * kLanes, rounded);
+        // at most half a step is left: 127 finer ones
+        scaled = Simd::mul(Simd::sub(scaled, Simd::to_float(rounded)), Simd::set1(254.0f));
+      }
     }
-    corrections[g] = -offset * Simd::isum(total);
+    CS_UNROLL for (int t = 0; t < TERMS; t++) {
+      row.scales[t * groups + g] = t ? scale / 254.0f : scale;
+      row.corrections[t * groups + g] = -offset * Simd::isum(totals[t]);
+    }
   }
+}
+
+void quantise(const float* x, const float* norm, float eps, int columns, int offset, int num_terms,
+              const Activations& row) {
+  (num_terms == 1 ? quantise_terms<1> : quantise_terms<2>)(x, norm, eps, columns, offset, row);
 }
 
 void rotate(float* head, const float* norm, float eps, const float* cos, const float* sin,

@@ -7,7 +7,7 @@ import pytest
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels, KernelsUnavailable
 from chatserve.models.kernel_matrix import Team
-from chatserve.models.packing import Packing
+from chatserve.models.packing import FINE, Packing
 
 
 def _levels() -> list[object]:
@@ -22,6 +22,7 @@ def _levels() -> list[object]:
 PACKINGS = {
     "8 bits": Packing(8, is_grouped=False),
     "8 bits grouped": Packing(8, is_grouped=True),
+    "8 bits fine": FINE,
     "4 bits": Packing(4, is_grouped=True),
 }
 

@@ -93,22 +93,28 @@ def as_packed(kernels: Kernels, packing: Packing, state: State) -> State:
     return {name: unpacked(name, x) if is_packed(name) else x for name, x in state.items()}
 
 
-def quantised(x: torch.Tensor) -> torch.Tensor:
-    """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns."""
+def quantised(x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Activations as the kernels see them, in float64: int8 codes, one scale per 32 columns, and
+    with 16 bits the codes of what they round away, in steps 254 times finer."""
     groups = x.view(len(x), -1, library.GROUP)
     most = groups.abs().amax(-1, keepdim=True)
     # not 127 / most, which torch computes as 127 * (1 / most)
     inverse = torch.where(most > 0, torch.full_like(most, 127) / most, torch.zeros_like(most))
-    codes = (groups * inverse).round()
-    return (codes.double() * (most / 127).double()).view(x.shape)
+    scaled = groups * inverse
+    codes, step = scaled.round(), most / 127
+    near = codes.double() * step.double()
+    if packing.activation_bits == 16:
+        near += ((scaled - codes) * 254).round().double() * (step / 254).double()
+    return near.view(x.shape)
 
 
 class _QuantisedInput:
-    def __init__(self, matrix: Matrix) -> None:
+    def __init__(self, matrix: Matrix, packing: Packing) -> None:
         self._matrix = matrix
+        self._packing = packing
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._matrix(quantised(x).float())
+        return self._matrix(quantised(x, self._packing).float())
 
 
 class _HalfPool(TorchKVPool):
@@ -123,17 +129,17 @@ class _HalfPool(TorchKVPool):
 class Reference(Llama):
     """The plain network in float32, rounded where the kernels round."""
 
-    def __init__(self, config: ModelConfig, state: State) -> None:
+    def __init__(self, config: ModelConfig, state: State, packing: Packing) -> None:
         super().__init__(config, FLOAT32)
         load(self, state)
-        self.head: Any = _QuantisedInput(self.head)
+        self.head: Any = _QuantisedInput(self.head, packing)
         for block in self.blocks:
             parts: tuple[tuple[Any, str], ...] = (
                 (block.attention, "qkv"), (block.attention, "output"), (block.mlp, "gate_up"),
                 (block.mlp, "down"),
             )  # fmt: skip
             for part, name in parts:
-                setattr(part, name, _QuantisedInput(getattr(part, name)))
+                setattr(part, name, _QuantisedInput(getattr(part, name), packing))
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
         return _HalfPool(num_blocks, block_size, self.device)

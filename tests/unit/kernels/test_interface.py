@@ -68,7 +68,7 @@ class Parts:
 
     def matrix(self, rows: int, columns: int, kernels: Kernels | None = None) -> int:
         level = (kernels or self.kernels).level_name
-        handle = self.own("matrix", self.c.cs_matrix_create(level, rows, columns, 8, 0))
+        handle = self.own("matrix", self.c.cs_matrix_create(level, rows, columns, 8, 0, 1))
         values = np.full((rows, columns), 0.01, np.float32)
         status = self.c.cs_matrix_load(handle, self.team, 0, rows, values.ctypes.data, 0, 0)
         assert status == OK
@@ -130,18 +130,19 @@ def test_the_version_and_the_levels_are_those_of_the_python_side(kernels: Kernel
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "bits", "is_grouped"),
+    ("rows", "columns", "bits", "is_grouped", "num_terms"),
     [
-        (0, 32, 8, 0), (-1, 32, 8, 0), (INT_MAX, 32, 8, 0),
-        (32, 0, 8, 0), (32, 31, 8, 0), (32, 48, 8, 0), (32, -32, 8, 0), (32, 65568, 8, 0),
-        (32, 32, 7, 1), (32, 32, 16, 0), (32, 32, 0, 0), (32, 32, 4, 0),
+        (0, 32, 8, 0, 1), (-1, 32, 8, 0, 1), (INT_MAX, 32, 8, 0, 1),
+        (32, 0, 8, 0, 1), (32, 31, 8, 0, 1), (32, 48, 8, 0, 1), (32, -32, 8, 0, 1),
+        (32, 65568, 8, 0, 1), (32, 32, 7, 1, 1), (32, 32, 16, 0, 1), (32, 32, 0, 0, 1),
+        (32, 32, 4, 0, 1), (32, 32, 8, 0, 0), (32, 32, 8, 0, 3), (32, 32, 8, 0, -1),
     ],
 )  # fmt: skip
 def test_a_matrix_of_a_size_that_there_is_not_is_refused(
-    kernels: Kernels, rows: int, columns: int, bits: int, is_grouped: int
+    kernels: Kernels, rows: int, columns: int, bits: int, is_grouped: int, num_terms: int
 ) -> None:
     create = kernels.functions.cs_matrix_create
-    assert not create(kernels.level_name, rows, columns, bits, is_grouped)
+    assert not create(kernels.level_name, rows, columns, bits, is_grouped, num_terms)
 
 
 @pytest.fixture
@@ -157,12 +158,12 @@ def limited_memory() -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit of addresses")
 @pytest.mark.usefixtures("limited_memory")
 def test_a_matrix_that_does_not_fit_into_memory_is_refused(kernels: Kernels) -> None:
-    assert not kernels.functions.cs_matrix_create(kernels.level_name, 1 << 24, 65536, 8, 0)
+    assert not kernels.functions.cs_matrix_create(kernels.level_name, 1 << 24, 65536, 8, 0, 1)
 
 
 def test_an_unknown_level_is_refused(parts: Parts) -> None:
     shape = ctypes.byref(Shape(**SHAPE))
-    assert not parts.c.cs_matrix_create(b"sse2", 32, 32, 8, 0)
+    assert not parts.c.cs_matrix_create(b"sse2", 32, 32, 8, 0, 1)
     assert not parts.c.cs_network_create(shape, b"sse2", parts.team)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
 from chatserve.models.kernel_matrix import GateUpRows, KernelMatrix, Team
-from chatserve.models.packing import Packing
+from chatserve.models.packing import FINE, Packing
 from tests.unit.kernels.networks import quantised
 
 GROUP = library.GROUP
@@ -147,10 +147,24 @@ def test_a_product_is_that_of_the_packed_weights_and_the_quantised_rows(
     x = torch.from_numpy(draw.standard_normal((num_rows, columns)) * draw.choice((1e-3, 1, 50)))
     x = x.float()
     x[draw.random(num_rows) < 0.1] = 0
-    near, weight = quantised(x), unpacked(matrix).double()
+    near, weight = quantised(x, packing), unpacked(matrix).double()
     sizes = near.abs() @ weight.abs().T
     error = (matrix.multiply(x).double() - near @ weight.T).abs()
     assert (error <= sizes * 1e-5 + 1e-30).all()
+
+
+def test_fine_activations_are_two_hundred_times_nearer_to_the_true_ones(
+    kernels: Kernels, team: Team
+) -> None:
+    values = torch.randn(64, 320, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(9, 320, generator=torch.Generator().manual_seed(5))
+
+    def error(packing: Packing) -> float:
+        matrix = packed(kernels, team, values, packing)
+        exact = x.double() @ unpacked(matrix).double().T
+        return float((matrix.multiply(x).double() - exact).abs().max())
+
+    assert error(FINE) < error(Packing(is_grouped=True)) / 150
 
 
 @settings(max_examples=15)

@@ -70,7 +70,7 @@ def test_logits_equal_the_plain_networks(
     network = build(kernels, packing, shape)
     state = random_state(network)
     load(network, state)
-    reference = Reference(shape, as_packed(kernels, packing, state))
+    reference = Reference(shape, as_packed(kernels, packing, state), packing)
     pools = [pool_of(network, 10), reference.build_kv_pool(10, 32)]
 
     def run(model: Any, pool: Any) -> torch.Tensor:

@@ -141,7 +141,7 @@ room = pages * resource.getpagesize() + (40 << 20)  # for the stacks of a few th
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
 team = functions.cs_team_create(64)
 rows, out = np.ones((64, 32), np.float32), np.zeros((2, 64), np.float32)
-matrix = functions.cs_matrix_create({kernels.level_name!r}, 64, 32, 8, 0)
+matrix = functions.cs_matrix_create({kernels.level_name!r}, 64, 32, 8, 0, 1)
 assert functions.cs_matrix_load(matrix, team, 0, 64, rows.ctypes.data, 0, 0) == 0
 assert functions.cs_matrix_multiply(matrix, team, rows.ctypes.data, 2, out.ctypes.data) == 0
 assert np.allclose(out, 32), out
