@@ -83,6 +83,7 @@ class Supervisor:
         self._policy = policy
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
+        self._start = asyncio.Lock()  # held while a child is being started
         self._is_retired = asyncio.Event()
 
     async def run(self) -> None:
@@ -91,7 +92,7 @@ class Supervisor:
         Raises the `StartupError` that a child ended with, or `CrashLoop`; its message is the
         child's last line.
         """
-        while True:
+        while not self._is_retired.is_set():
             exit_code, words = await self._run_once()
             if self._is_retired.is_set():
                 return
@@ -117,7 +118,8 @@ class Supervisor:
     async def stop(self, *, kill_after_s: float) -> None:
         """Ask the child to end; kill it when it does not within `kill_after_s`."""
         self.retire()
-        process = self._process
+        async with self._start:  # a child that is just being born must be known before it is told
+            process = self._process
         if process is None or process.returncode is not None:
             return
         _signal(process, signal.SIGTERM)
@@ -139,14 +141,15 @@ class Supervisor:
         """Start the child and wait for its end. Returns its exit code and its last words."""
         lifeline = Lifeline()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                env=self._environment(lifeline.child_fd),
-                pass_fds=(lifeline.child_fd,),
-                stdin=asyncio.subprocess.DEVNULL,
-                # Ctrl-C is for the server, which lets the child finish first
-                start_new_session=True,
-            )
+            async with self._start:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    env=self._environment(lifeline.child_fd),
+                    pass_fds=(lifeline.child_fd,),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # Ctrl-C is for the server, which lets the child finish first
+                    start_new_session=True,
+                )
             lifeline.close_child_end()
             exit_code = await self._process.wait()
             self._on_exit()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,44 @@ def test_stop_ends_the_child(manners: str, fifo: str) -> None:
         return pid
 
     assert not is_alive(asyncio.run(main()))
+
+
+def test_stop_while_the_child_is_being_started_ends_it(
+    fifo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child may run for a while before its start is known here."""
+    start = asyncio.create_subprocess_exec
+
+    async def main() -> int:
+        is_known = asyncio.Event()
+
+        async def start_slowly(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+            process = await start(*command, **options)
+            await is_known.wait()
+            return process
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
+        supervisor = child(POLITE + WRITE_PID.format(fifo) + SLEEP)
+        task, pid = await running(supervisor, fifo)
+        stop = asyncio.create_task(supervisor.stop(kill_after_s=30))
+        await asyncio.sleep(0)  # it has looked for the child
+        is_known.set()
+        await asyncio.wait_for(asyncio.gather(stop, task), 30)
+        return pid
+
+    assert not is_alive(asyncio.run(main()))
+
+
+def test_a_supervisor_that_was_stopped_before_starts_nothing() -> None:
+    ends: list[float] = []
+
+    async def main() -> None:
+        supervisor = child("sys.exit(1)", ends=ends)
+        await supervisor.stop(kill_after_s=1)
+        await asyncio.wait_for(supervisor.run(), 30)
+
+    asyncio.run(main())
+    assert not ends
 
 
 def test_stop_while_waiting_for_a_restart() -> None:
