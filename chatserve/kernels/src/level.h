@@ -15,6 +15,11 @@ constexpr int kKeyLanes = 16;   // positions side by side in a block's keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxColumns = 1 << 16;
 constexpr int kMaxTerms = 2;
+constexpr int kMaxWideRows = 16;  // that a product takes through the weights together
+
+// From one row of codes to the next: rows a power of two apart would crowd into few sets of the cache.
+constexpr size_t code_stride(int columns) { return columns + 64; }
+
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
@@ -34,10 +39,11 @@ struct Matrix {
   float* row_scales;       // [panel][32 rows]
 };
 
-// Quantised activation rows: codes[M][terms][columns], scales[M][terms][groups], and what an
+// Quantised activation rows: codes[M][terms][stride], scales[M][terms][groups], and what an
 // accumulator starts with, -offset * sum(codes), in corrections[M][terms][groups]. A second term holds
 // what the first one rounds away, in steps 254 times finer.
 struct Activations {
+  size_t stride;  // `code_stride` of the columns
   int8_t* codes;
   float* scales;
   int32_t* corrections;

@@ -21,6 +21,7 @@ using chatserve::kKeyLanes;
 using chatserve::kMaxAttentionRows;
 using chatserve::kMaxColumns;
 using chatserve::kMaxHeadDim;
+using chatserve::kMaxWideRows;
 using chatserve::kPanelRows;
 using chatserve::LevelKernels;
 using chatserve::Matrix;
@@ -57,6 +58,7 @@ inline F exponential(F x) {
 #include "dot_product_kernels.h"
 #include "matrix_product_kernels.h"
 #include "packing_kernels.h"
+#include "wide_tile_kernels.h"
 #include "product_kernels.h"
 #include "row_kernels.h"
 #include "sampling_kernels.h"

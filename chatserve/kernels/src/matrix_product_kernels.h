@@ -13,13 +13,13 @@ constexpr int partner(int even) {
 
 // What `multiply_tile` does, to the bit, for two rows or more. `S` is the level's `Simd`: a parameter,
 // so that it compiles only where `kHasMatrixProduct`.
-template <class S, int M, int BITS, bool GROUPED, bool PREFETCH>
+template <class S, int M, int BITS, bool GROUPED, bool AHEAD>
 inline void multiply_pairs(const Matrix& w, int panel, int part, const Activations& a, size_t ahead,
                            float (*tile)[kPanelRows]) {
   constexpr int kPairs = (M + 1) / 2;
   constexpr int kVectors = kPanelRows / kLanes / S::kParts;
   constexpr int kColumns = 8;  // of one product
-  const int columns = w.columns, groups = w.groups;
+  const int groups = w.groups;
   const int first = part * kVectors * kLanes;  // row within the panel
   const uint8_t* codes = w.codes + w.panel_bytes * panel + 4 * first;
   const uint16_t* halves =
@@ -39,16 +39,16 @@ inline void multiply_pairs(const Matrix& w, int panel, int part, const Activatio
       I x[kPairs];
       CS_UNROLL for (int p = 0; p < kPairs; p++) {
         const int even = 2 * p, odd = partner<M>(even);
-        x[p] = S::load_pair(a.codes + static_cast<size_t>(even) * columns + k,
-                            a.codes + static_cast<size_t>(odd) * columns + k);
+        x[p] = S::load_pair(a.codes + even * a.stride + k,
+                            a.codes + odd * a.stride + k);
       }
       CS_UNROLL for (int v = 0; v < kVectors; v++) {
         const uint8_t* at = codes + 4 * kLanes * v;
-        if (PREFETCH) S::prefetch_l2(at + ahead);
+        if (AHEAD) S::prefetch_l2(at + ahead);
         I near = S::load_codes(at), far;
         if (BITS == 8) {
           far = S::load_codes(at + 4 * kPanelRows);
-          if (PREFETCH) S::prefetch_l2(at + 4 * kPanelRows + ahead);
+          if (AHEAD) S::prefetch_l2(at + 4 * kPanelRows + ahead);
         } else {
           far = S::high_codes(near);
           near = S::low_codes(near);

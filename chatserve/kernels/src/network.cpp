@@ -48,7 +48,7 @@ bool PackedMatrix::create(const LevelKernels& level, int rows, int columns, int 
 
 Activations PackedMatrix::row_of(const Activations& all, int row) const {
   const size_t first = static_cast<size_t>(row) * view_.num_terms;
-  return {all.codes + first * view_.columns, all.scales + first * view_.groups,
+  return {all.stride, all.codes + first * all.stride, all.scales + first * view_.groups,
           all.corrections + first * view_.groups};
 }
 
@@ -81,12 +81,13 @@ bool PackedMatrix::multiply(Team& team, const float* x, int num_rows, float* y) 
   Buffer<float> scales;
   Buffer<int32_t> corrections;
   const size_t columns = view_.columns, groups = view_.groups;
+  const size_t stride = code_stride(view_.columns);
   const size_t terms = static_cast<size_t>(num_rows) * view_.num_terms;
-  if (!codes.allocate(terms * columns) || !scales.allocate(terms * groups) ||
+  if (!codes.allocate(terms * stride) || !scales.allocate(terms * groups) ||
       !corrections.allocate(terms * groups)) {
     return false;
   }
-  const Activations all = {codes.data(), scales.data(), corrections.data()};
+  const Activations all = {stride, codes.data(), scales.data(), corrections.data()};
   for (int row = 0; row < num_rows; row++) {
     level_->quantise(x + row * columns, nullptr, 0, view_.columns, offset(), view_.num_terms,
                      row_of(all, row));
@@ -147,7 +148,7 @@ bool Network::create() {
   return create_scores() && x_.allocate(rows * shape_.hidden) &&
          qkv_.allocate(rows * qkv_stride_) &&
          mixed_.allocate(rows * shape_.num_heads * shape_.head_dim) &&
-         ffn_.allocate(rows * shape_.ffn) && codes_.allocate(kMaxTerms * rows * widest) &&
+         ffn_.allocate(rows * shape_.ffn) && codes_.allocate(kMaxTerms * rows * code_stride(widest)) &&
          scales_.allocate(kMaxTerms * rows * (widest / kGroup)) &&
          corrections_.allocate(kMaxTerms * rows * (widest / kGroup));
 }
@@ -237,7 +238,7 @@ void Network::embed(int row) {
 
 void Network::quantise(const float* x, const float* norm, const PackedMatrix& next, int row) {
   level_.quantise(x, norm, shape_.eps, next.view().columns, next.offset(), next.view().num_terms,
-                  next.row_of(activations(), row));
+                  next.row_of(activations(next), row));
 }
 
 // After this stage `codes_` holds the input of `next`, and the units are its panels.
@@ -250,7 +251,7 @@ void Network::quantise_stage(int thread, const float* x, size_t stride, const fl
 }
 
 void Network::multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to) {
-  const Activations a = activations();
+  const Activations a = activations(w);
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     level_.multiply(w.view(), a, num_rows, begin, end, ahead_, to);
   }

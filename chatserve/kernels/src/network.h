@@ -129,7 +129,10 @@ class Network {
   void work(int thread);
   void embed(int row);
   void quantise(const float* x, const float* norm, const PackedMatrix& next, int row);
-  Activations activations() { return {codes_.data(), scales_.data(), corrections_.data()}; }
+  // The buffers as they hold the input of `next`.
+  Activations activations(const PackedMatrix& next) {
+    return {code_stride(next.view().columns), codes_.data(), scales_.data(), corrections_.data()};
+  }
   void quantise_stage(int thread, const float* x, size_t stride, const float* norm,
                       const PackedMatrix& next);
   void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);

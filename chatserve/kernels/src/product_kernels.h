@@ -3,21 +3,36 @@
 
 namespace {
 
-template <int BITS, bool GROUPED, bool PREFETCH>
+// Most activation rows that one tile takes.
+constexpr int kMostRows = Simd::kHasMatrixProduct ? Simd::kMaxTile : kMaxWideRows;
+
+template <int M, int BITS, bool GROUPED, bool AHEAD>
+inline void multiply_rows(const Matrix& w, int panel, const Activations& a, size_t ahead,
+                          float (*tile)[kPanelRows]) {
+  if constexpr (M > Simd::kMaxTile) {
+    multiply_wide<M, BITS, GROUPED, AHEAD>(w, panel, a, ahead, tile);
+  } else {
+    for (int part = 0; part < (M == 1 ? 1 : Simd::kParts); part++) {
+      if constexpr (M > 1 && Simd::kHasMatrixProduct) {
+        multiply_pairs<Simd, M, BITS, GROUPED, AHEAD>(w, panel, part, a, ahead, tile);
+      } else {
+        multiply_tile<M, BITS, GROUPED, AHEAD>(w, panel, part, a, ahead, tile);
+      }
+    }
+  }
+}
+
+template <int BITS, bool GROUPED, bool AHEAD>
 inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activations& a,
                            size_t ahead, float (*tile)[kPanelRows]) {
-  for (int part = 0; part < (num_rows == 1 ? 1 : Simd::kParts); part++) {
-    switch (num_rows) {
-#define CS_CASE(n)                                                                      \
-  case n:                                                                               \
-    if constexpr (n > 1 && n <= Simd::kMaxTile && Simd::kHasMatrixProduct)              \
-      multiply_pairs<Simd, n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile); \
-    else if constexpr (n <= Simd::kMaxTile)                                             \
-      multiply_tile<n, BITS, GROUPED, PREFETCH>(w, panel, part, a, ahead, tile);        \
+  switch (num_rows) {
+#define CS_CASE(n)                                                                               \
+  case n:                                                                                        \
+    if constexpr (n <= kMostRows) multiply_rows<n, BITS, GROUPED, AHEAD>(w, panel, a, ahead, tile); \
     break;
-      CS_CASE(1) CS_CASE(2) CS_CASE(3) CS_CASE(4) CS_CASE(5) CS_CASE(6)
+    CS_CASE(1) CS_CASE(2) CS_CASE(3) CS_CASE(4) CS_CASE(5) CS_CASE(6) CS_CASE(7) CS_CASE(8)
+    CS_CASE(9) CS_CASE(10) CS_CASE(11) CS_CASE(12) CS_CASE(13) CS_CASE(14) CS_CASE(15) CS_CASE(16)
 #undef CS_CASE
-    }
   }
 }
 
@@ -54,19 +69,22 @@ inline void add_tile_row(float* row, const float* other) {
 template <int BITS, bool GROUPED>
 void multiply_range(const Matrix& w, const Activations& a, int num_rows, int first_panel,
                     int last_panel, size_t ahead, const Output& to) {
-  alignas(64) float tile[Simd::kMaxTile][kPanelRows];
-  const int terms = w.num_terms, most = Simd::kMaxTile / terms;
+  alignas(64) float tile[kMostRows][kPanelRows];
+  const int terms = w.num_terms;
+  // few rows wait for the weights, which are read once; many for the sums, which stay in registers
+  const bool is_wide = terms * num_rows <= kMostRows;
+  const int most = (is_wide ? kMostRows : Simd::kMaxTile) / terms;
   const int num_blocks = (num_rows + most - 1) / most;
   for (int panel = first_panel; panel < last_panel; panel++) {
     for (int block = 0; block < num_blocks; block++) {
       const long begin = static_cast<long>(num_rows) * block / num_blocks;
       const long end = static_cast<long>(num_rows) * (block + 1) / num_blocks;
       const long first = begin * terms;
-      Activations part = {a.codes + first * w.columns, a.scales + first * w.groups,
+      Activations part = {a.stride, a.codes + first * a.stride, a.scales + first * w.groups,
                           a.corrections + first * w.groups};
       const int count = static_cast<int>(end - begin);
       // the second pass over a panel finds it in the cache and has time to fetch the next one
-      const size_t reach = block == 1 ? w.panel_bytes : num_blocks == 1 ? ahead : 0;
+      const size_t reach = block == 1 ? w.panel_bytes : is_wide ? ahead : 0;
       if (reach) {
         multiply_panel<BITS, GROUPED, true>(w, panel, terms * count, part, reach, tile);
       } else {

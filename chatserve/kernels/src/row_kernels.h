@@ -54,7 +54,7 @@ void quantise_terms(const float* x, const float* norm, float eps, int columns, i
       CS_UNROLL for (int t = 0; t < TERMS; t++) {
         I rounded = Simd::to_int(scaled);
         totals[t] = Simd::iadd(totals[t], rounded);
-        Simd::store_codes(row.codes + t * columns + g * kGroup + v * kLanes, rounded);
+        Simd::store_codes(row.codes + t * row.stride + g * kGroup + v * kLanes, rounded);
         // at most half a step is left: 127 finer ones
         scaled = Simd::mul(Simd::sub(scaled, Simd::to_float(rounded)), Simd::set1(254.0f));
       }

@@ -13,6 +13,7 @@ struct Simd {
   static constexpr int kParts = 2;
   static constexpr bool kHasMatrixProduct = false;
   static constexpr int kMaxTile = 3;
+  static constexpr int kWideTile = 4;  // rows whose sums of integers fit into registers
   // vpmaddubsw wants one unsigned side: 8-bit codes stay signed (see dot8), 4-bit ones do not
   static constexpr int kOffset8 = 0, kOffset4 = 8;
   static constexpr int kMaxChains = 1;

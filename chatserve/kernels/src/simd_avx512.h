@@ -13,6 +13,7 @@ struct Simd {
   static constexpr int kParts = 1;  // a panel's 32 rows are computed in so many parts
   static constexpr bool kHasMatrixProduct = false;  // see simd_neon_i8mm.h
   static constexpr int kMaxTile = 6;
+  static constexpr int kWideTile = 8;  // rows whose sums of integers fit into registers
   static constexpr int kOffset8 = 128, kOffset4 = 8;
   static constexpr int kMaxChains = 4;     // accumulators per vector that hide the latency of a dot
   static constexpr int kScoreChains = 2;   // the same for attention scores

@@ -14,6 +14,7 @@ struct NeonSimd {
   static constexpr int kParts = 2;
   static constexpr bool kHasMatrixProduct = false;
   static constexpr int kMaxTile = 3;
+  static constexpr int kWideTile = 5;  // rows whose sums of integers fit into registers
   static constexpr int kOffset8 = 0, kOffset4 = 8;
   static constexpr int kMaxChains = 1;
   static constexpr int kScoreChains = 1;
