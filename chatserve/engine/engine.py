@@ -210,7 +210,6 @@ class Engine:
         except Exception as error:  # as in `step`: this sequence alone fails
             return [self._fail(item.sequence, error)]
 
-    @torch.inference_mode()
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
         logits = self._runner.run(batch)
         turns = self._say(batch, logits)

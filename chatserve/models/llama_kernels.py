@@ -12,9 +12,10 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -221,7 +222,7 @@ class KernelLlama:
         self._blocks = [_Block(config, build, window) for window in config.sliding_windows]
         self._norm = Vector(hidden)
         self._stride = padded(config.vocab_size)
-        self._logits = torch.empty(0, self._stride)
+        self._logits: list[torch.Tensor] = []  # by number of rows
         self._network = 0
         self._num_positions = 0
 
@@ -262,32 +263,35 @@ class KernelLlama:
         """
         segments = batch.segments
         assert all(len(s.block_ids) * library.BLOCK_SIZE >= s.num_total for s in segments)
-        tokens, positions = _int32(batch.token_ids), _int32(batch.positions)
-        starts = _int32([segment.start for segment in segments])
-        counts = _int32([segment.num_tokens for segment in segments])
-        ids = _int32(list(chain.from_iterable(segment.block_ids for segment in segments)))
-        lengths = [len(segment.block_ids) for segment in segments]
-        ends = np.cumsum(lengths, dtype=np.uintp)
-        tables = np.uintp(ids.ctypes.data) + np.uintp(4) * (ends - np.array(lengths, np.uintp))
-        outputs = _int32(batch.output_rows)
-        logits = self._room_for(len(outputs))
+        # One array for all: after a step that has read every weight nothing is left in the cache,
+        # and each further call would take longer than what it does.
+        parts: list[Sequence[int]] = [
+            batch.token_ids, batch.positions, batch.output_rows,
+            [segment.start for segment in segments], [segment.num_tokens for segment in segments],
+            *[segment.block_ids for segment in segments],
+        ]  # fmt: skip
+        numbers = array("i", chain.from_iterable(parts))
+        address, _ = numbers.buffer_info()
+        ends = accumulate(map(len, parts), initial=0)
+        tokens, positions, outputs, starts, counts, *tables = (address + 4 * end for end in ends)
+        pointers = array("Q", tables[:-1])
+        logits = self._room_for(len(batch.output_rows))
         step = library.Step(
-            num_rows=len(tokens), num_segments=len(starts), num_outputs=len(outputs),
-            tokens=tokens.ctypes.data, positions=positions.ctypes.data,
-            segment_starts=starts.ctypes.data, segment_rows=counts.ctypes.data,
-            block_tables=tables.ctypes.data, output_rows=outputs.ctypes.data,
-            logits=logits.data_ptr(), logits_stride=self._stride,
+            len(batch.token_ids), len(segments), len(batch.output_rows),
+            tokens, positions, starts, counts, pointers.buffer_info()[0], outputs,
+            logits.data_ptr(), self._stride,
         )  # fmt: skip
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
-        return logits[:, : self.vocab_size]
+        return logits
 
     def _room_for(self, num_outputs: int) -> torch.Tensor:
-        """Rows of one buffer, kept: fresh pages for 3 MB cost as much as sampling them."""
+        """(num_outputs, V) of one buffer, kept: fresh pages for 3 MB cost as much as sampling."""
         if num_outputs > _KEPT_ROWS:
-            return torch.empty(num_outputs, self._stride)
-        if num_outputs > len(self._logits):
-            self._logits = torch.empty(_KEPT_ROWS, self._stride)
-        return self._logits[:num_outputs]
+            return torch.empty(num_outputs, self._stride)[:, : self.vocab_size]
+        if not self._logits:
+            kept = torch.empty(_KEPT_ROWS, self._stride)
+            self._logits = [kept[:count, : self.vocab_size] for count in range(_KEPT_ROWS + 1)]
+        return self._logits[num_outputs]
 
     def set_num_threads(self, num_threads: int) -> None:
         """Between steps only."""
@@ -367,7 +371,3 @@ class KernelLlama:
         for index, block in enumerate(self._blocks):
             layer = block.layer()
             check(self._functions.cs_network_set_layer(handle, index, ctypes.byref(layer)))
-
-
-def _int32(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return np.array(values, dtype=np.int32)
