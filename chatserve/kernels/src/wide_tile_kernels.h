@@ -28,6 +28,7 @@ struct Rows {
 template <int S, int BITS, bool GROUPED, int SHARE, int SHARES>
 inline void add_products(const uint8_t* codes, const uint16_t* halves, const Activations& a, int row,
                          int group, int groups, size_t ahead, float (*tile)[kPanelRows]) {
+  static_assert(S <= 8, "Rows addresses eight");
   constexpr int kVectors = kPanelRows / kLanes / Simd::kParts;
   constexpr int kColumns = BITS == 8 ? 4 : 8;  // of one chunk of codes
   const size_t first = static_cast<size_t>(row) * groups + group;
