@@ -27,7 +27,8 @@
        ├─ CannotBind               5
        ├─ RegistrationFailed       6
        ├─ CrashLoop                7
-       └─ HubError                 1
+       ├─ HubError                 1
+       └─ CannotWrite              1
 
 Every message is one sentence a user can act on: it names the value, the limit and the way out.
 """
@@ -222,5 +223,11 @@ class CrashLoop(StartupError):
 
 class HubError(StartupError):
     """A download failed: hub unreachable, wrong checksum, disk full."""
+
+    exit_code = 1
+
+
+class CannotWrite(StartupError):
+    """Weights cannot be written: disk full, read-only, no right to."""
 
     exit_code = 1
