@@ -39,7 +39,8 @@ class KernelMatrix:
         self._team = team
         self.shape = (rows, columns)
         handle = self._functions.cs_matrix_create(
-            kernels.level_name, rows, columns, packing.bits, packing.is_grouped,
+            kernels.level_name, rows, columns, packing.bits,
+            packing.is_grouped + packing.has_minima,
             packing.activation_bits // 8,
         )  # fmt: skip
         if not handle:

@@ -12,20 +12,23 @@ GROUP = 32
 class Packing:
     """8 or 4 bits a weight, with one scale per output row or per `GROUP` weights of it.
 
+    has_minima: 4 bits from a minimum per `GROUP` weights upwards, as GGUF's Q4_1, not around zero.
     activation_bits: 8 or 16, of what the weights are multiplied with; always a scale per `GROUP`.
     """
 
     bits: int = 8
     is_grouped: bool = False
+    has_minima: bool = False
     activation_bits: int = 8
 
     @property
     def bytes_per_weight(self) -> float:
-        """Codes, and half-precision scales where grouped; one scale a row is not counted."""
-        return self.bits / 8 + (2 / GROUP if self.is_grouped else 0)
+        """Codes, and half-precision scales and minima of groups; one scale a row is not counted."""
+        return self.bits / 8 + (2 / GROUP) * (self.is_grouped + self.has_minima)
 
     def __str__(self) -> str:
-        return f"int{self.bits}" + (f"/{GROUP}" if self.is_grouped else "")
+        group = f"/{GROUP}" if self.is_grouped else ""
+        return f"int{self.bits}{group}" + ("+min" if self.has_minima else "")
 
 
 FINE = Packing(is_grouped=True, activation_bits=16)

@@ -68,7 +68,7 @@ float from_half(uint16_t half) {
 // ---- a packed matrix, and what it stands for ----
 
 struct Packing {
-  int bits, is_grouped, num_terms;
+  int bits, scaling, num_terms;
 };
 
 struct Matrix {
@@ -82,7 +82,7 @@ struct Matrix {
   void build(const char* level, cs_team* team, Packing packing, int num_rows, int num_columns,
              bool is_gate_up = false) {
     rows = num_rows, columns = num_columns;
-    handle = cs_matrix_create(level, rows, columns, packing.bits, packing.is_grouped,
+    handle = cs_matrix_create(level, rows, columns, packing.bits, packing.scaling,
                               packing.num_terms);
     require(handle, "a matrix was refused");
     const Floats source = gaussian(static_cast<size_t>(rows) * columns, 1.5f / std::sqrt(columns));
@@ -125,7 +125,7 @@ struct Matrix {
   }
 
   void check(const Floats& source, Packing packing) const {
-    const int span = packing.is_grouped ? kGroup : columns;
+    const int span = packing.scaling ? kGroup : columns;
     for (size_t first = 0; first < source.size(); first += span) {
       float most = 0, error = 0;
       for (int i = 0; i < span; i++) {
@@ -452,7 +452,7 @@ void check_against_reference(const Network& network, const Sequence& s, const st
 
 void check_network(const char* level, Packing packing, Features features) {
   std::ostringstream name;
-  name << level << ", " << packing.bits << " bits" << (packing.is_grouped ? " grouped" : "")
+  name << level << ", " << packing.bits << " bits" << (packing.scaling == 2 ? " affine" : packing.scaling ? " grouped" : "")
        << (packing.num_terms == 2 ? " fine" : "") << ", "
        << features.num_heads << " heads on " << features.num_kv_heads << " of "
        << features.head_dim;
@@ -514,7 +514,7 @@ void check_products(const std::vector<std::string>& levels, Packing packing) {
   std::vector<Floats> expected;
   for (const std::string& level : levels) {
     cs_matrix* matrix =
-        cs_matrix_create(level.c_str(), kRows, kColumns, packing.bits, packing.is_grouped,
+        cs_matrix_create(level.c_str(), kRows, kColumns, packing.bits, packing.scaling,
                          packing.num_terms);
     require(team && matrix &&
                 cs_matrix_load(matrix, team, 0, kRows, weight.data(), 0, 0) == CS_OK,
@@ -579,7 +579,7 @@ int main(int num_words, char** words) {
       {2, 1, 80, 32, 160, 2, 64, 0, true, true, false},
       {14, 2, 32, 64, 32, 2, 50, 33, true, false, true},
   };
-  const Packing packings[] = {{8, 0, 1}, {8, 1, 1}, {8, 1, 2}, {4, 1, 1}};
+  const Packing packings[] = {{8, 0, 1}, {8, 1, 1}, {8, 1, 2}, {4, 1, 1}, {4, 2, 1}};
   for (const Packing packing : packings) check_products(levels, packing);
   for (const std::string& level : levels) {
     for (const Packing packing : packings) {

@@ -14,16 +14,40 @@ inline I broadcast(const int8_t* codes) {
 // on their way and everything waits: 20 GB/s instead of 30 were seen with eight rows.
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
+constexpr bool is_grouped(Scaling scaling) { return scaling != Scaling::row; }
+
+// What the sums of a group start with.
+template <Scaling SCALING>
+inline int32_t start_of(int32_t correction) {
+  return SCALING == Scaling::affine ? 0 : correction;
+}
+
+// What one activation row gives to a group: the scale of its codes, and their scaled sum, which the
+// minima are multiplied with.
+template <Scaling SCALING>
+struct RowFactors {
+  F scale, sum;
+
+  RowFactors(float row_scale, int32_t correction) : scale(Simd::set1(row_scale)) {
+    constexpr float kPerCode = -1.0f / Simd::kOffset4;
+    if (SCALING == Scaling::affine) {
+      sum = Simd::set1(row_scale * (static_cast<float>(correction) * kPerCode));
+    }
+  }
+};
+
 // A group's exact sums added to those of the groups before. `halves`: scales of the output rows where
-// weights are grouped. Tiles of every kind use it: a row has the same bits in all of them.
-template <bool GROUPED>
-inline F add_group(F total, I sum, F scale, const uint16_t* halves) {
-  if (GROUPED) scale = Simd::mul(scale, Simd::load_half(halves));
-  return Simd::fma(Simd::to_float(sum), scale, total);
+// weights are grouped, then their minima. Tiles of every kind use it: a row has the same bits in all.
+template <Scaling SCALING>
+inline F add_group(F total, I sum, const RowFactors<SCALING>& row, const uint16_t* halves) {
+  F scale = is_grouped(SCALING) ? Simd::mul(row.scale, Simd::load_half(halves)) : row.scale;
+  total = Simd::fma(Simd::to_float(sum), scale, total);
+  if (SCALING != Scaling::affine) return total;
+  return Simd::fma(row.sum, Simd::load_half(halves + kPanelRows), total);
 }
 
 // M activation rows times the rows [part] of one panel -> tile[M][kPanelRows].
-template <int M, int BITS, bool GROUPED, bool AHEAD>
+template <int M, int BITS, Scaling SCALING, bool AHEAD>
 inline void multiply_tile(const Matrix& w, int panel, int part, const Activations& a, size_t ahead,
                           float (*tile)[kPanelRows]) {
   constexpr int kParts = M == 1 ? 1 : Simd::kParts;
@@ -33,7 +57,9 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
   const int first = part * kVectors * kLanes;  // row within the panel
   const uint8_t* codes = w.codes + w.panel_bytes * panel + 4 * first;
   const uint16_t* halves =
-      GROUPED ? w.group_scales + static_cast<size_t>(panel) * groups * kPanelRows + first : nullptr;
+      is_grouped(SCALING)
+          ? w.group_scales + static_cast<size_t>(panel) * groups * group_halves(SCALING) + first
+          : nullptr;
   F sums[M][kVectors];
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) sums[m][v] = Simd::zero();
@@ -41,7 +67,7 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
   for (int g = 0; g < groups; g++) {
     I acc[kChains][M][kVectors];
     CS_UNROLL for (int m = 0; m < M; m++) {
-      I start = Simd::iset1(a.corrections[m * groups + g]);
+      I start = Simd::iset1(start_of<SCALING>(a.corrections[m * groups + g]));
       CS_UNROLL for (int v = 0; v < kVectors; v++) {
         acc[0][m][v] = start;
         CS_UNROLL for (int c = 1; c < kChains; c++) acc[c][m][v] = Simd::izero();
@@ -83,19 +109,19 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
       }
     }
     CS_UNROLL for (int m = 0; m < M; m++) {
-      F scale = Simd::set1(a.scales[m * groups + g]);
+      const RowFactors<SCALING> row(a.scales[m * groups + g], a.corrections[m * groups + g]);
       CS_UNROLL for (int v = 0; v < kVectors; v++) {
         I sum = acc[0][m][v];
         CS_UNROLL for (int c = 1; c < kChains; c++) sum = Simd::iadd(sum, acc[c][m][v]);
-        const uint16_t* half = GROUPED ? halves + g * kPanelRows + v * kLanes : nullptr;
-        sums[m][v] = add_group<GROUPED>(sums[m][v], sum, scale, half);
+        const uint16_t* half = is_grouped(SCALING) ? halves + g * group_halves(SCALING) + v * kLanes : nullptr;
+        sums[m][v] = add_group<SCALING>(sums[m][v], sum, row, half);
       }
     }
   }
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       F sum = sums[m][v];
-      if (!GROUPED) {
+      if (!is_grouped(SCALING)) {
         sum = Simd::mul(sum, Simd::load(w.row_scales + panel * kPanelRows + first + v * kLanes));
       }
       Simd::store(tile[m] + first + v * kLanes, sum);

@@ -65,6 +65,10 @@ bool is_width(long size) { return size > 0 && size % kGroup == 0 && size <= kMax
 
 bool is_count(int value, int limit) { return value > 0 && value <= limit; }
 
+bool is_form(int bits, Scaling scaling) {
+  return bits == 8 ? scaling != Scaling::affine : bits == 4 && scaling != Scaling::row;
+}
+
 bool is_valid(const cs_shape& s) {
   return is_width(s.hidden) && is_width(s.ffn) && is_count(s.head_dim, kMaxHeadDim) &&
          s.head_dim % 16 == 0 && s.num_heads > 0 && is_width(long{s.num_heads} * s.head_dim) &&
@@ -142,15 +146,17 @@ cs_team* cs_team_create(int num_threads) { return new (std::nothrow) cs_team{Tea
 
 void cs_team_destroy(cs_team* team) { delete team; }
 
-cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped,
+cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int scaling,
                             int num_terms) {
   const LevelKernels* kernels = find_level(level);
   if (!kernels || !is_count(rows, kMaxVocab) || !is_width(columns) ||
-      (bits != 8 && bits != 4) || (bits == 4 && !is_grouped) || !is_count(num_terms, kMaxTerms)) {
+      !is_within(scaling, 3) || !is_form(bits, static_cast<Scaling>(scaling)) ||
+      !is_count(num_terms, kMaxTerms)) {
     return nullptr;
   }
   cs_matrix* handle = new (std::nothrow) cs_matrix;
-  if (handle && !handle->matrix.create(*kernels, rows, columns, bits, is_grouped, num_terms)) {
+  if (handle && !handle->matrix.create(*kernels, rows, columns, bits,
+                                       static_cast<Scaling>(scaling), num_terms)) {
     delete handle;
     return nullptr;
   }

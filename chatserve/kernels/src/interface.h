@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 3
+#define CS_VERSION 4
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -87,9 +87,9 @@ CS_API const char* cs_levels(void);
 CS_API cs_team* cs_team_create(int num_threads);
 CS_API void cs_team_destroy(cs_team* team);
 
-// bits 8 or 4; is_grouped: a weight scale per 32 columns; num_terms: 1 quantises activations to 8
-// bits, 2 to 16. Null: bad size, or no memory.
-CS_API cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int is_grouped,
+// bits 8 or 4; scaling 0: a scale per row (8 bits), 1: per 32 columns, 2: and a minimum (4 bits);
+// num_terms: 1 quantises activations to 8 bits, 2 to 16. Null: bad size, or no memory.
+CS_API cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int scaling,
                                    int num_terms);
 CS_API void cs_matrix_destroy(cs_matrix* matrix);
 CS_API size_t cs_matrix_bytes(const cs_matrix* matrix);

@@ -15,6 +15,7 @@ constexpr int kKeyLanes = 16;   // positions side by side in a block's keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxColumns = 1 << 16;
 constexpr int kMaxTerms = 2;
+
 constexpr int kMaxWideRows = 16;  // that a product takes through the weights together
 
 // From one row of codes to the next: rows a power of two apart would crowd into few sets of the cache.
@@ -26,16 +27,25 @@ enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 // How rows of a checkpoint tensor spread over panels: `gate` and `up` share panels, 16 rows each.
 enum class RowMap : int { plain = 0, gate = 1, up = 2 };
 
+// How a weight comes from its code: times a scale per output row, times one per 32 columns, or that
+// and plus a minimum per 32 columns.
+enum class Scaling : int { row = 0, group = 1, affine = 2 };
+
+// Halves of one group of one panel.
+constexpr int group_halves(Scaling scaling) {
+  return scaling == Scaling::affine ? 2 * kPanelRows : kPanelRows;
+}
+
 // A packed weight (rows, columns). Codes: [panel][columns / 4][32 rows][4 columns] bytes for 8 bits,
 // [panel][columns / 8][32 rows][4] for 4 bits, where a byte's low half is column j and its high half
-// column j + 4. Codes are stored with the level's offset added.
+// column j + 4. Codes are stored with the level's offset added, those of `affine` as they are.
 struct Matrix {
   int rows, columns, panels, groups, bits;
-  bool is_grouped;         // one half-precision scale per 32 columns instead of one per row
+  Scaling scaling;
   int num_terms;           // rows of 8-bit codes that stand for one activation row, 1 or 2
   size_t panel_bytes;
   uint8_t* codes;
-  uint16_t* group_scales;  // [panel][group][32 rows]
+  uint16_t* group_scales;  // [panel][group][32 rows] halves; `affine`: each followed by 32 minima
   float* row_scales;       // [panel][32 rows]
 };
 

@@ -27,6 +27,8 @@ using chatserve::LevelKernels;
 using chatserve::Matrix;
 using chatserve::Output;
 using chatserve::RowMap;
+using chatserve::Scaling;
+using chatserve::group_halves;
 
 using F = Simd::F;
 using I = Simd::I;

@@ -13,7 +13,7 @@ constexpr int partner(int even) {
 
 // What `multiply_tile` does, to the bit, for two rows or more. `S` is the level's `Simd`: a parameter,
 // so that it compiles only where `kHasMatrixProduct`.
-template <class S, int M, int BITS, bool GROUPED, bool AHEAD>
+template <class S, int M, int BITS, Scaling SCALING, bool AHEAD>
 inline void multiply_pairs(const Matrix& w, int panel, int part, const Activations& a, size_t ahead,
                            float (*tile)[kPanelRows]) {
   constexpr int kPairs = (M + 1) / 2;
@@ -23,7 +23,9 @@ inline void multiply_pairs(const Matrix& w, int panel, int part, const Activatio
   const int first = part * kVectors * kLanes;  // row within the panel
   const uint8_t* codes = w.codes + w.panel_bytes * panel + 4 * first;
   const uint16_t* halves =
-      GROUPED ? w.group_scales + static_cast<size_t>(panel) * groups * kPanelRows + first : nullptr;
+      is_grouped(SCALING)
+          ? w.group_scales + static_cast<size_t>(panel) * groups * group_halves(SCALING) + first
+          : nullptr;
   F sums[M][kVectors];
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) sums[m][v] = S::zero();
@@ -32,7 +34,8 @@ inline void multiply_pairs(const Matrix& w, int panel, int part, const Activatio
     I rows01[kPairs][kVectors], rows23[kPairs][kVectors];
     CS_UNROLL for (int p = 0; p < kPairs; p++) {
       const int even = 2 * p, odd = partner<M>(even);
-      I start = S::start_pair(a.corrections[even * groups + g], a.corrections[odd * groups + g]);
+      I start = S::start_pair(start_of<SCALING>(a.corrections[even * groups + g]),
+                              start_of<SCALING>(a.corrections[odd * groups + g]));
       CS_UNROLL for (int v = 0; v < kVectors; v++) rows01[p][v] = rows23[p][v] = start;
     }
     for (int k = g * kGroup; k < (g + 1) * kGroup; k += kColumns) {
@@ -62,19 +65,19 @@ inline void multiply_pairs(const Matrix& w, int panel, int part, const Activatio
       codes += (BITS == 8 ? 2 : 1) * 4 * kPanelRows;
     }
     CS_UNROLL for (int m = 0; m < M; m++) {
-      F scale = S::set1(a.scales[m * groups + g]);
+      const RowFactors<SCALING> row(a.scales[m * groups + g], a.corrections[m * groups + g]);
       CS_UNROLL for (int v = 0; v < kVectors; v++) {
-        const uint16_t* half = GROUPED ? halves + g * kPanelRows + v * kLanes : nullptr;
+        const uint16_t* half = is_grouped(SCALING) ? halves + g * group_halves(SCALING) + v * kLanes : nullptr;
         I sum = m % 2 ? S::sums_of_b(rows01[m / 2][v], rows23[m / 2][v])
                       : S::sums_of_a(rows01[m / 2][v], rows23[m / 2][v]);
-        sums[m][v] = add_group<GROUPED>(sums[m][v], sum, scale, half);
+        sums[m][v] = add_group<SCALING>(sums[m][v], sum, row, half);
       }
     }
   }
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       F sum = sums[m][v];
-      if (!GROUPED) {
+      if (!is_grouped(SCALING)) {
         sum = S::mul(sum, S::load(w.row_scales + panel * kPanelRows + first + v * kLanes));
       }
       S::store(tile[m] + first + v * kLanes, sum);

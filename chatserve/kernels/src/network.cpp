@@ -30,18 +30,19 @@ size_t stride_of(const NetworkShape& shape) {
 // ---- matrix ----
 
 bool PackedMatrix::create(const LevelKernels& level, int rows, int columns, int bits,
-                          bool is_grouped, int num_terms) {
+                          Scaling scaling, int num_terms) {
   level_ = &level;
   const int panels = (rows + kPanelRows - 1) / kPanelRows;
   const int groups = columns / kGroup;
   const size_t panel_bytes = static_cast<size_t>(columns) * kPanelRows * bits / 8;
   if (!codes_.allocate(panel_bytes * panels)) return false;
   const size_t num_rows = static_cast<size_t>(panels) * kPanelRows;
-  if (is_grouped ? !group_scales_.allocate(num_rows * groups) : !row_scales_.allocate(num_rows)) {
+  const size_t halves = static_cast<size_t>(panels) * groups * group_halves(scaling);
+  if (scaling == Scaling::row ? !row_scales_.allocate(num_rows) : !group_scales_.allocate(halves)) {
     return false;
   }
   view_ = {rows,           columns,     panels,         groups,
-           bits,           is_grouped,  num_terms,      panel_bytes,
+           bits,           scaling,     num_terms,      panel_bytes,
            codes_.data(),  group_scales_.data(), row_scales_.data()};
   return true;
 }

@@ -13,7 +13,7 @@ namespace chatserve {
 class PackedMatrix {
  public:
   // False when there is no memory.
-  bool create(const LevelKernels& level, int rows, int columns, int bits, bool is_grouped,
+  bool create(const LevelKernels& level, int rows, int columns, int bits, Scaling scaling,
               int num_terms);
   void load(Team& team, int start, int num_rows, const void* rows, Dtype dtype, RowMap map);
 

@@ -19,15 +19,28 @@ inline float half_to_float(uint16_t h) {
   return value;
 }
 
+constexpr uint16_t kHalfNaN = 0x7e00;
+
 // The smallest half that is not below a value >= 0; the largest half above its range, NaN for what is
 // not finite.
 inline uint16_t half_not_below(float value) {
-  if (!std::isfinite(value)) return 0x7e00;
+  if (!std::isfinite(value)) return kHalfNaN;
   if (value > 65504.0f) return 0x7bff;
   if (value < 0x1p-14f) return static_cast<uint16_t>(std::ceil(value * 0x1p24f));  // subnormal
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return static_cast<uint16_t>(((bits + 0x1fff) >> 13) - (112u << 10));
+}
+
+inline F within_half(F v) {
+  return Simd::min(Simd::set1(65504.0f), Simd::max(Simd::set1(-65504.0f), v));
+}
+
+// The nearest half of a finite value; the largest above the range.
+inline uint16_t half_near(float value) {
+  uint16_t halves[kLanes];
+  Simd::store_half(halves, within_half(Simd::set1(value)));
+  return halves[0];
 }
 
 inline void row_to_float(const void* rows, Dtype dtype, size_t first, int count, float* out) {
@@ -91,6 +104,34 @@ inline uint16_t round_group4(const float* x, int8_t* codes) {
   return half;
 }
 
+struct Affine {
+  uint16_t scale, minimum;
+};
+
+// A group's 4-bit codes 0..15 from its smallest value to its largest. What has been packed so before
+// comes back exactly: the smallest is the minimum then, and the largest 15 steps away.
+inline Affine round_affine4(const float* x, int8_t* codes) {
+  float least = x[0], most = x[0];
+  bool is_finite = true;
+  for (int k = 0; k < kGroup; k++) {
+    is_finite = is_finite && std::isfinite(x[k]);
+    least = x[k] < least ? x[k] : least;
+    most = x[k] > most ? x[k] : most;
+  }
+  if (!is_finite) {
+    std::memset(codes, 0, kGroup);
+    return {kHalfNaN, kHalfNaN};
+  }
+  const Affine affine = {half_near((most - least) / 15), half_near(least)};
+  const float scale = half_to_float(affine.scale), minimum = half_to_float(affine.minimum);
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  for (int k = 0; k < kGroup; k++) {
+    const float code = (x[k] - minimum) * inverse;
+    codes[k] = static_cast<int8_t>(std::lrintf(code < 0.0f ? 0.0f : code > 15.0f ? 15.0f : code));
+  }
+  return affine;
+}
+
 struct Lane {
   int panel, lane;
 };
@@ -113,9 +154,10 @@ inline void put_row(const Matrix& w, Lane at, const int8_t* codes) {
     }
     return;
   }
+  const int offset = w.scaling == Scaling::affine ? 0 : Simd::kOffset4;
   for (int k = 0; k < w.columns; k += 8, panel += 4 * kPanelRows) {
     for (int j = 0; j < 4; j++) {
-      int low = codes[k + j] + Simd::kOffset4, high = codes[k + 4 + j] + Simd::kOffset4;
+      int low = codes[k + j] + offset, high = codes[k + 4 + j] + offset;
       panel[j] = static_cast<uint8_t>(low | high << 4);
     }
   }
@@ -127,17 +169,22 @@ void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtyp
   for (int i = 0; i < num_rows; i++) {
     Lane at = place_of(start + i, map);
     row_to_float(rows, dtype, static_cast<size_t>(i) * w.columns, w.columns, x);
-    if (w.is_grouped) {
-      uint16_t* scales = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
-      for (int g = 0; g < w.groups; g++) {
+    if (w.scaling != Scaling::row) {
+      const int stride = group_halves(w.scaling);
+      uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride;
+      for (int g = 0; g < w.groups; g++, halves += stride) {
         uint16_t half;
-        if (w.bits == 4) {
+        if (w.scaling == Scaling::affine) {
+          const Affine affine = round_affine4(x + g * kGroup, codes + g * kGroup);
+          half = affine.scale;
+          halves[kPanelRows + at.lane] = affine.minimum;
+        } else if (w.bits == 4) {
           half = round_group4(x + g * kGroup, codes + g * kGroup);
         } else {
           half = half_not_below(largest_magnitude(x + g * kGroup, kGroup) / 127);
           round_codes(x + g * kGroup, kGroup, half_to_float(half), 127, codes + g * kGroup);
         }
-        scales[g * kPanelRows + at.lane] = half;
+        halves[at.lane] = half;
       }
     } else {
       float scale = largest_magnitude(x, w.columns) / 127;
@@ -152,10 +199,15 @@ void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtyp
 void unpack_row(const Matrix& w, int row, float* out) {
   Lane at = place_of(row, RowMap::plain);
   const uint8_t* panel = w.codes + w.panel_bytes * at.panel + 4 * at.lane;
-  const uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
-  float scale = w.is_grouped ? 0 : w.row_scales[at.panel * kPanelRows + at.lane];
-  for (int g = 0; g < w.groups; g++) {
-    if (w.is_grouped) scale = half_to_float(halves[g * kPanelRows + at.lane]);
+  const int stride = group_halves(w.scaling);
+  const uint16_t* halves =
+      w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride + at.lane;
+  const bool is_affine = w.scaling == Scaling::affine;
+  const int offset = is_affine ? 0 : Simd::kOffset4;
+  float scale = w.scaling == Scaling::row ? w.row_scales[at.panel * kPanelRows + at.lane] : 0;
+  for (int g = 0; g < w.groups; g++, halves += stride) {
+    if (w.scaling != Scaling::row) scale = half_to_float(*halves);
+    const float minimum = is_affine ? half_to_float(halves[kPanelRows]) : 0;
     float* x = out + g * kGroup;
     if (w.bits == 8) {
       for (int k = 0; k < kGroup; k += 4, panel += 4 * kPanelRows) {
@@ -167,8 +219,8 @@ void unpack_row(const Matrix& w, int row, float* out) {
     } else {
       for (int k = 0; k < kGroup; k += 8, panel += 4 * kPanelRows) {
         for (int j = 0; j < 4; j++) {
-          x[k + j] = static_cast<float>((panel[j] & 15) - Simd::kOffset4) * scale;
-          x[k + 4 + j] = static_cast<float>((panel[j] >> 4) - Simd::kOffset4) * scale;
+          x[k + j] = static_cast<float>((panel[j] & 15) - offset) * scale + minimum;
+          x[k + 4 + j] = static_cast<float>((panel[j] >> 4) - offset) * scale + minimum;
         }
       }
     }

@@ -6,29 +6,29 @@ namespace {
 // Most activation rows that one tile takes.
 constexpr int kMostRows = Simd::kHasMatrixProduct ? Simd::kMaxTile : kMaxWideRows;
 
-template <int M, int BITS, bool GROUPED, bool AHEAD>
+template <int M, int BITS, Scaling SCALING, bool AHEAD>
 inline void multiply_rows(const Matrix& w, int panel, const Activations& a, size_t ahead,
                           float (*tile)[kPanelRows]) {
   if constexpr (M > Simd::kMaxTile) {
-    multiply_wide<M, BITS, GROUPED, AHEAD>(w, panel, a, ahead, tile);
+    multiply_wide<M, BITS, SCALING, AHEAD>(w, panel, a, ahead, tile);
   } else {
     for (int part = 0; part < (M == 1 ? 1 : Simd::kParts); part++) {
       if constexpr (M > 1 && Simd::kHasMatrixProduct) {
-        multiply_pairs<Simd, M, BITS, GROUPED, AHEAD>(w, panel, part, a, ahead, tile);
+        multiply_pairs<Simd, M, BITS, SCALING, AHEAD>(w, panel, part, a, ahead, tile);
       } else {
-        multiply_tile<M, BITS, GROUPED, AHEAD>(w, panel, part, a, ahead, tile);
+        multiply_tile<M, BITS, SCALING, AHEAD>(w, panel, part, a, ahead, tile);
       }
     }
   }
 }
 
-template <int BITS, bool GROUPED, bool AHEAD>
+template <int BITS, Scaling SCALING, bool AHEAD>
 inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activations& a,
                            size_t ahead, float (*tile)[kPanelRows]) {
   switch (num_rows) {
 #define CS_CASE(n)                                                                               \
   case n:                                                                                        \
-    if constexpr (n <= kMostRows) multiply_rows<n, BITS, GROUPED, AHEAD>(w, panel, a, ahead, tile); \
+    if constexpr (n <= kMostRows) multiply_rows<n, BITS, SCALING, AHEAD>(w, panel, a, ahead, tile); \
     break;
     CS_CASE(1) CS_CASE(2) CS_CASE(3) CS_CASE(4) CS_CASE(5) CS_CASE(6) CS_CASE(7) CS_CASE(8)
     CS_CASE(9) CS_CASE(10) CS_CASE(11) CS_CASE(12) CS_CASE(13) CS_CASE(14) CS_CASE(15) CS_CASE(16)
@@ -66,7 +66,7 @@ inline void add_tile_row(float* row, const float* other) {
   }
 }
 
-template <int BITS, bool GROUPED>
+template <int BITS, Scaling SCALING>
 void multiply_range(const Matrix& w, const Activations& a, int num_rows, int first_panel,
                     int last_panel, size_t ahead, const Output& to) {
   alignas(64) float tile[kMostRows][kPanelRows];
@@ -86,9 +86,9 @@ void multiply_range(const Matrix& w, const Activations& a, int num_rows, int fir
       // the second pass over a panel finds it in the cache and has time to fetch the next one
       const size_t reach = block == 1 ? w.panel_bytes : is_wide ? ahead : 0;
       if (reach) {
-        multiply_panel<BITS, GROUPED, true>(w, panel, terms * count, part, reach, tile);
+        multiply_panel<BITS, SCALING, true>(w, panel, terms * count, part, reach, tile);
       } else {
-        multiply_panel<BITS, GROUPED, false>(w, panel, terms * count, part, 0, tile);
+        multiply_panel<BITS, SCALING, false>(w, panel, terms * count, part, 0, tile);
       }
       for (int m = 0; m < count; m++) {
         float* row = tile[terms * m];
@@ -101,12 +101,14 @@ void multiply_range(const Matrix& w, const Activations& a, int num_rows, int fir
 
 void multiply(const Matrix& w, const Activations& a, int num_rows, int first_panel, int last_panel,
               size_t ahead, const Output& to) {
-  if (w.bits == 4) {
-    multiply_range<4, true>(w, a, num_rows, first_panel, last_panel, ahead, to);
-  } else if (w.is_grouped) {
-    multiply_range<8, true>(w, a, num_rows, first_panel, last_panel, ahead, to);
+  if (w.scaling == Scaling::affine) {
+    multiply_range<4, Scaling::affine>(w, a, num_rows, first_panel, last_panel, ahead, to);
+  } else if (w.bits == 4) {
+    multiply_range<4, Scaling::group>(w, a, num_rows, first_panel, last_panel, ahead, to);
+  } else if (w.scaling == Scaling::group) {
+    multiply_range<8, Scaling::group>(w, a, num_rows, first_panel, last_panel, ahead, to);
   } else {
-    multiply_range<8, false>(w, a, num_rows, first_panel, last_panel, ahead, to);
+    multiply_range<8, Scaling::row>(w, a, num_rows, first_panel, last_panel, ahead, to);
   }
 }
 

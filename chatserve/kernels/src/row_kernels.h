@@ -89,10 +89,6 @@ void rotate(float* head, const float* norm, float eps, const float* cos, const f
   }
 }
 
-inline F within_half(F v) {
-  return Simd::min(Simd::set1(65504.0f), Simd::max(Simd::set1(-65504.0f), v));
-}
-
 void store_kv(const float* key, const float* value, int head_dim, int place, uint16_t* block) {
   uint16_t halves[kMaxHeadDim];
   uint16_t* keys = block + static_cast<size_t>(place / kKeyLanes) * head_dim * kKeyLanes +

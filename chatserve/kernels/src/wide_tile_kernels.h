@@ -25,7 +25,7 @@ struct Rows {
 // One group of columns: S activation rows from `row` on times a part of the output rows. Of `SHARES`
 // blocks of rows that read the same weights this one is number `SHARE`, and fetches that share of those
 // to come; 0 blocks fetch nothing.
-template <int S, int BITS, bool GROUPED, int SHARE, int SHARES>
+template <int S, int BITS, Scaling SCALING, int SHARE, int SHARES>
 inline void add_products(const uint8_t* codes, const uint16_t* halves, const Activations& a, int row,
                          int group, int groups, size_t ahead, float (*tile)[kPanelRows]) {
   static_assert(S <= 8, "Rows addresses eight");
@@ -36,7 +36,9 @@ inline void add_products(const uint8_t* codes, const uint16_t* halves, const Act
   const Rows<int32_t> corrections(a.corrections + first, groups);
   I acc[S][kVectors];
   CS_UNROLL for (int m = 0; m < S; m++) {
-    CS_UNROLL for (int v = 0; v < kVectors; v++) acc[m][v] = Simd::iset1(*corrections[m]);
+    CS_UNROLL for (int v = 0; v < kVectors; v++) {
+      acc[m][v] = Simd::iset1(start_of<SCALING>(*corrections[m]));
+    }
   }
   CS_UNROLL for (int k = 0; k < kGroup; k += kColumns) {
     I weights[kVectors];
@@ -65,49 +67,51 @@ inline void add_products(const uint8_t* codes, const uint16_t* halves, const Act
   }
   const Rows<float> scales(a.scales + first, groups);
   CS_UNROLL for (int m = 0; m < S; m++) {
-    F scale = Simd::set1(*scales[m]);
+    const RowFactors<SCALING> factors(*scales[m], *corrections[m]);
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       float* sum = tile[row + m] + v * kLanes;
-      const uint16_t* half = GROUPED ? halves + v * kLanes : nullptr;
-      Simd::store(sum, add_group<GROUPED>(Simd::load(sum), acc[m][v], scale, half));
+      const uint16_t* half = is_grouped(SCALING) ? halves + v * kLanes : nullptr;
+      Simd::store(sum, add_group<SCALING>(Simd::load(sum), acc[m][v], factors, half));
     }
   }
 }
 
 // All blocks of M rows from block B on, of equal size or one row fewer.
-template <int M, int BITS, bool GROUPED, bool AHEAD, int B>
+template <int M, int BITS, Scaling SCALING, bool AHEAD, int B>
 inline void add_blocks(const uint8_t* codes, const uint16_t* halves, const Activations& a, int group,
                        int groups, size_t ahead, float (*tile)[kPanelRows]) {
   constexpr int kBlocks = (M + Simd::kWideTile - 1) / Simd::kWideTile;
   constexpr int kFirst = M * B / kBlocks, kEnd = M * (B + 1) / kBlocks;
-  add_products<kEnd - kFirst, BITS, GROUPED, B, AHEAD ? kBlocks : 0>(codes, halves, a, kFirst, group,
+  add_products<kEnd - kFirst, BITS, SCALING, B, AHEAD ? kBlocks : 0>(codes, halves, a, kFirst, group,
                                                                    groups, ahead, tile);
   if constexpr (B + 1 < kBlocks) {
-    add_blocks<M, BITS, GROUPED, AHEAD, B + 1>(codes, halves, a, group, groups, ahead, tile);
+    add_blocks<M, BITS, SCALING, AHEAD, B + 1>(codes, halves, a, group, groups, ahead, tile);
   }
 }
 
 // What `multiply_tile` does, to the bit, for more rows than its registers hold.
-template <int M, int BITS, bool GROUPED, bool AHEAD>
+template <int M, int BITS, Scaling SCALING, bool AHEAD>
 inline void multiply_wide(const Matrix& w, int panel, const Activations& a, size_t ahead,
                           float (*tile)[kPanelRows]) {
   constexpr int kPartRows = kPanelRows / Simd::kParts;
   const int groups = w.groups;
   const uint8_t* codes = w.codes + w.panel_bytes * panel;
   const uint16_t* halves =
-      GROUPED ? w.group_scales + static_cast<size_t>(panel) * groups * kPanelRows : nullptr;
+      is_grouped(SCALING)
+          ? w.group_scales + static_cast<size_t>(panel) * groups * group_halves(SCALING)
+          : nullptr;
   std::memset(tile, 0, sizeof(float) * M * kPanelRows);
   for (int g = 0; g < groups; g++) {
     for (int part = 0; part < Simd::kParts; part++) {
       const int first = part * kPartRows;  // output row within the panel
       float(*sums)[kPanelRows] = reinterpret_cast<float(*)[kPanelRows]>(tile[0] + first);
       const uint8_t* at = codes + 4 * first;
-      const uint16_t* half = GROUPED ? halves + g * kPanelRows + first : nullptr;
-      add_blocks<M, BITS, GROUPED, AHEAD, 0>(at, half, a, g, groups, ahead, sums);
+      const uint16_t* half = is_grouped(SCALING) ? halves + g * group_halves(SCALING) + first : nullptr;
+      add_blocks<M, BITS, SCALING, AHEAD, 0>(at, half, a, g, groups, ahead, sums);
     }
     codes += kGroup * BITS / 8 * kPanelRows;
   }
-  if (GROUPED) return;
+  if (is_grouped(SCALING)) return;
   for (int v = 0; v < kPanelRows; v += kLanes) {
     F scale = Simd::load(w.row_scales + panel * kPanelRows + v);
     for (int m = 0; m < M; m++) Simd::store(tile[m] + v, Simd::mul(Simd::load(tile[m] + v), scale));

@@ -24,6 +24,7 @@ PACKINGS = {
     "8 bits grouped": Packing(8, is_grouped=True),
     "8 bits fine": FINE,
     "4 bits": Packing(4, is_grouped=True),
+    "4 bits and minima": Packing(4, is_grouped=True, has_minima=True),
 }
 
 

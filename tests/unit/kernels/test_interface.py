@@ -130,19 +130,20 @@ def test_the_version_and_the_levels_are_those_of_the_python_side(kernels: Kernel
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "bits", "is_grouped", "num_terms"),
+    ("rows", "columns", "bits", "scaling", "num_terms"),
     [
         (0, 32, 8, 0, 1), (-1, 32, 8, 0, 1), (INT_MAX, 32, 8, 0, 1),
         (32, 0, 8, 0, 1), (32, 31, 8, 0, 1), (32, 48, 8, 0, 1), (32, -32, 8, 0, 1),
         (32, 65568, 8, 0, 1), (32, 32, 7, 1, 1), (32, 32, 16, 0, 1), (32, 32, 0, 0, 1),
-        (32, 32, 4, 0, 1), (32, 32, 8, 0, 0), (32, 32, 8, 0, 3), (32, 32, 8, 0, -1),
+        (32, 32, 4, 0, 1), (32, 32, 8, 2, 1), (32, 32, 4, 3, 1), (32, 32, 8, -1, 1),
+        (32, 32, 8, 0, 0), (32, 32, 8, 0, 3), (32, 32, 8, 0, -1),
     ],
 )  # fmt: skip
 def test_a_matrix_of_a_size_that_there_is_not_is_refused(
-    kernels: Kernels, rows: int, columns: int, bits: int, is_grouped: int, num_terms: int
+    kernels: Kernels, rows: int, columns: int, bits: int, scaling: int, num_terms: int
 ) -> None:
     create = kernels.functions.cs_matrix_create
-    assert not create(kernels.level_name, rows, columns, bits, is_grouped, num_terms)
+    assert not create(kernels.level_name, rows, columns, bits, scaling, num_terms)
 
 
 @pytest.fixture

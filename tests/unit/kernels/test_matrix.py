@@ -57,6 +57,13 @@ def allowed_error(values: np.ndarray, packing: Packing) -> np.ndarray:
         # a row whose scale would be subnormal is zero
         return np.where(most < 127 * NORMAL, most, most / 254) * (1 + 1e-5) * np.ones_like(values)
     groups = values.reshape(len(values), -1, GROUP)
+    if packing.has_minima:
+        least = groups.min(axis=2, keepdims=True)
+        scale = (groups.max(axis=2, keepdims=True) - least) / 15
+        # both are rounded to the nearest half, the minimum within the range of halves
+        shift = np.abs(np.float16(np.clip(least, -LARGEST_HALF, LARGEST_HALF)) - least)
+        error = scale / 2 + 15 * (scale * 2**-11 + 2**-25) + shift
+        return (error * (1 + 1e-5) * np.ones_like(groups)).reshape(values.shape)
     most = np.abs(groups).max(axis=2, keepdims=True)
     # rounded up to a half: 2^-10 of itself, 2^-24 where halves are subnormal
     scale = most / (127 if packing.bits == 8 else 8) * (1 + 2**-10) + 2**-24
@@ -79,6 +86,23 @@ def test_a_packed_weight_is_within_half_a_step(
     error = (unpacked(packed(kernels, team, values, packing)) - values.float()).abs().numpy()
     exact = values.double().numpy()
     assert (error <= allowed_error(exact, packing)).all()
+
+
+@settings(max_examples=25)
+@given(row_counts, column_counts, seeds)
+def test_weights_of_a_q4_1_file_come_back_to_the_bit(
+    kernels: Kernels, team: Team, rows: int, columns: int, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    shape = (rows, columns // GROUP, 1)
+    scale = np.float16(10.0 ** draw.uniform(-6, 1, shape))
+    minimum = np.float16(np.float32(scale) * draw.uniform(-100, 100, shape))
+    codes = draw.integers(0, 16, (rows, columns // GROUP, GROUP))
+    codes[..., 5], codes[..., 17] = 0, 15  # as every quantiser of Q4_1 leaves a group
+    values = codes.astype(np.float32) * np.float32(scale) + np.float32(minimum)
+    weight = torch.from_numpy(values.reshape(rows, columns))
+    packing = Packing(4, is_grouped=True, has_minima=True)
+    assert torch.equal(unpacked(packed(kernels, team, weight, packing)), weight)
 
 
 @settings(max_examples=10)
@@ -136,6 +160,14 @@ def test_gate_and_up_share_panels_sixteen_rows_each(
     assert torch.equal(panels[:, 1].reshape(half, 64), plain[half:])
 
 
+def summands(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """How large the parts of each weight may be: a minimum and what is added to it may cancel."""
+    if not packing.has_minima:
+        return weight.abs()
+    most = weight.view(len(weight), -1, GROUP).abs().amax(-1, keepdim=True)
+    return (3 * most).expand(-1, -1, GROUP).reshape(weight.shape)
+
+
 @settings(max_examples=25)
 @given(st.integers(1, 40), row_counts, column_counts, seeds)
 def test_a_product_is_that_of_the_packed_weights_and_the_quantised_rows(
@@ -148,7 +180,7 @@ def test_a_product_is_that_of_the_packed_weights_and_the_quantised_rows(
     x = x.float()
     x[draw.random(num_rows) < 0.1] = 0
     near, weight = quantised(x, packing), unpacked(matrix).double()
-    sizes = near.abs() @ weight.abs().T
+    sizes = near.abs() @ summands(weight, packing).T
     error = (matrix.multiply(x).double() - near @ weight.T).abs()
     assert (error <= sizes * 1e-5 + 1e-30).all()
 
