@@ -298,7 +298,7 @@ def _read_tensor_header(cursor: _Cursor, alignment: int) -> Entry:
     offset = cursor.u64()
     if offset % alignment:
         cursor.fail(f"tensor {quote(name)}: offset {offset:,} is not a multiple of {alignment}")
-    return Entry(TensorInfo(name, shape, kind.dtype, num_bytes), kind, offset)
+    return Entry(TensorInfo(name, shape, kind.dtype, num_bytes, kind.packing), kind, offset)
 
 
 def _check_places(cursor: _Cursor, placed: list[Entry]) -> None:

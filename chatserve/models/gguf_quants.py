@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from chatserve.models.packing import Packing
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Dequantize = Callable[[Bytes, Floats], None]
@@ -25,7 +27,7 @@ class TensorType:
     """How values lie in the file; `dtype` is what a reader hands out.
 
     `dequantize(blocks, out)` fills out (N, block_size) from blocks (N, block_bytes); None where the
-    file already holds `dtype`.
+    file already holds `dtype`. `packing`: ours that holds the same values.
     """
 
     name: str
@@ -33,6 +35,7 @@ class TensorType:
     block_bytes: int
     dtype: torch.dtype
     dequantize: Dequantize | None = None
+    packing: Packing | None = None
 
 
 def _half(blocks: Bytes, start: int) -> Floats:
@@ -140,11 +143,13 @@ TENSOR_TYPES = {
     0: TensorType("F32", 1, 4, torch.float32),
     1: TensorType("F16", 1, 2, torch.float16),
     30: TensorType("BF16", 1, 2, torch.bfloat16),
-    2: TensorType("Q4_0", 32, 18, torch.float32, _q4_0),
-    3: TensorType("Q4_1", 32, 20, torch.float32, _q4_1),
+    2: TensorType("Q4_0", 32, 18, torch.float32, _q4_0, Packing(4, is_grouped=True)),
+    3: TensorType(
+        "Q4_1", 32, 20, torch.float32, _q4_1, Packing(4, is_grouped=True, has_minima=True)
+    ),
     6: TensorType("Q5_0", 32, 22, torch.float32, _q5_0),
     7: TensorType("Q5_1", 32, 24, torch.float32, _q5_1),
-    8: TensorType("Q8_0", 32, 34, torch.float32, _q8_0),
+    8: TensorType("Q8_0", 32, 34, torch.float32, _q8_0, Packing(8, is_grouped=True)),
     12: TensorType("Q4_K", 256, 144, torch.float32, _q4_k),
     13: TensorType("Q5_K", 256, 176, torch.float32, _q5_k),
     14: TensorType("Q6_K", 256, 210, torch.float32, _q6_k),

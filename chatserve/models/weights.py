@@ -10,14 +10,20 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from chatserve.models.packing import Packing
+
 
 class TensorInfo(NamedTuple):
-    """One tensor's header; `dtype` is what `read` returns, `num_bytes` its size on disk."""
+    """One tensor's header; `dtype` is what `read` returns, `num_bytes` its size on disk.
+
+    `packing`: the form that holds these values exactly, where the file has packed them so.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     num_bytes: int
+    packing: Packing | None = None
 
 
 class WeightSource(Protocol):
@@ -34,3 +40,13 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
+
+
+def file_packing(tensors: Mapping[str, TensorInfo]) -> Packing | None:
+    """The form in which a file has packed all matrices of its blocks, None without a common one."""
+    forms = {
+        info.packing
+        for name, info in tensors.items()
+        if name.startswith("model.layers.") and len(info.shape) == 2
+    }
+    return forms.pop() if len(forms) == 1 else None
