@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.adapter_config import CONFIG_FILE, AdapterConfig, is_adapter
+from chatserve.models.adapter_config import ADAPTER_CONFIG, AdapterConfig, is_adapter, is_value_head
 from chatserve.models.config import ModelConfig
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
@@ -30,7 +30,6 @@ _READERS: dict[str, Callable[[Path], WeightSource]] = {
 }
 # PEFT's prefix; and the adapter's name ("default"), which only raw state dicts hold.
 _PAIR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-_VALUE_HEAD = re.compile(r"(.+\.)?v_head\..+")  # TRL's; only training needs it
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ def load_adapter(path: Path, config: ModelConfig, *, name: str | None = None) ->
 def _folder(path: Path) -> Path:
     if not path.exists():
         raise ModelLoadError(
-            f"{path}: no such folder; an adapter is a folder with {CONFIG_FILE} on this machine"
+            f"{path}: no such folder; an adapter is a folder with {ADAPTER_CONFIG} on this machine"
         )
     if not path.is_dir():
         raise ModelLoadError(
-            f"{path}: is a file; pass the folder that holds {CONFIG_FILE} and the weights"
+            f"{path}: is a file; pass the folder that holds {ADAPTER_CONFIG} and the weights"
         )
     if is_adapter(path):
         return path
@@ -95,7 +94,7 @@ def _folder(path: Path) -> Path:
             f"{path}: is a whole model, not an adapter; use it as one: chatserve serve {path}"
         )
     raise ModelLoadError(
-        f"{path}: has no {CONFIG_FILE}, so it is no adapter; pass the folder that training saved"
+        f"{path}: has no {ADAPTER_CONFIG}, so it is no adapter; pass the folder that training saved"
     )
 
 
@@ -104,8 +103,8 @@ def _open_weights(path: Path) -> WeightSource:
         if os.path.lexists(path / file):
             return reader(member(path, file))
     raise ModelLoadError(
-        f"{path}: has {CONFIG_FILE} but no weights (wanted {' or '.join(_READERS)}); "
-        "the download is incomplete"
+        f"{path}: has {ADAPTER_CONFIG} but no weights (wanted {' or '.join(_READERS)}); "
+        "the download is incomplete, or the adapter is merged into the model beside it already"
     )
 
 
@@ -119,7 +118,7 @@ class _Parts:
         self._path, self._settings, self._infos = path, settings, infos
         self.by_module: dict[str, dict[str, str]] = {}
         for name in infos:
-            if _VALUE_HEAD.fullmatch(name):
+            if is_value_head(name):
                 continue
             match = _PAIR.fullmatch(name)
             if match is None:
@@ -149,13 +148,13 @@ class _Parts:
             return
         if missing := [module for module in expected if module not in self.by_module]:
             raise self._bad(
-                f"lacks {len(missing)} of {len(expected)} modules that {CONFIG_FILE} targets, "
+                f"lacks {len(missing)} of {len(expected)} modules that {ADAPTER_CONFIG} targets, "
                 f"first {missing[0]}; it is incomplete, or the base has more layers"
                 + self._trained_on()
             )
         if extra := sorted(self.by_module.keys() - set(expected)):
             raise self._bad(
-                f"holds {len(extra)} modules that {CONFIG_FILE} does not target, first "
+                f"holds {len(extra)} modules that {ADAPTER_CONFIG} does not target, first "
                 f"{extra[0]}; the two files belong to different adapters"
             )
 
@@ -168,7 +167,7 @@ class _Parts:
         rank = self._settings.rank_of(module)
         if a.shape[0] != rank or b.shape[1] != rank:
             raise self._bad(
-                f"holds {module!r} in rank {a.shape[0]} and {b.shape[1]}, {CONFIG_FILE} says "
+                f"holds {module!r} in rank {a.shape[0]} and {b.shape[1]}, {ADAPTER_CONFIG} says "
                 f"{rank}; the two files belong to different adapters"
             )
         if (b.shape[0], a.shape[1]) != shape:

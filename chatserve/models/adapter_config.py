@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from chatserve.errors import ModelLoadError
 from chatserve.models.weight_files import read_json
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
 # A base that never was published, and what it is made of (StackLLaMA, facts of its model card).
 UNPUBLISHED_BASES = {"llama-se-merged": ("LLAMA-7B", "LLAMA-7B-SE-PEFT")}
@@ -71,8 +71,8 @@ class AdapterConfig:
     @staticmethod
     def read(folder: Path) -> AdapterConfig:
         """Raises `ModelLoadError` naming the key that is wrong, or that asks for more than LoRA."""
-        table = read_json(folder, CONFIG_FILE, max_bytes=_MAX_CONFIG_BYTES)
-        return _Reader(folder / CONFIG_FILE, table).read()
+        table = read_json(folder, ADAPTER_CONFIG, max_bytes=_MAX_CONFIG_BYTES)
+        return _Reader(folder / ADAPTER_CONFIG, table).read()
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
@@ -97,12 +97,17 @@ class AdapterConfig:
 
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, whatever else is in it."""
-    return (folder / CONFIG_FILE).exists()
+    return (folder / ADAPTER_CONFIG).exists()
 
 
-def serve_command(folder: Path, base: str | None) -> str:
+def is_value_head(name: str) -> bool:
+    """Whether a tensor belongs to what TRL trains beside a policy; serving does not need it."""
+    return name.startswith("v_head.") or ".v_head." in name
+
+
+def serve_command(folder: Path, base: object) -> str:
     """The command that serves this adapter, with the base as far as it is known."""
-    name = base if base is not None and _HUB_ID.fullmatch(base) else "BASE"
+    name = base if isinstance(base, str) and _HUB_ID.fullmatch(base) else "BASE"
     parts = UNPUBLISHED_BASES.get(name.rpartition("/")[2], (name,))
     adapters = [*parts[1:], shlex.quote(str(folder))]
     return " ".join(["chatserve serve", parts[0], *(f"--adapter {path}" for path in adapters)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,13 +18,20 @@ from typing import Any
 import torch
 
 from chatserve.errors import ModelLoadError
+from chatserve.models.adapter_config import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    is_value_head,
+    serve_command,
+)
 from chatserve.models.gguf import GGUFFile, GGUFWeights
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
 from chatserve.models.weights import TensorInfo, WeightSource
 
-__all__ = ["Checkpoint", "TensorInfo", "WeightSource", "looks_like_delta", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "WeightSource", "looks_like_delta", "open_checkpoint",
+           "open_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +83,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def open_weights(folder: Path) -> WeightSource:
+    """Only the weights of a model folder, delta weights too; the caller closes them.
+
+    Raises `ModelLoadError` when they are missing, damaged, or an adapter's.
+    """
+    _refuse_adapter(folder)
+    return _open_weights(folder, find_weight_files(folder))
+
+
 def looks_like_delta(source: WeightSource) -> bool:
     """Whether these are delta weights: their final norm lies near 0 instead of near 1."""
     info = source.tensors().get(FINAL_NORM)
@@ -117,7 +134,8 @@ class ShardedWeights:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    _refuse_adapter(folder)
+    if is_adapter(folder) and not _has_model_files(folder):
+        raise _adapter_error(folder)
     if not os.path.lexists(folder / "config.json"):
         raise ModelLoadError(_why_no_config(folder))
     config = read_json(folder, "config.json")
@@ -128,6 +146,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         generation_config = read_json(folder, "generation_config.json")
     weights = _open_weights(folder, find_weight_files(folder))
     try:
+        if is_adapter(folder) and all(map(is_value_head, weights.tensors())):
+            raise _adapter_error(folder)
         _refuse_delta(folder, config, weights)
     except ModelLoadError:
         weights.close()
@@ -152,16 +172,19 @@ def _open_weights(folder: Path, files: WeightFiles) -> WeightSource:
     return weights
 
 
-def _refuse_adapter(folder: Path) -> None:
+def _has_model_files(folder: Path) -> bool:
+    """Beside an adapter: a merged model's folder may keep its adapter_config.json."""
     names = os.listdir(folder)
-    if "adapter_config.json" not in names:
-        return
-    if "config.json" in names and any(name.startswith(("model", "pytorch_")) for name in names):
-        return
-    base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
-    raise ModelLoadError(
-        f"{folder}: is a LoRA adapter for {base!r}, not a whole model; merge it into its base "
-        "model first (this comes with a later version of chatserve; today peft's merge_and_unload)"
+    return "config.json" in names and any(
+        name.startswith(("model", "pytorch_model")) for name in names
+    )
+
+
+def _adapter_error(folder: Path) -> ModelLoadError:
+    base = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+    return ModelLoadError(
+        f"{folder}: is a LoRA adapter for {reprlib.repr(base)}, not a whole model; serve it on its "
+        f"base: {serve_command(folder, base)}"
     )
 
 
@@ -170,8 +193,7 @@ def _refuse_delta(folder: Path, config: Mapping[str, Any], weights: WeightSource
     if config.get("model_type") in PLAIN_NORM_TYPES and looks_like_delta(weights):
         raise ModelLoadError(
             f"{folder}: holds unmerged delta weights (its final norm is near 0, a model's near 1); "
-            "add them to their base model first (this comes with a later version of chatserve; "
-            "today FastChat's apply_delta)"
+            f"add them to their base model first: chatserve apply-delta BASE {folder} TARGET"
         )
 
 

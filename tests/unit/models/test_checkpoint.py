@@ -306,9 +306,28 @@ def test_an_unreadable_name_is_reported(tmp_path: Path) -> None:
 def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
     write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "org/base"})
     save_file({"lora_A.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
-    refused(tmp_path, "LoRA adapter for 'org/base'", "later version")
+    command = f"chatserve serve org/base --adapter {tmp_path}"
+    refused(tmp_path, "LoRA adapter for 'org/base'", command)
     write_json(tmp_path / "config.json", CONFIG)
-    refused(tmp_path, "LoRA adapter for 'org/base'")
+    refused(tmp_path, "LoRA adapter for 'org/base'", command)
+
+
+def test_an_adapter_beside_a_value_head_is_no_model(tmp_path: Path) -> None:
+    """StackLLaMA's RL adapter, with a config.json that somebody has put there."""
+    base = "trl-lib/llama-se-merged"
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": base})
+    write_json(tmp_path / "config.json", CONFIG)
+    torch.save({"v_head.summary.weight": torch.zeros(1, 8)}, tmp_path / "pytorch_model.bin")
+    refused(
+        tmp_path, f"LoRA adapter for '{base}'",
+        f"chatserve serve LLAMA-7B --adapter LLAMA-7B-SE-PEFT --adapter {tmp_path}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [None, 7, "a b; rm", "x" * 500, ["a"]])
+def test_an_adapters_command_repeats_only_names(tmp_path: Path, base: object) -> None:
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": base})
+    refused(tmp_path, f"chatserve serve BASE --adapter {tmp_path}")
 
 
 def test_a_merged_model_may_keep_its_adapter_config(tmp_path: Path) -> None:
