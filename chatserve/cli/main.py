@@ -39,6 +39,7 @@ COMMANDS = {
     "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
     "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
+    "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),
 }
 

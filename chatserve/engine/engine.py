@@ -77,6 +77,7 @@ class Engine:
         `speculation`: let sequences guess from their own past, a few tokens a step. It changes how
         soon a text comes, not what it is, where a row's logits do not depend on its neighbours.
         """
+        self.model = model
         self._tokenizer = tokenizer
         self._blocks = BlockManager(
             num_kv_tokens // block_size,

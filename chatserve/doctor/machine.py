@@ -1,0 +1,120 @@
+"""Devices, the dtype each gets and why, memory, and operators that fail their self-test."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from chatserve.config import ModelOptions
+from chatserve.doctor.bandwidth import Bandwidth, measure
+from chatserve.doctor.finding import Finding, refused
+from chatserve.errors import StartupError
+from chatserve.models.device import DevicePolicy, check, choose_policy
+from chatserve.models.llama_kernels import thread_counts
+from chatserve.models.memory import available_bytes, in_gb
+
+_LITTLE_BYTES = 1 << 30  # free memory below which even small models hardly start
+
+
+def check_devices() -> list[Finding]:
+    """One finding a device: its name, its memory, and the dtype a model gets on it."""
+    findings = [_device_finding("cpu", _cpu_name(), torch.device("cpu"))]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            name = torch.cuda.get_device_name(index)
+            findings.append(_device_finding("cuda", name, torch.device("cuda", index)))
+    if torch.backends.mps.is_available():
+        findings.append(_device_finding("mps", "Metal", torch.device("mps")))
+    return findings
+
+
+def check_operators(options: ModelOptions) -> tuple[DevicePolicy | None, list[Finding]]:
+    """The policy of a model with `options`, and which of its operators fail their self-test."""
+    try:
+        chosen = choose_policy(
+            options.device, options.dtype, load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit, quant_group=options.quant_group,
+        )  # fmt: skip
+        checked = check(chosen)
+        findings = [_self_test("operators", chosen, checked)]
+        if chosen.packing is None:  # what --load-8bit would run on
+            packed = choose_policy(options.device, options.dtype, load_8bit=True)
+            findings.append(_self_test("8-bit operators", packed, check(packed)))
+    except StartupError as error:
+        return None, [refused("operators", "fail", error)]
+    return checked, findings
+
+
+def check_memory(device: torch.device) -> Finding:
+    """What a model may still take of the memory of `device`."""
+    free = available_bytes(device)
+    facts = {"device": device.type, "free_bytes": free}
+    text = f"{in_gb(free)} free on {device.type}"
+    if free >= _LITTLE_BYTES:
+        return Finding("memory", "ok", text, facts=facts)
+    way_out = f"end other programs; even a small model wants {in_gb(_LITTLE_BYTES)}"
+    return Finding("memory", "warn", text, way_out, facts)
+
+
+def check_bandwidth(device: torch.device) -> tuple[Bandwidth | None, Finding]:
+    """The bandwidth of the memory of `device`, as measured."""
+    try:
+        found = measure(device, thread_counts(), available_bytes(device))
+    except OSError as error:
+        finding = Finding("bandwidth", "warn", f"not measured: {error}", "free some memory")
+        return None, finding
+    threads = f" by {found.num_threads} thread{'s' * (found.num_threads > 1)}"
+    text = f"{device.type} memory is read at {found.gb_per_s:.1f} GB/s"
+    facts = {
+        "device": device.type, "gb_per_s": round(found.gb_per_s, 2),
+        "threads": found.num_threads, "buffer_bytes": found.num_bytes,
+    }  # fmt: skip
+    return found, Finding(
+        "bandwidth", "ok", text + threads * (device.type == "cpu"), facts=facts
+    )  # fmt: skip
+
+
+def _device_finding(kind: str, name: str, device: torch.device) -> Finding:
+    policy = choose_policy(kind)
+    reason = policy.reasons[1]  # device, dtype, attention, …: one each
+    free = available_bytes(device)
+    label = str(device)
+    facts = {
+        "device": label, "name": name, "free_bytes": free, "dtype": policy.dtype_name,
+        "reasons": policy.reasons[1:],
+    }  # fmt: skip
+    return Finding("device", "ok", f"{label}: {name}, {in_gb(free)} free; {reason}", facts=facts)
+
+
+def _self_test(name: str, chosen: DevicePolicy, checked: DevicePolicy) -> Finding:
+    """`check` gives a reason for each operator that it replaces."""
+    fallen = checked.reasons[len(chosen.reasons) :]
+    facts = {
+        "device": checked.device.type, "dtype": checked.dtype_name,
+        "attention": checked.attention, "int8": checked.int8, "network": checked.network,
+        "kernels": checked.kernels.level if checked.kernels else None, "fell_back": fallen,
+    }  # fmt: skip
+    if not fallen:
+        text = checked.reasons[-1] if checked.packing else checked.describe()
+        return Finding(name, "ok", f"{text}; self-test passed", facts=facts)
+    way_out = "answers stay right, but come slower: update PyTorch and the driver"
+    return Finding(name, "warn", "; ".join(fallen), way_out, facts)
+
+
+def _cpu_name() -> str:
+    """As the system calls the processor, and how many of its threads are ours."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+            break
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} ({usable} of {os.cpu_count()} CPUs)"
