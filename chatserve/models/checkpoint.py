@@ -30,8 +30,14 @@ from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
 from chatserve.models.weights import TensorInfo, WeightSource
 
-__all__ = ["Checkpoint", "TensorInfo", "WeightSource", "looks_like_delta", "open_checkpoint",
-           "open_weights"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "WeightSource",
+    "looks_like_delta",
+    "open_checkpoint",
+    "open_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +94,8 @@ def open_weights(folder: Path) -> WeightSource:
 
     Raises `ModelLoadError` when they are missing, damaged, or an adapter's.
     """
-    _refuse_adapter(folder)
+    if is_adapter(folder) and not _has_model_files(folder):
+        raise _adapter_error(folder)
     return _open_weights(folder, find_weight_files(folder))
 
 
@@ -134,8 +141,7 @@ class ShardedWeights:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    if is_adapter(folder) and not _has_model_files(folder):
-        raise _adapter_error(folder)
+    _refuse_adapter(folder)
     if not os.path.lexists(folder / "config.json"):
         raise ModelLoadError(_why_no_config(folder))
     config = read_json(folder, "config.json")
@@ -172,12 +178,12 @@ def _open_weights(folder: Path, files: WeightFiles) -> WeightSource:
     return weights
 
 
-def _has_model_files(folder: Path) -> bool:
-    """Beside an adapter: a merged model's folder may keep its adapter_config.json."""
+def _refuse_adapter(folder: Path) -> None:
+    """A merged model's folder may keep its adapter_config.json."""
     names = os.listdir(folder)
-    return "config.json" in names and any(
-        name.startswith(("model", "pytorch_model")) for name in names
-    )
+    has_model = any(name.startswith(("model", "pytorch_model")) for name in names)
+    if is_adapter(folder) and not ("config.json" in names and has_model):
+        raise _adapter_error(folder)
 
 
 def _adapter_error(folder: Path) -> ModelLoadError:
