@@ -94,8 +94,7 @@ def open_weights(folder: Path) -> WeightSource:
 
     Raises `ModelLoadError` when they are missing, damaged, or an adapter's.
     """
-    if is_adapter(folder) and not _has_model_files(folder):
-        raise _adapter_error(folder)
+    _refuse_adapter(folder)
     return _open_weights(folder, find_weight_files(folder))
 
 
