@@ -38,6 +38,7 @@ COMMANDS = {
     "worker": CommandEntry("chatserve.cli.commands.worker", "only one model, for a controller"),
     "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
     "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
+    "plan": CommandEntry("chatserve.cli.commands.plan", "say whether a model fits into memory"),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),

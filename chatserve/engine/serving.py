@@ -21,7 +21,6 @@ import torch
 import chatserve
 from chatserve.config import WorkerConfig, served_names
 from chatserve.engine.async_engine import AsyncEngine
-from chatserve.engine.block_manager import BLOCK_SIZE
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
@@ -37,22 +36,14 @@ from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama_kernels import num_warm_tokens
-from chatserve.models.loader import (
-    context_length,
-    fits_kernels,
-    is_compressed,
-    kv_bytes_per_token,
-    load_model,
-)
+from chatserve.models.loader import fits_kernels, is_compressed, load_model
 from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.tokenizer import load_tokenizer
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of the memory left beside the weights
-_RESERVED_BYTES = 512 << 20  # activations and the rest of the process
-_MIN_CONTEXT = 256  # tokens; below it a chat is not worth starting
 # fields of a generation_config.json that are sampling defaults, with what a request may ask for
 _GENERATION_DEFAULTS = {
     "temperature": (0, 2),
@@ -107,7 +98,11 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         )
         policy = model.policy
         fingerprint = _fingerprint(checkpoint, policy, choice, sources)
-    limits = _Limits.of(config, checkpoint, policy)
+        plan = plan_memory(
+            checkpoint, policy, context=config.context_length, concurrency=config.max_num_seqs,
+            max_rows=config.max_num_batched_tokens,
+        )  # fmt: skip
+    limits = _Limits.of(plan, available_bytes(policy.device))
     engine = Engine(
         model,
         tokenizer,
@@ -146,6 +141,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "template": choice.template.name,
             "native": not isinstance(model, FallbackModel),
             "kv_tokens": limits.num_kv_tokens,
+            "memory": {
+                "weights_bytes": plan.weights_bytes,
+                "kv_bytes": limits.num_kv_tokens * plan.kv_bytes_per_token,
+                "activation_bytes": plan.activation_bytes,
+                "slack_bytes": plan.slack_bytes,
+            },
             "speculation": config.speculation and policy.has_steady_rows,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
@@ -181,32 +182,26 @@ class _Limits:
     num_kv_tokens: int
 
     @staticmethod
-    def of(config: WorkerConfig, checkpoint: Checkpoint, policy: DevicePolicy) -> _Limits:
-        """From the model, `--context-length` and the memory that the weights have left.
+    def of(plan: MemoryPlan, free_bytes: int) -> _Limits:
+        """What the plan's pool gets of the memory that the weights have left.
 
         Raises `DoesNotFit` when not even a short context fits.
         """
-        context = context_length(checkpoint.config)
-        if config.context_length is not None:
-            context = min(context, config.context_length)
-        bytes_per_value = 2 if policy.kernels else policy.dtype.itemsize
-        per_token = kv_bytes_per_token(checkpoint.config, bytes_per_value)
-        left = max(0, available_bytes(policy.device) - _RESERVED_BYTES)
-        num_blocks = int(left * _KV_SHARE[policy.device.type]) // (per_token * BLOCK_SIZE)
-        fits = num_blocks * BLOCK_SIZE
-        if fits < min(_MIN_CONTEXT, context):
+        context = plan.context
+        fits = plan.kv_tokens_beside(free_bytes)
+        if fits < min(MIN_CONTEXT, context):
             raise DoesNotFit(
-                f"beside the weights {in_gb(left)} are left on {policy.device.type}, too little "
-                f"for {min(_MIN_CONTEXT, context)} tokens of context at {per_token:,} bytes each; "
-                "use --load-8bit, a smaller model, or free some memory"
+                f"beside the weights {in_gb(free_bytes)} are left on {plan.device}, of which a "
+                f"step takes {in_gb(plan.working_bytes)}: too little for "
+                f"{min(MIN_CONTEXT, context)} tokens of context at {plan.kv_bytes_per_token:,} "
+                "bytes each; use --load-8bit, a smaller model, or free some memory"
             )
         if fits < context:
             logger.warning(
                 "context limited to %d of %d tokens by memory (%d bytes a token)",
-                fits, context, per_token,
+                fits, context, plan.kv_bytes_per_token,
             )  # fmt: skip
-        whole_blocks = -(-context // BLOCK_SIZE) * BLOCK_SIZE
-        return _Limits(min(context, fits), min(fits, whole_blocks * config.max_num_seqs))
+        return _Limits(min(context, fits), fits)
 
 
 def _try_out(engine: Engine, path: Path) -> None:

@@ -19,17 +19,17 @@ from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
-from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config, refusals
+from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
 from chatserve.models.llama import Llama
-from chatserve.models.llama_kernels import HEAD_PACKING, KernelLlama, misfit, thread_counts
+from chatserve.models.llama_kernels import KernelLlama, misfit, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.memory_plan import native_config, packed_policy, plan_memory
 from chatserve.models.packing import GROUP, Packing
 from chatserve.models.weights import TensorInfo
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_WORKING_BYTES = 300 << 20  # the interpreter, one tensor's slices, the first KV buffers
 _SLICE_VALUES = 1 << 20  # read at a time; measured: larger ones leave larger holes in the heap
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
@@ -48,12 +48,10 @@ def load_model(
     """
     report = progress or (lambda done, total: None)
     if not is_native(checkpoint.config):
-        return _load_fallback(checkpoint, policy, report)
-    config = _native_config(checkpoint)
-    policy = _without_misfits(config, policy)
-    packed = None if policy.packing else _native_bytes(config, policy, Packing())
-    needed = _native_bytes(config, policy, policy.packing)
-    _check_memory(needed, packed, policy, checkpoint)
+        return _load_fallback(checkpoint, policy, report, max_rows)
+    config = native_config(checkpoint)
+    policy = without_misfits(config, policy)
+    _check_memory(checkpoint, policy, max_rows)
     model = _build(config, policy, max_rows)
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
@@ -80,10 +78,10 @@ def is_compressed(checkpoint: Checkpoint) -> bool:
 
 def fits_kernels(checkpoint: Checkpoint) -> bool:
     """Whether the CPU kernels can hold the network of a checkpoint."""
-    return is_native(checkpoint.config) and misfit(_native_config(checkpoint)) is None
+    return is_native(checkpoint.config) and misfit(native_config(checkpoint)) is None
 
 
-def _without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
+def without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
     """The policy without the CPU kernels, where they cannot hold this network.
 
     Raises `ModelLoadError` where nothing else takes such weights.
@@ -128,77 +126,24 @@ def build_network(config: ModelConfig, policy: DevicePolicy) -> Llama:
     return Llama(config, policy)
 
 
-def context_length(config: Mapping[str, object]) -> int:
-    """Tokens that the model of a `config.json` holds, native or not."""
-    if is_native(config):
-        return ModelConfig.from_hf(config).context_length
-    hf_config = read_hf_config(config)
-    with refusals("config.json, context length"):
-        hf_config = hf_config.get_text_config()
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            value = getattr(hf_config, name, None)
-            if type(value) is int and 0 < value <= 1 << 31:
-                return value
-    raise ModelLoadError("config.json does not say how long a context the model holds")
-
-
-def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> int:
-    """Keys and values of one token in all layers, native or not."""
-    if is_native(config):
-        return ModelConfig.from_hf(config).kv_bytes_per_token(bytes_per_value)
-    hf_config = read_hf_config(config)
-    with refusals("config.json, size of keys and values"):
-        hf_config = hf_config.get_text_config()
-        heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
-        dim = getattr(hf_config, "head_dim", None)
-        dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
-        num_bytes = int(2 * hf_config.num_hidden_layers * heads * dim * bytes_per_value)
-    if not 0 < num_bytes < 1 << 62:
-        raise ModelLoadError(
-            "config.json gives no possible size of keys and values; the file is damaged"
-        )
-    return num_bytes
-
-
-def _native_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The config, tied when the checkpoint has no head of its own."""
-    has_head = "lm_head.weight" in checkpoint.weights.tensors()
-    content = dict(checkpoint.config)
-    content["tie_word_embeddings"] = content.get("tie_word_embeddings", False) or not has_head
-    return ModelConfig.from_hf(content)
-
-
-def _native_bytes(config: ModelConfig, policy: DevicePolicy, packing: Packing | None) -> int:
-    size = policy.dtype.itemsize
-    if packing is None:
-        return config.num_parameters * size
-    embedding = config.vocab_size * config.hidden_size
-    half = 0 if config.is_tied else embedding
-    head_packing = HEAD_PACKING if policy.kernels else packing
-    body = config.num_parameters - half - embedding
-    packed = body * packing.bytes_per_weight + embedding * head_packing.bytes_per_weight
-    return int(packed) + half * size
-
-
-def _check_memory(
-    needed: int, packed: int | None, policy: DevicePolicy, checkpoint: Checkpoint
-) -> None:
-    """Raises `DoesNotFit`. `packed`: bytes with --load-8bit, None where it would not help."""
+def _check_memory(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -> None:
+    """Raises `DoesNotFit` when not even a short context fits beside the weights."""
+    plan = plan_memory(checkpoint, policy, max_rows=max_rows)
     available = available_bytes(policy.device)
-    if needed + _WORKING_BYTES <= available:
+    if plan.least_bytes <= available:
         return
     way_out = "use a smaller model or free some memory"
-    if packed is not None and packed + _WORKING_BYTES <= available:
-        way_out = f"use --load-8bit ({in_gb(packed)})"
+    if policy.packing is None and is_native(checkpoint.config):
+        packed = plan_memory(
+            checkpoint, packed_policy(checkpoint, policy, Packing()), max_rows=max_rows
+        )
+        if packed.least_bytes <= available:
+            way_out = f"use --load-8bit ({in_gb(packed.weights_bytes)})"
     raise DoesNotFit(
-        f"{checkpoint.path} needs {in_gb(needed)} of weights in {_form(policy)} and "
-        f"{in_gb(_WORKING_BYTES)} to work in, {policy.device.type} has {in_gb(available)} free; "
-        f"{way_out}"
+        f"{checkpoint.path} needs {in_gb(plan.weights_bytes)} of weights in {plan.form} and "
+        f"{in_gb(plan.least_bytes - plan.weights_bytes)} to work in, {policy.device.type} has "
+        f"{in_gb(available)} free; {way_out}"
     )
-
-
-def _form(policy: DevicePolicy) -> str:
-    return str(policy.packing) if policy.packing else policy.dtype_name
 
 
 def _match(
@@ -252,11 +197,12 @@ def _slices(shape: tuple[int, ...]) -> Iterator[range]:
         yield range(start, min(start + step, shape[0]))
 
 
-def _load_fallback(checkpoint: Checkpoint, policy: DevicePolicy, report: Progress) -> FallbackModel:
+def _load_fallback(
+    checkpoint: Checkpoint, policy: DevicePolicy, report: Progress, max_rows: int
+) -> FallbackModel:
     read_hf_config(checkpoint.config)
+    _check_memory(checkpoint, policy, max_rows)
     infos = list(checkpoint.weights.tensors().values())
-    needed = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
-    _check_memory(needed, None, policy, checkpoint)
     logger.warning(
         "%s is not of the Llama family: it runs through transformers, slower than natively",
         (checkpoint.config.get("architectures") or ["this model"])[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from contextlib import closing
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from chatserve.config import WorkerConfig
 from chatserve.engine import serving
+from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.serving import load
-from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.errors import DoesNotFit, InvalidRequest, ModelLoadError, UsageError
 from chatserve.models import memory
+from chatserve.models.checkpoint import open_checkpoint
+from chatserve.models.device import choose_policy
+from chatserve.models.memory_plan import plan_memory
 from tests import tiny
 
 PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes of a float32
@@ -33,9 +38,15 @@ def config(folder: Path, **options: Any) -> WorkerConfig:
     return WorkerConfig(weights=str(folder), device="cpu", dtype="float32", **options)
 
 
-def with_free(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    """Let memory hold keys and values of so many tokens beside the weights."""
-    free = 2 * num_tokens * PER_TOKEN + serving._RESERVED_BYTES
+def with_free(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, num_tokens: int, max_num_seqs: int = 16
+) -> None:
+    """Let memory hold keys and values of so many tokens beside the weights and a step."""
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint.weights):
+        policy = choose_policy("cpu", "float32")
+        plan = plan_memory(checkpoint, policy, concurrency=max_num_seqs)
+    free = num_tokens * PER_TOKEN + plan.working_bytes
     monkeypatch.setattr(serving, "available_bytes", lambda device: free)
 
 
@@ -50,22 +61,58 @@ def test_a_folder_is_loaded_named_and_described(folder: Path) -> None:
 def test_context_and_pool_follow_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_free(monkeypatch, 300)
+    with_free(monkeypatch, folder, 300)
     engine, model = load(config(folder))
     assert model.context_length == 288  # whole blocks
     assert engine.stats().free_kv_tokens == 288
     assert "context limited to 288 of 512 tokens by memory" in caplog.text
-    with_free(monkeypatch, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("left", "pool"),
+    [
+        (3 * 512, 3 * 512),  # all that was asked for
+        (3 * 512 - 1, 736),  # half of what is left, in whole blocks
+        (700, 512),  # no less than one sequence needs
+    ],
+)
+def test_the_pool_is_what_the_plan_asks_for_or_a_share_of_what_is_left(
+    left: int, pool: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, folder, left, max_num_seqs=3)
     engine, model = load(config(folder, max_num_seqs=3))
-    assert (model.context_length, engine.stats().free_kv_tokens) == (512, 3 * 512)
+    assert (model.context_length, engine.stats().free_kv_tokens) == (512, pool)
+    assert model.description["memory"]["kv_bytes"] == pool * PER_TOKEN
+
+
+def test_a_request_is_admitted_only_if_its_keys_and_values_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, folder, 512, max_num_seqs=2)
+    engine, _ = load(config(folder, max_num_seqs=2))
+    scheduled = engine._engine
+    fits = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for name in ("first", "second"):
+        scheduled.check([5] * 400, fits)
+        scheduled.add(name, [int(name == "first"), *[5] * 399], fits)
+    while scheduled.num_running < 1:
+        scheduled.step()
+    assert (scheduled.num_running, scheduled.num_waiting) == (1, 1)  # 2 x 412 are over 512
+    done: list[str] = []
+    while scheduled.has_work:
+        assert scheduled.num_running <= 1
+        done += [event.seq_id for event in scheduled.step() if event.finish_reason]
+    assert done == ["first", "second"]
+    with pytest.raises(InvalidRequest, match="holds 512"):
+        scheduled.check([5] * 400, dataclasses.replace(fits, max_tokens=113))
 
 
 def test_too_little_for_a_short_context_does_not_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_free(monkeypatch, 256)
+    with_free(monkeypatch, folder, 256)
     load(config(folder))
-    with_free(monkeypatch, 255)
+    with_free(monkeypatch, folder, 255)
     with pytest.raises(DoesNotFit, match="256 tokens of context at 512 bytes each"):
         load(config(folder))
 

@@ -10,7 +10,7 @@ import pytest
 from chatserve.errors import ModelLoadError
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.fallback import read_hf_config
-from chatserve.models.loader import context_length, kv_bytes_per_token
+from chatserve.models.memory_plan import context_length, kv_bytes_per_token
 from tests import tiny
 
 ARCHITECTURES = {

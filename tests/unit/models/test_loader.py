@@ -17,7 +17,8 @@ from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama import Llama
-from chatserve.models.loader import context_length, kv_bytes_per_token, load_model
+from chatserve.models.loader import load_model
+from chatserve.models.memory_plan import context_length, kv_bytes_per_token
 from tests import networks, tiny
 
 FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
@@ -170,7 +171,7 @@ def test_8_bits_are_named_as_the_way_out_when_they_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.save_model(tmp_path, hidden_size=512, intermediate_size=2048)
-    monkeypatch.setattr(loader, "available_bytes", lambda device: (300 << 20) + 15_000_000)
+    monkeypatch.setattr(loader, "available_bytes", lambda device: 70_000_000)
     with pytest.raises(DoesNotFit, match=r"needs 0\.0 GB .*; use --load-8bit \(0\.0 GB\)"):
         load(tmp_path, FLOAT32)
     assert load(tmp_path, choose_policy("cpu", "float32", load_8bit=True))

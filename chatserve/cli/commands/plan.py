@@ -1,0 +1,277 @@
+"""`chatserve plan WEIGHTS`: whether a model fits, and in which form, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatserve import config
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.flags import CommandParser
+from chatserve.settings import setting
+
+if TYPE_CHECKING:
+    from chatserve.models.checkpoint import Checkpoint
+    from chatserve.models.device import DevicePolicy
+    from chatserve.models.memory_plan import MemoryPlan
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
+_MEMORY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
+_MAX_MEMORY = 1 << 60
+_FORMS = {"half": 16, "8-bit": 8, "4-bit": 4}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Settings of `chatserve plan`."""
+
+    context: int | None = setting(
+        None, "tokens of a sequence; default: all that the model holds",
+        flags=("--context-length",), metavar="N", ge=1,
+    )  # fmt: skip
+    concurrency: int = setting(
+        1, "sequences at once, as a worker's --max-num-seqs", flags=("--max-num-seqs",),
+        metavar="M", ge=1, le=4096,
+    )  # fmt: skip
+    memory: tuple[str, ...] = setting(
+        (), "plan for so much instead of what is free here, as in 16GB or 8GB,24GiB",
+        metavar="SIZE,…",
+    )  # fmt: skip
+    device: str = setting(
+        "auto", "plan for this kind; default: all that are here",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )  # fmt: skip
+    json: bool = setting(False, "print JSON: bytes of each part in each form on each device")
+    revision: str = setting("main", "revision of a hub id")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory that a model may go into: a device that is here, or a size that somebody named."""
+
+    name: str
+    kind: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form on one place; without a plan where the form is not to be had, and why."""
+
+    form: str
+    flags: str
+    plan: MemoryPlan | None
+    fits: bool
+    reason: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan. Raises `DoesNotFit` when no form fits anywhere, other `StartupError`s."""
+    parser = CommandParser(
+        "chatserve plan",
+        "Say before loading how much memory a model takes in each form, and whether it fits. "
+        "Reads headers only, and never downloads.",
+        PlanConfig,
+    )
+    parser.add_argument(
+        "weights", nargs="?", help="a folder, .gguf file, or the name of a downloaded model"
+    )
+    flags = parser.flags(argv)
+    weights = flags.pop("weights", None)
+    options = config.build(PlanConfig, flags)
+    sizes = [_parse_memory(text) for text in options.memory]
+
+    from chatserve import hub
+    from chatserve.models.checkpoint import open_checkpoint
+
+    path = hub.resolve_weights(weights, revision=options.revision, offline=True)
+    checkpoint = open_checkpoint(path)
+    with closing(checkpoint.weights):
+        tables = {
+            place: _rows(checkpoint, place, options) for place in _places(options.device, sizes)
+        }
+        if options.json:
+            print(json.dumps(_as_json(checkpoint, tables), indent=1))
+        else:
+            _show(checkpoint, tables)
+    if not any(row.fits for rows in tables.values() for row in rows):
+        raise DoesNotFit(_why(path.name, tables))
+    return 0
+
+
+def _parse_memory(text: str) -> int:
+    match = _MEMORY.fullmatch(text.strip())
+    num_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if not 0 < num_bytes <= _MAX_MEMORY:
+        raise UsageError(f"--memory {text!r} is no size of memory; write it as 16GB or 24GiB")
+    return num_bytes
+
+
+def _size(num_bytes: int) -> str:
+    from chatserve.models.memory import in_gb
+
+    return in_gb(num_bytes) if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def _places(device: str, sizes: Sequence[int]) -> list[Place]:
+    import torch
+
+    from chatserve.models.memory import available_bytes
+
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here = [kind for kind, is_here in kinds.items() if is_here] + ["cpu"]
+    if sizes:
+        kind = here[0] if device == "auto" else device
+        return [Place(f"{_size(size)} of {kind} memory", kind, size) for size in sizes]
+    if device != "auto" and device not in here:
+        raise UsageError(f"no {device} device is here; say how much it has, as in --memory 16GB")
+    places: list[Place] = []
+    for kind in here if device == "auto" else [device]:
+        count = torch.cuda.device_count() if kind == "cuda" else 1
+        for index in range(count):
+            one = torch.device(kind, index) if count > 1 else torch.device(kind)
+            free = available_bytes(one)
+            places.append(Place(f"{one}, {_size(free)} free", kind, free))
+    return places
+
+
+def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row]:
+    from chatserve.models.memory_plan import plan_memory
+
+    rows: list[Row] = []
+    for form, bits in _FORMS.items():
+        try:
+            policy, flags = _policy(checkpoint, place.kind, bits)
+        except (UsageError, ModelLoadError) as error:
+            rows.append(Row(form, "", None, False, error.message))
+            continue
+        plan = plan_memory(
+            checkpoint, policy, context=options.context, concurrency=options.concurrency
+        )
+        rows.append(Row(form, flags, plan, plan.fits(place.memory_bytes)))
+    return rows
+
+
+def _policy(checkpoint: Checkpoint, kind: str, bits: int) -> tuple[DevicePolicy, str]:
+    """How a worker would hold the weights, and the flags that make it.
+
+    Raises `UsageError` or `ModelLoadError` where it would refuse them.
+    """
+    import torch
+
+    from chatserve.models.config import is_native
+    from chatserve.models.device import DevicePolicy, choose_policy
+    from chatserve.models.loader import is_compressed, without_misfits
+    from chatserve.models.memory_plan import native_config, packed_policy
+    from chatserve.models.packing import Packing
+
+    if kind == "cpu":
+        usual = choose_policy("cpu")
+        half = choose_policy("cpu", "bfloat16")
+        is_usual = usual.dtype == half.dtype and not is_compressed(checkpoint)
+        flags = "" if is_usual else "--dtype bfloat16"
+    else:
+        dtype = torch.float16 if kind == "mps" else torch.bfloat16
+        half, flags = DevicePolicy(torch.device(kind), dtype, "sdpa", None, ()), ""
+    if bits == 16:
+        return half, flags
+    if bits == 4 and not is_native(checkpoint.config):
+        raise UsageError("only the Llama family's weights are packed in 4 bits")
+    if bits == 4 and kind == "mps":
+        raise UsageError("no product in 4 bits on mps")
+    packing = Packing() if bits == 8 else Packing(bits=4, is_grouped=True)
+    policy = packed_policy(checkpoint, half, packing)
+    if bits == 4 and kind == "cpu" and policy.kernels is None:
+        raise UsageError("4 bits need the CPU kernels, which cannot hold this network here")
+    if is_native(checkpoint.config):
+        policy = without_misfits(native_config(checkpoint), policy)
+    return policy, f"--load-{bits}bit"
+
+
+def _use(row: Row, rows: Sequence[Row], place: Place) -> str:
+    """What to do instead of a row that does not fit."""
+    fitting = next((other for other in rows if other.fits), None)
+    if fitting:
+        return f"use {fitting.flags or fitting.form}"
+    assert row.plan is not None
+    if context := row.plan.context_within(place.memory_bytes):
+        return f"use {_with_flags(row)}--context-length {context}"
+    return f"use a smaller model or {_size(row.plan.total_bytes)} of memory"
+
+
+def _with_flags(row: Row) -> str:
+    return f"{row.flags} " if row.flags else ""
+
+
+def _why(name: str, tables: dict[Place, list[Row]]) -> str:
+    """The one line for a model that fits nowhere."""
+    place = max(tables, key=lambda place: place.memory_bytes)
+    rows = [row for row in tables[place] if row.plan is not None]
+    row = min(rows, key=lambda row: row.plan.total_bytes if row.plan else 0)
+    assert row.plan is not None
+    return (
+        f"{name} does not fit: with {_with_flags(row)}it needs {_size(row.plan.total_bytes)} for "
+        f"{row.plan.concurrency} x {row.plan.context:,} tokens, there are "
+        f"{_size(place.memory_bytes)}; {_use(row, rows, place)}"
+    )
+
+
+def _as_json(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> dict[str, Any]:
+    plans = [
+        {
+            **asdict(place),
+            "forms": [_row_as_json(row, rows, place) for row in rows],
+        }
+        for place, rows in tables.items()
+    ]
+    return {"weights": str(checkpoint.path), "places": plans}
+
+
+def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
+    line: dict[str, Any] = {"form": row.form, "flags": row.flags, "fits": row.fits}
+    if row.plan is None:
+        return {**line, "reason": row.reason}
+    plan = row.plan
+    return {
+        **line,
+        "use": None if row.fits else _use(row, rows, place),
+        "held_as": plan.form,
+        "weights_bytes": plan.weights_bytes,
+        "kv_bytes": plan.kv_bytes,
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "context": plan.context,
+        "concurrency": plan.concurrency,
+        "activation_bytes": plan.activation_bytes,
+        "slack_bytes": plan.slack_bytes,
+        "total_bytes": plan.total_bytes,
+    }
+
+
+def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
+    from chatserve.cli.escapes import one_line
+
+    plan = next(row.plan for rows in tables.values() for row in rows if row.plan)
+    many = "sequence" if plan.concurrency == 1 else "sequences"
+    print(one_line(checkpoint.path.name), end="")
+    print(f": {plan.concurrency} {many} of {plan.context:,} tokens")
+    for place, rows in tables.items():
+        print(f"\n{place.name}")
+        print("  form    weights       KV  activations    slack     total")
+        for row in rows:
+            if row.plan is None:
+                print(f"  {row.form:<6}  {row.reason}")
+                continue
+            part = row.plan
+            cells = (
+                (part.weights_bytes, 8), (part.kv_bytes, 8), (part.activation_bytes, 12),
+                (part.slack_bytes, 8), (part.total_bytes, 9),
+            )  # fmt: skip
+            figures = " ".join(f"{_size(num_bytes):>{width}}" for num_bytes, width in cells)
+            flags = f" ({row.flags})" if row.flags else ""
+            verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(row, rows, place)}"
+            print(f"  {row.form:<6} {figures}  {verdict}")

@@ -1,0 +1,264 @@
+"""How much memory a model takes, before it is loaded: the one place that adds it up.
+
+`chatserve plan`, the loader's check and the worker's KV pool ask here, so that they agree. Reads a
+config and headers; allocates nothing and knows no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from chatserve.errors import ModelLoadError
+from chatserve.kernels.library import BLOCK_SIZE, KernelsUnavailable, load_kernels
+from chatserve.models.checkpoint import Checkpoint
+from chatserve.models.config import ModelConfig, is_native
+from chatserve.models.device import DevicePolicy
+from chatserve.models.fallback import read_hf_config, refusals
+from chatserve.models.kernel_matrix import padded
+from chatserve.models.llama_kernels import HEAD_PACKING, misfit
+from chatserve.models.packing import GROUP, Packing
+
+MIN_CONTEXT = 256
+"""Tokens; below it a chat is not worth starting."""
+_KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of what is left, where not all fits
+# Measured: interpreter, PyTorch, server and a tokenizer. On a GPU the driver's context, estimated.
+_PROCESS_BYTES = {"cpu": 330 << 20, "cuda": 500 << 20, "mps": 100 << 20}
+_LOADING_BYTES = 32 << 20  # slices of tensors, and the holes that they leave in the heap
+_SPARE_SHARE = 0.02  # of the weights: what an estimate may be wrong by
+_ATTENTION_ROWS = 6  # whose scores the kernels keep at once
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one worker takes on one device, in bytes.
+
+    `process_bytes` are there before anything is loaded, `spare_bytes` are for what no estimate
+    sees. `context`: tokens of each of `concurrency` sequences.
+    """
+
+    device: str
+    form: str
+    weights_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+    process_bytes: int
+    spare_bytes: int
+    context: int
+    concurrency: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Of all sequences at their full length, in whole blocks."""
+        return whole_blocks(self.context) * self.concurrency
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def working_bytes(self) -> int:
+        """Beside weights, keys and values, in a process that has started."""
+        return self.activation_bytes + self.spare_bytes
+
+    @property
+    def slack_bytes(self) -> int:
+        return self.process_bytes + self.spare_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.slack_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """To load the weights, and hold a context that is worth it."""
+        least_kv = whole_blocks(min(MIN_CONTEXT, self.context)) * self.kv_bytes_per_token
+        return self.weights_bytes + self.working_bytes + least_kv
+
+    def kv_tokens_beside(self, free_bytes: int) -> int:
+        """How many tokens a worker keeps with `free_bytes` beside its weights, in whole blocks.
+
+        All that is planned, where it fits; else a share of what is left, so that a machine is not
+        filled by what might be asked for, but no less than one sequence may need.
+        """
+        left = max(0, free_bytes - self.working_bytes)
+        if self.kv_bytes <= left:
+            return self.num_kv_tokens
+        block_bytes = self.kv_bytes_per_token * BLOCK_SIZE
+        first = min(left // block_bytes * BLOCK_SIZE, whole_blocks(self.context))
+        shared = int(left * _KV_SHARE[self.device]) // block_bytes * BLOCK_SIZE
+        return max(first, shared)
+
+    def context_within(self, memory_bytes: int) -> int:
+        """The longest context with which `memory_bytes` would do; 0 where none is worth it."""
+        left = memory_bytes - (self.total_bytes - self.kv_bytes)
+        block_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.concurrency
+        context = min(max(0, left) // block_bytes * BLOCK_SIZE, self.context)
+        return context if context >= min(MIN_CONTEXT, self.context) else 0
+
+    def fits(self, memory_bytes: int) -> bool:
+        return self.total_bytes <= memory_bytes
+
+
+def plan_memory(
+    checkpoint: Checkpoint,
+    policy: DevicePolicy,
+    *,
+    context: int | None = None,
+    concurrency: int = 1,
+    max_rows: int = 512,
+) -> MemoryPlan:
+    """What `checkpoint` takes under `policy` with `concurrency` sequences of `context` tokens.
+
+    `context`: at most, None for all that the model holds. `max_rows`: tokens of one step.
+    Raises `ModelLoadError` when config.json does not tell.
+    """
+    longest = context_length(checkpoint.config)
+    context = longest if context is None else min(context, longest)
+    kind = policy.device.type
+    if is_native(checkpoint.config):
+        config = native_config(checkpoint)
+        weights = weights_bytes(config, policy)
+        activations = _activation_bytes(config, policy, max_rows, context, concurrency)
+    else:
+        # it passes through a state dict: half precision is the peak, also where 8 bits follow
+        infos = checkpoint.weights.tensors().values()
+        weights = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
+        activations = _fallback_activation_bytes(checkpoint, policy, max_rows)
+    return MemoryPlan(
+        device=kind,
+        form=str(policy.packing) if policy.packing else policy.dtype_name,
+        weights_bytes=weights,
+        kv_bytes_per_token=kv_bytes_per_token(
+            checkpoint.config, 2 if policy.kernels else policy.dtype.itemsize
+        ),
+        activation_bytes=activations,
+        process_bytes=_PROCESS_BYTES[kind],
+        spare_bytes=_LOADING_BYTES + int(weights * _SPARE_SHARE),
+        context=context,
+        concurrency=concurrency,
+    )
+
+
+def packed_policy(checkpoint: Checkpoint, policy: DevicePolicy, packing: Packing) -> DevicePolicy:
+    """`policy` as it would be with compressed weights; also of a device that is not here."""
+    kernels = None
+    if policy.device.type == "cpu" and is_native(checkpoint.config):
+        with contextlib.suppress(KernelsUnavailable):
+            kernels = load_kernels() if misfit(native_config(checkpoint)) is None else None
+    return replace(policy, packing=packing, kernels=kernels)
+
+
+def whole_blocks(num_tokens: int) -> int:
+    """`num_tokens` rounded up to blocks of the KV cache."""
+    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def native_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The config, tied when the checkpoint has no head of its own."""
+    has_head = "lm_head.weight" in checkpoint.weights.tensors()
+    content = dict(checkpoint.config)
+    content["tie_word_embeddings"] = content.get("tie_word_embeddings", False) or not has_head
+    return ModelConfig.from_hf(content)
+
+
+def weights_bytes(config: ModelConfig, policy: DevicePolicy) -> int:
+    """The network of `config` in the form that `policy` gives it."""
+    size, hidden = policy.dtype.itemsize, config.hidden_size
+    if policy.packing is None:
+        return config.num_parameters * size
+    matrices = _matrices(config)
+    num_plain = config.num_parameters - config.num_layers * sum(
+        rows * columns for rows, columns in matrices
+    )
+    num_plain -= config.vocab_size * hidden * (1 if config.is_tied else 2)
+    table = 0 if config.is_tied else config.vocab_size * hidden
+    if policy.kernels:
+        packed = sum(_packed_bytes(*shape, policy.packing) for shape in matrices)
+        head = _packed_bytes(config.vocab_size, hidden, HEAD_PACKING)
+        table *= 4 if policy.dtype == torch.float32 else 2
+        return config.num_layers * packed + head + table + 4 * num_plain
+    per_row = 0 if policy.packing.is_grouped else 2
+    shapes = [*matrices * config.num_layers, (config.vocab_size, hidden)]
+    packed = sum(
+        int(rows * columns * policy.packing.bytes_per_weight) + rows * per_row
+        for rows, columns in shapes
+    )
+    return packed + (table + num_plain) * size
+
+
+def context_length(config: Mapping[str, object]) -> int:
+    """Tokens that the model of a `config.json` holds, native or not."""
+    if is_native(config):
+        return ModelConfig.from_hf(config).context_length
+    hf_config = read_hf_config(config)
+    with refusals("config.json, context length"):
+        hf_config = hf_config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = getattr(hf_config, name, None)
+            if type(value) is int and 0 < value <= 1 << 31:
+                return value
+    raise ModelLoadError("config.json does not say how long a context the model holds")
+
+
+def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> int:
+    """Keys and values of one token in all layers, native or not."""
+    if is_native(config):
+        return ModelConfig.from_hf(config).kv_bytes_per_token(bytes_per_value)
+    hf_config = read_hf_config(config)
+    with refusals("config.json, size of keys and values"):
+        hf_config = hf_config.get_text_config()
+        heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+        dim = getattr(hf_config, "head_dim", None)
+        dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
+        num_bytes = int(2 * hf_config.num_hidden_layers * heads * dim * bytes_per_value)
+    if not 0 < num_bytes < 1 << 62:
+        raise ModelLoadError(
+            "config.json gives no possible size of keys and values; the file is damaged"
+        )
+    return num_bytes
+
+
+def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of one block's matrices: qkv, output, gate and up, down."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    heads_out = config.num_heads * config.head_dim
+    qkv = heads_out + 2 * config.num_kv_heads * config.head_dim
+    return [(qkv, hidden), (hidden, heads_out), (2 * ffn, hidden), (hidden, ffn)]
+
+
+def _packed_bytes(rows: int, columns: int, packing: Packing) -> int:
+    """In the kernels' layout: whole panels; one float32 scale a row where they are not grouped."""
+    rows = padded(rows)
+    return int(rows * columns * packing.bytes_per_weight) + (0 if packing.is_grouped else 4 * rows)
+
+
+def _activation_bytes(
+    config: ModelConfig, policy: DevicePolicy, max_rows: int, context: int, concurrency: int
+) -> int:
+    """A step of `max_rows` tokens, its logits, and the table of angles."""
+    hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads_out, kv_out = config.num_heads * dim, 2 * config.num_kv_heads * dim
+    logits = concurrency * config.vocab_size * 4
+    angles = 2 * context * dim * 4  # float32, and what they are computed from
+    if policy.kernels and policy.packing:
+        floats = hidden + 2 * heads_out + kv_out + ffn
+        widest = max(hidden, ffn, heads_out)
+        codes = policy.packing.activation_bits // 8 * (widest + 8 * widest // GROUP)
+        scores = 2 * _ATTENTION_ROWS * context * 4
+        return max_rows * (4 * floats + codes) + scores + logits + angles
+    # gate and up, their product on the way, and the rows that stay beside them
+    values = 4 * ffn + 3 * hidden + heads_out + kv_out
+    gathered = context * kv_out  # keys and values of a sequence whose blocks lie scattered
+    return (max_rows * values + gathered) * policy.dtype.itemsize + logits + angles
+
+
+def _fallback_activation_bytes(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -> int:
+    """Sixteen times the hidden size, as blocks of other families have it: a guess."""
+    shapes = (info.shape for info in checkpoint.weights.tensors().values())
+    hidden = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
+    return 16 * max_rows * min(hidden, 1 << 16) * policy.dtype.itemsize
