@@ -39,6 +39,9 @@ COMMANDS = {
     "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
     "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
     "plan": CommandEntry("chatserve.cli.commands.plan", "say whether a model fits into memory"),
+    "apply-delta": CommandEntry(
+        "chatserve.cli.commands.apply_delta", "add delta weights (Vicuna v0, v1.1) to their base"
+    ),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),
