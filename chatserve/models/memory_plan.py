@@ -27,8 +27,8 @@ MIN_CONTEXT = 256
 """Tokens; below it a chat is not worth starting."""
 _KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of what is left, where not all fits
 # Measured: interpreter, PyTorch, server and a tokenizer. On a GPU the driver's context, estimated.
-_PROCESS_BYTES = {"cpu": 330 << 20, "cuda": 500 << 20, "mps": 100 << 20}
-_LOADING_BYTES = 32 << 20  # slices of tensors, and the holes that they leave in the heap
+_PROCESS_BYTES = {"cpu": 310 << 20, "cuda": 500 << 20, "mps": 100 << 20}
+_LOADING_BYTES = 16 << 20  # slices of tensors, and the holes that they leave in the heap
 _SPARE_SHARE = 0.02  # of the weights: what an estimate may be wrong by
 _ATTENTION_ROWS = 6  # whose scores the kernels keep at once
 
