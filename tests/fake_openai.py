@@ -25,7 +25,7 @@ MODEL = {
     "chatserve": {
         "device": "cpu",
         "dtype": "float32",
-        "load_8bit": True,
+        "weight_bits": 8,
         "context_length": 2048,
         "template": "vicuna_v1.1",
     },

@@ -16,12 +16,15 @@ class ChatDelta:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One entry of `/v1/models`; what the server does not say is None."""
+    """One entry of `/v1/models`; what the server does not say is None.
+
+    weight_bits: of a compressed model.
+    """
 
     name: str
     device: str | None = None
     dtype: str | None = None
-    load_8bit: bool = False
+    weight_bits: int | None = None
     context_length: int | None = None
     template_name: str | None = None
 

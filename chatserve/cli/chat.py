@@ -278,7 +278,7 @@ def status_text(model: ModelInfo, answer: Answer) -> str:
         model.name,
         model.device,
         model.dtype,
-        "8-bit" if model.load_8bit else None,
+        f"{model.weight_bits}-bit" if model.weight_bits else None,
         f"{answer.tokens_per_s:.1f} tokens/s" if answer.tokens_per_s else None,
     )
     return " · ".join(one_line(part) for part in parts if part)

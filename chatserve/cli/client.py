@@ -231,12 +231,12 @@ def _model_info(entry: dict[str, Any]) -> ModelInfo:
         value = extra.get(key)
         return value if isinstance(value, str) else None
 
-    context_length = extra.get("context_length")
+    context_length, bits = extra.get("context_length"), extra.get("weight_bits")
     return ModelInfo(
         name=str(entry.get("id", "")),
         device=text("device"),
         dtype=text("dtype"),
-        load_8bit=extra.get("load_8bit") is True,
+        weight_bits=bits if type(bits) is int else None,
         context_length=context_length if isinstance(context_length, int) else None,
         template_name=text("template"),
     )

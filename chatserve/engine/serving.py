@@ -26,6 +26,7 @@ from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.hub import resolve_weights
+from chatserve.models.adapter_config import merged_adapters
 from chatserve.models.chat_template import (
     TemplateChoice,
     WeightsFacts,
@@ -39,7 +40,10 @@ from chatserve.models.llama_kernels import num_warm_tokens
 from chatserve.models.loader import fits_kernels, is_compressed, load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
+from chatserve.models.merge import merge
+from chatserve.models.packing import Packing
 from chatserve.models.tokenizer import load_tokenizer
+from chatserve.models.weights import file_packing
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -84,9 +88,8 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     )  # fmt: skip
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
-        if config.dtype == "auto":
-            policy = _compressed_as_the_file(policy, checkpoint)
-        policy = check(policy)
+        checkpoint = merge(checkpoint, [Path(each).expanduser() for each in config.adapter])
+        policy = check(_as_the_file(policy, checkpoint, config.dtype))
         logger.info("%s", policy.describe())
         tokenizer = load_tokenizer(path, checkpoint.metadata)
         sources = load_template_sources(path, checkpoint.metadata)
@@ -135,10 +138,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "device": policy.device.type,
             "dtype": policy.dtype_name,
             "load_8bit": policy.packing is not None and policy.packing.bits == 8,
+            "weight_bits": policy.packing.bits if policy.packing else None,
             "packing": str(policy.packing) if policy.packing else None,
             "kernels": policy.kernels.level if policy.kernels else None,
             "reasons": list(policy.reasons),
             "template": choice.template.name,
+            "adapters": [each.get("name") for each in merged_adapters(checkpoint.config)],
             "native": not isinstance(model, FallbackModel),
             "kv_tokens": limits.num_kv_tokens,
             "memory": {
@@ -159,19 +164,26 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     return async_engine, served
 
 
-def _compressed_as_the_file(policy: DevicePolicy, checkpoint: Checkpoint) -> DevicePolicy:
-    """8 bits for weights that come in 8 bits or fewer, where the CPU kernels take them.
+def _as_the_file(policy: DevicePolicy, checkpoint: Checkpoint, dtype: str) -> DevicePolicy:
+    """The file's own form for weights that come in 8 bits or fewer, where the CPU kernels take it.
 
-    They are several times faster than half precision there, and no further from float32 than it:
-    their logits are not rounded to half precision (docs/design/010).
+    They are several times faster than half precision there, and nothing is rounded a second time
+    (docs/design/013). A form that the kernels do not have becomes 8 bits with a scale per row.
     """
-    if policy.device.type != "cpu" or policy.packing or not is_compressed(checkpoint):
+    own = file_packing(checkpoint.weights.tensors())
+    if policy.device.type != "cpu":
+        return policy
+    if policy.packing:
+        is_own = policy.packing.bits == 4 and own is not None and own.bits == 4
+        return dataclasses.replace(policy, packing=own) if is_own else policy
+    if dtype != "auto" or not is_compressed(checkpoint):
         return policy
     packed = choose_policy("cpu", load_8bit=True)
     if packed.kernels is None or not fits_kernels(checkpoint):
         return policy
-    reason = "8 bits as the file has no more; --dtype bfloat16 unpacks it"
-    return dataclasses.replace(packed, reasons=(*packed.reasons, reason))
+    packing = own or Packing()
+    reason = f"{packing} as the file has no more; --dtype bfloat16 unpacks it"
+    return dataclasses.replace(packed, packing=packing, reasons=(*packed.reasons, reason))
 
 
 @dataclass(frozen=True)

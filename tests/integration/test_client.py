@@ -241,7 +241,7 @@ def test_a_server_that_says_nothing_is_given_up_where_no_answer_is_awaited(
 
 
 def test_models_with_and_without_details(client: ChatClient, server: FakeOpenAI) -> None:
-    assert client.models() == [ModelInfo("fake-1b", "cpu", "float32", True, 2048, "vicuna_v1.1")]
+    assert client.models() == [ModelInfo("fake-1b", "cpu", "float32", 8, 2048, "vicuna_v1.1")]
     server.models = b'{"data": [{"id": "plain"}, {"id": "x", "chatserve": {"dtype": 5}}, 7]}'
     assert client.models() == [ModelInfo("plain"), ModelInfo("x")]
 

@@ -20,11 +20,14 @@ from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.gguf import GGUFFile
+from chatserve.models.kernel_matrix import KernelMatrix
 from chatserve.models.linear import Int8Linear
 from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.loader import load_model
+from chatserve.models.packing import Packing
 from chatserve.models.tokenizer import load_tokenizer
+from chatserve.models.weights import file_packing
 from tests import networks, tiny
 from tests.weights import default_model
 
@@ -150,7 +153,7 @@ def test_8_bits_of_pytorch_stay_close_and_take_half(
     [
         ({"load_8bit": True}, 0.9, 0.53),
         ({"load_8bit": True, "quant_group": "32"}, 0.92, 0.55),
-        ({"load_4bit": True}, 0.5, 0.35),
+        ({"load_4bit": True}, 0.5, 0.35),  # around zero, which these weights are not
     ],
 )
 def test_kernels_stay_close_and_take_their_share(
@@ -170,18 +173,39 @@ def test_kernels_stay_close_and_take_their_share(
 
 @pytest.mark.skipif(INT8.kernels is None, reason="the kernels were not compiled here")
 @pytest.mark.parametrize(
-    ("dtype", "packing"), [("auto", "int8"), ("bfloat16", None)]
-)  # docs/design/010
+    ("options", "packing"),
+    [
+        ({}, "int4/32+min"),
+        ({"load_4bit": True}, "int4/32+min"),
+        ({"load_8bit": True}, "int8"),
+        ({"dtype": "bfloat16"}, None),
+    ],
+)  # docs/design/013
 def test_a_compressed_file_stays_compressed_unless_a_dtype_is_asked_for(
-    dtype: str, packing: str | None
+    options: dict[str, Any], packing: str | None
 ) -> None:
     path = str(default_model())
-    _, served = serving.load(WorkerConfig(weights=path, dtype=dtype, context_length=512))
+    _, served = serving.load(WorkerConfig(weights=path, context_length=512, **options))
     assert served.description["packing"] == packing
-    assert served.description["load_8bit"] is (packing is not None)
+    assert served.description["weight_bits"] == (int(packing[3]) if packing else None)
 
 
 def test_a_folder_in_half_precision_stays_so(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, dtype=torch.bfloat16)
     _, served = serving.load(WorkerConfig(weights=str(tmp_path), device="cpu"))
     assert served.description["packing"] is None
+
+
+@pytest.mark.skipif(INT8.kernels is None, reason="the kernels were not compiled here")
+def test_the_files_own_form_holds_its_weights_to_the_bit() -> None:
+    """Also the head: the file has Q4_1 in the blocks, and Q8_0 where the kernels have 8 bits."""
+    checkpoint = open_checkpoint(default_model())
+    with closing(checkpoint.weights):
+        packing = file_packing(checkpoint.weights.tensors())
+        assert packing == Packing(4, is_grouped=True, has_minima=True)
+        network = load_model(checkpoint, dataclasses.replace(INT8, packing=packing))
+        for name, place in network.destinations().items():
+            if len(place.shape) == 2 and isinstance(place.target, KernelMatrix):
+                wanted = checkpoint.weights.read(name, range(0, 8))
+                rows = [place.target.row(place.start + index) for index in range(8)]
+                assert torch.equal(torch.stack(rows), wanted), name

@@ -27,7 +27,7 @@ from chatserve.errors import (
 
 Piece = str | ChatDelta | BaseException
 CTRL_C = KeyboardInterrupt()
-MODEL = ModelInfo("fake-1b", "cpu", "float32", True, 2048, "vicuna_v1.1")
+MODEL = ModelInfo("fake-1b", "cpu", "float32", 8, 2048, "vicuna_v1.1")
 
 
 class ScriptedServer:
