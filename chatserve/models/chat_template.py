@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatserve.errors import ModelLoadError, UsageError
+from chatserve.models.adapter_config import merged_adapters
 from chatserve.models.registry import FAMILIES, LLAMA_PROBE, OTHER_NAMES, Family
 from chatserve.models.special_tokens import Rendered, Special
 from chatserve.models.templates import ChatMessage, ChatTemplate
@@ -22,8 +23,9 @@ from chatserve.models.tokenizer import Tokenizer
 from chatserve.models.weight_files import member, read_json
 
 __all__ = [
-    "ChatMessage", "ChatTemplate", "Rendered", "Special", "TemplateChoice", "WeightsFacts",
-    "choose_template", "load_template_sources", "template_names",
+    "ChatMessage", "ChatTemplate", "Rendered", "Special", "TemplateChoice", "TemplateOrigin",
+    "WeightsFacts", "choose_template", "load_template_sources", "template_names",
+    "template_origins",
 ]  # fmt: skip
 
 OWN = "tokenizer"
@@ -46,10 +48,15 @@ class WeightsFacts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The folder's own name and the config's, lower case, without what they lie in."""
-        own = self.config.get("_name_or_path")
-        named = (self.name, own if isinstance(own, str) else "")
-        return tuple(re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower() for name in named)
+        """The folder's own name, the config's and those of the adapters that are merged into it.
+
+        Lower case, without what they lie in.
+        """
+        named = [self.name, self.config.get("_name_or_path")]
+        for adapter in merged_adapters(self.config):
+            named += [adapter.get("name"), adapter.get("base")]
+        texts = (name.rstrip("/\\") for name in named if isinstance(name, str))
+        return tuple(re.split(r"[/\\]", text)[-1].lower() for text in texts)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,15 @@ class TemplateChoice:
 
     template: ChatTemplate
     reason: str
+
+
+@dataclass(frozen=True)
+class TemplateOrigin:
+    """A place where a template may come from: `choice`, or None and `absence` says why not."""
+
+    name: str
+    choice: TemplateChoice | None = None
+    absence: str = ""
 
 
 def template_names() -> list[str]:
@@ -89,6 +105,36 @@ def choose_template(
         "its tokenizer brings none; choose one with --conv-template "
         f"({', '.join(template_names())})"
     )
+
+
+def template_origins(
+    explicit: str | None,
+    facts: WeightsFacts,
+    tokenizer: Tokenizer,
+    sources: Mapping[str, str],
+) -> list[TemplateOrigin]:
+    """What each place brings, in the order in which `choose_template` asks them."""
+    found = _fingerprint(facts, tokenizer, has_own="default" in sources)
+    family, verified = found or (None, "")
+    has_own = "default" in sources
+    asked = (
+        ("flag", explicit, "chosen by name", "no name was given"),
+        ("fingerprint", family.template if family else None, verified,
+         "no verified Vicuna or StackLLaMA"),
+        ("tokenizer", OWN if has_own else None, "the tokenizer's own chat template",
+         "the tokenizer brings none"),
+    )  # fmt: skip
+    origins = []
+    for origin, name, reason, absence in asked:
+        if name is None:
+            origins.append(TemplateOrigin(origin, absence=absence))
+            continue
+        try:
+            choice = TemplateChoice(_named(name, tokenizer, sources), reason)
+            origins.append(TemplateOrigin(origin, choice))
+        except (UsageError, ModelLoadError) as error:
+            origins.append(TemplateOrigin(origin, absence=error.message))
+    return origins
 
 
 def load_template_sources(path: Path, metadata: Mapping[str, Any] | None = None) -> dict[str, str]:

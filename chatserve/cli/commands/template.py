@@ -1,4 +1,7 @@
-"""`chatserve template [WEIGHTS]`: which prompt a model gets, as text and as token ids."""
+"""`chatserve template [WEIGHTS]`: which prompt a model gets, as text and as token ids.
+
+`template check WEIGHTS` is `template_check`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from chatserve.flags import CommandParser
 from chatserve.settings import setting
 
 if TYPE_CHECKING:
-    from chatserve.models.chat_template import TemplateChoice
+    from chatserve.engine.prompt import Message
+    from chatserve.models.chat_template import TemplateChoice, WeightsFacts
+    from chatserve.models.special_tokens import Rendered
     from chatserve.models.tokenizer import Tokenizer
 
 
@@ -35,9 +40,14 @@ class TemplateConfig:
 
 def main(argv: list[str]) -> int:
     """Print the known names, or a chat as WEIGHTS sees it. Raises `StartupError`."""
+    if argv[:1] == ["check"]:
+        from chatserve.cli.commands import template_check
+
+        return template_check.main(argv[1:])
     parser = CommandParser(
         "chatserve template",
-        "List the chat templates, or show how a chat looks to a model: its text and its ids.",
+        "List the chat templates, or show how a chat looks to a model: its text and its ids. "
+        "`chatserve template check WEIGHTS` compares every template that it could get.",
         TemplateConfig,
     )
     parser.add_argument("weights", nargs="?", help="a folder, .gguf file, alias or hub id")
@@ -57,17 +67,16 @@ def main(argv: list[str]) -> int:
     from chatserve import hub
 
     path = hub.resolve_weights(weights, revision=options.revision, offline=options.offline)
-    choice, tokenizer = _load(path, options.name)
-    _show(choice, tokenizer, options)
+    from chatserve.models.chat_template import choose_template
+
+    found = open_tokenizer(path)
+    _show(choose_template(options.name, *found), found[1], options)
     return 0
 
 
-def _load(path: Path, name: str | None) -> tuple[TemplateChoice, Tokenizer]:
-    from chatserve.models.chat_template import (
-        WeightsFacts,
-        choose_template,
-        load_template_sources,
-    )
+def open_tokenizer(path: Path) -> tuple[WeightsFacts, Tokenizer, dict[str, str]]:
+    """What decides which template the weights get; reads no weights. Raises `ModelLoadError`."""
+    from chatserve.models.chat_template import WeightsFacts, load_template_sources
     from chatserve.models.tokenizer import load_tokenizer
     from chatserve.models.weight_files import read_json
 
@@ -81,16 +90,13 @@ def _load(path: Path, name: str | None) -> tuple[TemplateChoice, Tokenizer]:
         metadata, model_config = file.metadata, hf_config(file.metadata)
     tokenizer = load_tokenizer(path, metadata)
     facts = WeightsFacts(path.name, model_config)
-    sources = load_template_sources(path, metadata)
-    return choose_template(name, facts, tokenizer, sources), tokenizer
+    return facts, tokenizer, load_template_sources(path, metadata)
 
 
-def _show(choice: TemplateChoice, tokenizer: Tokenizer, options: TemplateConfig) -> None:
-    from chatserve.cli.escapes import EscapeFilter
+def sample(options: TemplateConfig) -> list[Message]:
+    """The chat to show: of one message, or of three."""
     from chatserve.engine.prompt import Message
-    from chatserve.models.special_tokens import Special
 
-    template = choice.template
     if options.message is not None:
         messages = [Message("user", options.message)]
     else:
@@ -101,19 +107,24 @@ def _show(choice: TemplateChoice, tokenizer: Tokenizer, options: TemplateConfig)
         ]
     if options.system is not None:
         messages.insert(0, Message("system", options.system))
-    rendered = template.render(messages)
-    adds_bos = template.adds_bos and tokenizer.adds_bos
-    ids = tokenizer.encode(rendered, add_bos=adds_bos)
-    if adds_bos and tokenizer.names.get("bos_token"):
-        rendered = [Special(tokenizer.names["bos_token"]), *rendered]
-    special_ids = tokenizer.special_ids
-    stop_ids = sorted(
-        {*tokenizer.eos_ids, *(special_ids[t] for t in template.stop_tokens if t in special_ids)}
-    )
-    print(f"template: {template.name} ({choice.reason})")
+    return messages
+
+
+def marked(rendered: Rendered) -> str:
+    """The text of a prompt, special tokens in brackets."""
+    from chatserve.models.special_tokens import Special
+
+    return "".join(f"⟦{part}⟧" if isinstance(part, Special) else part for part in rendered)
+
+
+def _show(choice: TemplateChoice, tokenizer: Tokenizer, options: TemplateConfig) -> None:
+    from chatserve.cli.escapes import EscapeFilter
+    from chatserve.models.template_check import report
+
+    made = report(choice.template, tokenizer, sample(options))
+    print(f"template: {choice.template.name} ({choice.reason})")
     print("text, special tokens in ⟦⟧:")
-    text = "".join(f"⟦{part}⟧" if isinstance(part, Special) else part for part in rendered)
-    print(EscapeFilter().feed(text))
-    print(f"{len(ids)} ids: {' '.join(map(str, ids))}")
-    print(f"stops at ids: {' '.join(map(str, stop_ids)) or 'none'}")
-    print(f"stops at text: {' '.join(map(repr, template.stop)) or 'none'}")
+    print(EscapeFilter().feed(marked(made.rendered)))
+    print(f"{len(made.ids)} ids: {' '.join(map(str, made.ids))}")
+    print(f"stops at ids: {' '.join(map(str, made.stop_ids)) or 'none'}")
+    print(f"stops at text: {' '.join(map(repr, made.stop_texts)) or 'none'}")
