@@ -84,12 +84,14 @@ class CommandParser(argparse.ArgumentParser):
             if action.dest in dests:
                 action.type = agree
 
-    def flags(self, argv: Sequence[str]) -> dict[str, Any]:
+    def flags(self, argv: Sequence[str], *, intermixed: bool = False) -> dict[str, Any]:
         """The settings that `argv` names, by field; absent ones are left out.
 
+        `intermixed`: flags may stand between the arguments of one list.
         Raises `UsageError` on a flag that is unknown, ambiguous, refused or lacks its value.
         """
-        namespace, unknown = self.parse_known_args(argv)
+        parse = self.parse_known_intermixed_args if intermixed else self.parse_known_args
+        namespace, unknown = parse(argv)
         if unknown:
             raise UsageError(self._unknown(unknown[0]))
         return vars(namespace)

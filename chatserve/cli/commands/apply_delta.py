@@ -47,14 +47,19 @@ def main(argv: list[str]) -> int:
     """Write the model, or only verify one; its path goes to stdout. Raises `StartupError`."""
     parser = CommandParser(
         "chatserve apply-delta",
-        "Add delta weights (Vicuna v0, v1.1) to their base and write the model as safetensors. "
-        "With TARGET alone and --verify: only compare it with its manifest.",
+        "Add delta weights (Vicuna v0, v1.1) to their base and write the model as safetensors: "
+        "chatserve apply-delta BASE DELTA TARGET. With TARGET alone and --verify: only compare it "
+        "with its manifest.",
         ApplyDeltaConfig,
     )
     parser.add_argument(
-        "places", nargs="*", metavar="BASE DELTA TARGET", help="folders; BASE, DELTA: or hub ids"
+        "places",
+        nargs="*",
+        metavar="FOLDER",
+        help="BASE, DELTA and TARGET: the folder (or hub id) of the original weights, that of the "
+        "delta, and the folder to write",
     )
-    flags = parser.flags(argv)
+    flags = parser.flags(argv, intermixed=True)
     places = flags.pop("places")
     options = config.build(ApplyDeltaConfig, flags)
     if options.verify and len(places) == 1 and not any(name in flags for name in _PLACES):
