@@ -42,6 +42,10 @@ class ModelOptions:
         None, "with --load-8bit: a scale per 32 weights, and 16-bit activations (CPU)",
         group="model", choices=("32",),
     )  # fmt: skip
+    adapter: tuple[str, ...] = setting(
+        (), "folder of a LoRA adapter to merge while loading; several are merged in their order",
+        group="model", metavar="PATH", repeated=True,
+    )  # fmt: skip
     conv_template: str | None = setting(
         None, "chat template by name (`chatserve template` lists them)", group="model",
         metavar="NAME",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -31,6 +32,7 @@ def setting(
     metavar: str | None = None,
     env: Sequence[str] = (),
     flag: bool = True,
+    repeated: bool = False,
     refused: Mapping[str, str] | None = None,
     ge: float | None = None,
     gt: float | None = None,
@@ -39,12 +41,14 @@ def setting(
     """One field of a settings class: its default, its sentence, and further spellings of its flag.
 
     `flags` are aliases beside `--field-name`; `env` further environment variables (FastChat's);
-    `flag=False` keeps it out of the command line; `refused` maps values that FastChat knows and
+    `flag=False` keeps it out of the command line; `repeated`: each flag adds one path to a tuple,
+    and a variable separates them as PATH does; `refused` maps values that FastChat knows and
     chatserve lacks to the reason. `ge`, `gt` and `le` bound a number, however it is given.
     """
     metadata = {
         "doc": doc, "flags": tuple(flags), "choices": choices, "group": group,
-        "metavar": metavar, "env": tuple(env), "flag": flag, "refused": refused or {},
+        "metavar": metavar, "env": tuple(env), "flag": flag, "repeated": repeated,
+        "refused": refused or {},
         "ge": ge, "gt": gt, "le": le,
     }  # fmt: skip
     if isinstance(default, (list, dict)):
@@ -84,6 +88,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
             options["choices"] = meta["choices"]
             if not meta["choices"]:
                 options["metavar"] = meta["metavar"] or item.name.upper()
+            if meta["repeated"]:
+                kind, options["action"] = str, "append"
             group.add_argument(*names, type=_parser_of(kind, meta), **options)
 
 
@@ -112,7 +118,8 @@ def resolve(
             if environ.get(variable):
                 values[name] = (_convert(environ[variable], kind, variable, meta), variable)
         if name in flags:
-            values[name] = (flags[name], "flag")
+            given = flags[name]
+            values[name] = (tuple(given) if meta["repeated"] else given, "flag")
     return values
 
 
@@ -138,6 +145,8 @@ def flags_of(config: Any, *kinds: type[Any]) -> list[str]:
             flags.append(flag)
         elif value is False:
             flags += ["--no-" + flag.removeprefix("--")] if item.default else []
+        elif item.metadata["repeated"]:
+            flags += [f"{flag}={each}" for each in value]
         elif isinstance(value, tuple):
             flags += [f"{flag}={','.join(value)}"] if value else []
         elif value is not None:
@@ -192,6 +201,10 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _split_paths(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(os.pathsep) if part)
+
+
 def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any:
     """A value of the environment (text) or TOML (typed) as the field's type."""
     _refuse(value, meta["refused"])
@@ -201,8 +214,10 @@ def _convert(value: Any, kind: Any, source: str, meta: Mapping[str, Any]) -> Any
                 return value
             return {"1": True, "true": True, "yes": True, "0": False, "false": False,
                     "no": False}[str(value).lower()]  # fmt: skip
+        if kind is tuple and isinstance(value, str):
+            return _split_paths(value) if meta["repeated"] else _split(value)
         if kind is tuple:
-            return _split(value) if isinstance(value, str) else tuple(map(str, value))
+            return tuple(map(str, value))
         # int() would take TOML's 1.5 and true
         if kind in (int, float) and type(value) not in (str, int, kind):
             raise TypeError

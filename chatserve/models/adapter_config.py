@@ -20,6 +20,8 @@ from chatserve.errors import ModelLoadError
 from chatserve.models.weight_files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+MERGED_KEY = "merged_adapters"
+"""In the config.json of a merged model: name, base and fingerprint of each adapter, in order."""
 MAX_RANK = 1 << 16
 # A base that never was published, and what it is made of (StackLLaMA, facts of its model card).
 UNPUBLISHED_BASES = {"llama-se-merged": ("LLAMA-7B", "LLAMA-7B-SE-PEFT")}
@@ -98,6 +100,14 @@ class AdapterConfig:
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, whatever else is in it."""
     return (folder / ADAPTER_CONFIG).exists()
+
+
+def merged_adapters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The adapters that a config.json says are in its weights; anything else there is ignored."""
+    records = config.get(MERGED_KEY)
+    if not isinstance(records, list):
+        return []
+    return [record for record in records if isinstance(record, Mapping)]
 
 
 def is_value_head(name: str) -> bool:

@@ -49,10 +49,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="StackLLaMA",
         template="stackllama",
-        names=("stackllama", "stack-llama", "llama-7b-se-rl", "llama-se-rl", "llama-se-merged"),
+        names=(
+            "stackllama", "stack-llama", "llama-7b-se-peft", "llama-7b-se-rl", "llama-se-rl",
+            "llama-se-merged",
+        ),
         vocab_rows=32000,
     ),
-)
+)  # fmt: skip
 
 # Names of other families on LLaMA with 32001 rows; they are not Vicuna v0.
 OTHER_NAMES = ("alpaca", "koala", "wizard", "guanaco", "gpt4all")
