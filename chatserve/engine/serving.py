@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import chatserve
 from chatserve.config import WorkerConfig, served_names
 from chatserve.engine.async_engine import AsyncEngine
@@ -36,6 +34,7 @@ from chatserve.models.chat_template import (
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
+from chatserve.models.fingerprint import weights_fingerprint
 from chatserve.models.llama_kernels import num_warm_tokens
 from chatserve.models.loader import fits_kernels, is_compressed, load_model
 from chatserve.models.memory import available_bytes, in_gb
@@ -89,7 +88,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
         checkpoint = merge(checkpoint, [Path(each).expanduser() for each in config.adapter])
-        policy = check(_as_the_file(policy, checkpoint, config.dtype))
+        policy = check(as_the_file(policy, checkpoint, config.dtype))
         logger.info("%s", policy.describe())
         tokenizer = load_tokenizer(path, checkpoint.metadata)
         sources = load_template_sources(path, checkpoint.metadata)
@@ -164,7 +163,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     return async_engine, served
 
 
-def _as_the_file(policy: DevicePolicy, checkpoint: Checkpoint, dtype: str) -> DevicePolicy:
+def as_the_file(policy: DevicePolicy, checkpoint: Checkpoint, dtype: str) -> DevicePolicy:
     """The file's own form for weights that come in 8 bits or fewer, where the CPU kernels take it.
 
     They are several times faster than half precision there, and nothing is rounded a second time
@@ -262,19 +261,11 @@ def _fingerprint(
 ) -> str:
     """Workers with different fingerprints may continue a text differently.
 
-    Covers config, tensor names, shapes and dtypes, the smallest tensors' content, device, dtype,
-    backends, template and engine version. Not every weight, which would cost a full read: weights
-    that differ in their large matrices alone look alike.
+    Covers the weights as far as `weights_fingerprint` does, chat templates, device, dtype,
+    backends, template and engine version.
     """
-    digest = hashlib.sha256()
-    infos = checkpoint.weights.tensors()
-    for table in (checkpoint.config, sources):
-        digest.update(json.dumps(table, sort_keys=True, default=str).encode())
-    for info in infos.values():
-        digest.update(f"{info.name} {info.shape} {info.dtype}\n".encode())
-    norms = [name for name, info in infos.items() if len(info.shape) == 1]
-    for name in norms[:8] + norms[-8:]:
-        digest.update(checkpoint.weights.read(name).view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
+    digest.update(json.dumps(sources, sort_keys=True).encode())
     kernels = policy.kernels.level if policy.kernels else None
     form = (
         policy.device.type, policy.dtype_name, policy.attention, policy.int8, policy.network,

@@ -57,6 +57,10 @@ class GGUFFile:
         """Headers by GGUF name, in disk order."""
         return {name: entry.info for name, entry in self._entries.items()}
 
+    def type_names(self) -> Mapping[str, str]:
+        """What each tensor is stored as ("Q4_1"), by GGUF name."""
+        return {name: entry.kind.name for name, entry in self._entries.items()}
+
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """The tensor or `rows` of it, on the CPU: F32, F16, BF16 as stored, quantised as float32.
 

@@ -1,4 +1,4 @@
-"""`chatserve list`: what the cache holds, how large it is, and how to chat with it."""
+"""`chatserve list`: what the cache holds, what it is, how large, and how to chat with it."""
 
 from __future__ import annotations
 
@@ -6,37 +6,104 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from chatserve import cache, config, hub
+from chatserve.cli.escapes import one_line
+from chatserve.errors import ModelLoadError
 from chatserve.flags import CommandParser
 from chatserve.settings import setting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chatserve.models.weights_summary import WeightsSummary
 
 
 @dataclass(frozen=True)
 class ListConfig:
     """Settings of `chatserve list`."""
 
-    json: bool = setting(False, "print JSON: name, revision, num_bytes, path")
+    json: bool = setting(
+        False,
+        "print JSON: name, revision, num_bytes, path, architecture, num_parameters, dtype, "
+        "dtypes, fingerprint, receipt, fault",
+    )
 
 
 def main(argv: list[str]) -> int:
     """Print the cached models on stdout. Raises `UsageError`."""
     parser = CommandParser(
-        "chatserve list", "List the downloaded models, their sizes and places.", ListConfig
+        "chatserve list",
+        "List the downloaded models: size, dtype, architecture, fingerprint, receipt, place.",
+        ListConfig,
     )
     options = config.build(ListConfig, parser.flags(argv))
-    models = hub.cached_models()
+    rows = [_Row.of(model) for model in hub.cached_models()]
     if options.json:
-        print(json.dumps([dataclasses.asdict(model) for model in models], default=str, indent=1))
+        print(json.dumps([row.as_json() for row in rows], default=str, indent=1))
         return 0
-    if not models:
+    if not rows:
         print(f"no models in {cache.models_folder()}; `chatserve pull` fetches {hub.DEFAULT_NAME}")
         return 0
-    width = max(len(_title(model)) for model in models)
-    for model in models:
-        print(f"{_title(model):{width}}  {model.num_bytes / 1e6:>9,.1f} MB  {model.path}")
-    print(f"chat with one: chatserve chat {_argument(models[0])}", file=sys.stderr)
+    cells = [row.cells() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row, texts in zip(rows, cells, strict=True):
+        aligned = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
+        print("  ".join([*aligned, one_line(str(row.model.path))]))
+        if row.fault:
+            print(f"  damaged: {one_line(row.fault)}")
+    print(f"chat with one: chatserve chat {_argument(rows[0].model)}", file=sys.stderr)
     return 0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A cached model and what its headers say, or why they say nothing."""
+
+    model: hub.CachedModel
+    summary: WeightsSummary | None
+    fault: str | None
+
+    @staticmethod
+    def of(model: hub.CachedModel) -> _Row:
+        from chatserve.models.weights_summary import summarise
+
+        try:
+            return _Row(model, summarise(model.path), None)
+        except ModelLoadError as error:
+            return _Row(model, None, error.message)
+
+    def cells(self) -> list[str]:
+        size = f"{self.model.num_bytes / 1e6:,.1f} MB".rjust(13)
+        if self.summary is None:
+            return [_title(self.model), size, *["?"] * 5]
+        about = self.summary
+        return [
+            _title(self.model),
+            size,
+            about.dtype,
+            one_line(about.architecture),
+            f"{about.num_parameters / 1e6:,.0f}M",
+            about.fingerprint,
+            _receipt(about.receipt),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        about = self.summary
+        known = {"dtype": about.dtype, **dataclasses.asdict(about)} if about else {}
+        names = (
+            "architecture", "num_parameters", "dtype", "dtypes", "fingerprint", "receipt",
+        )  # fmt: skip
+        return {
+            **dataclasses.asdict(self.model),
+            **{name: known.get(name) for name in names},
+            "fault": self.fault,
+        }
+
+
+def _receipt(receipt: Mapping[str, Any] | None) -> str:
+    return "no receipt" if receipt is None else "receipt"
 
 
 def _title(model: hub.CachedModel) -> str:

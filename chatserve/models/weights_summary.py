@@ -1,0 +1,80 @@
+"""What weights on disk are, read from their headers: architecture, dtype, size, fingerprint."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatserve.errors import ModelLoadError
+from chatserve.models.checkpoint import Checkpoint, open_checkpoint
+from chatserve.models.fingerprint import weights_fingerprint
+from chatserve.models.gguf import GGUFFile
+from chatserve.models.weight_files import read_json
+
+RECEIPT_NAME = "quality.json"
+
+
+@dataclass(frozen=True)
+class WeightsSummary:
+    """`dtypes`: bytes on disk by the name of what they are stored as, most first.
+
+    `receipt`: what `chatserve quality` has measured, if it has.
+    """
+
+    architecture: str
+    num_parameters: int
+    dtypes: Mapping[str, int]
+    fingerprint: str
+    receipt: Mapping[str, Any] | None
+
+    @property
+    def dtype(self) -> str:
+        """What most of the weights are stored as."""
+        return next(iter(self.dtypes), "none")
+
+
+def summarise(path: Path) -> WeightsSummary:
+    """Of a folder or `.gguf` file. Raises `ModelLoadError` when it is damaged or no model."""
+    checkpoint = open_checkpoint(path)
+    with closing(checkpoint.weights):
+        infos = checkpoint.weights.tensors().values()
+        return WeightsSummary(
+            architecture=_architecture(checkpoint.config),
+            num_parameters=sum(math.prod(info.shape) for info in infos),
+            dtypes=_dtypes(checkpoint),
+            fingerprint=weights_fingerprint(checkpoint),
+            receipt=read_receipt(path),
+        )
+
+
+def read_receipt(path: Path) -> dict[str, Any] | None:
+    """The receipt beside the weights; None where there is none that can be read."""
+    try:
+        return read_json(path if path.is_dir() else path.parent, RECEIPT_NAME)
+    except ModelLoadError:
+        return None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        return named[0]
+    return str(config.get("model_type", "unknown"))
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
+    num_bytes: Counter[str] = Counter()
+    if checkpoint.metadata is not None:  # a GGUF file has types that torch does not
+        with closing(GGUFFile.open(checkpoint.path)) as file:
+            names = file.type_names()
+            for name, info in file.tensors().items():
+                num_bytes[names[name]] += info.num_bytes
+    else:
+        for info in checkpoint.weights.tensors().values():
+            num_bytes[str(info.dtype).removeprefix("torch.")] += info.num_bytes
+    return dict(num_bytes.most_common())

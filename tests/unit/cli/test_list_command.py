@@ -1,0 +1,95 @@
+"""`chatserve list`: what each cached model is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatserve.cli.commands.list import main
+from chatserve.hub_download import RECORD
+from chatserve.models.weights_summary import RECEIPT_NAME, summarise
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.save_model(path, tokenizer=False)
+    return path
+
+
+@pytest.fixture
+def models(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of a whole model and a damaged one."""
+    monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
+    for name in ("a", "b"):
+        folder = shutil.copytree(source, tmp_path / "models" / f"org--{name}")
+        (folder / RECORD).write_text(json.dumps({"id": f"org/{name}", "revision": "main"}))
+    (folder / "model.safetensors").write_bytes(b"half")
+    return tmp_path / "models"
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    assert main(["--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_json_tells_all(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = summarise(models / "org--a")
+    whole, damaged = rows(capsys)
+    assert whole == {
+        "name": "org/a",
+        "revision": "main",
+        "num_bytes": sum(file.stat().st_size for file in (models / "org--a").iterdir()),
+        "path": str(models / "org--a"),
+        "architecture": "LlamaForCausalLM",
+        "num_parameters": about.num_parameters,
+        "dtype": "float32",
+        "dtypes": {"float32": 4 * about.num_parameters},
+        "fingerprint": about.fingerprint,
+        "receipt": None,
+        "fault": None,
+    }
+    assert damaged["name"] == "org/b" and damaged["fingerprint"] is None
+    assert "model.safetensors" in damaged["fault"]
+
+
+def test_a_line_each(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (models / "org--a" / RECEIPT_NAME).write_text('{"kl": 0.1}')
+    assert main([]) == 0
+    out, hint = capsys.readouterr()
+    whole, damaged, why = out.splitlines()
+    assert whole.split()[0] == "org/a" and damaged.split()[0] == "org/b"
+    about = summarise(models / "org--a")
+    for text in ("float32", "LlamaForCausalLM", about.fingerprint, "  receipt "):
+        assert text in whole
+    assert "?" in damaged and why.startswith("  damaged: ")
+    assert whole.index(str(models)) == damaged.index(str(models))
+    assert hint == "chat with one: chatserve chat org/a\n"
+    assert rows(capsys)[0]["receipt"] == {"kl": 0.1}
+
+
+def test_names_cannot_drive_the_terminal(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((models / "org--a" / "config.json").read_text())
+    config["architectures"] = ["\x1b[31mRed"]
+    (models / "org--a" / "config.json").write_text(json.dumps(config))
+    main([])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys, chatserve.cli.commands.list as command\n"
+        "try: command.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('heavy' if {'torch', 'tokenizers', 'httpx'} & sys.modules.keys() else 'light')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("light\n")

@@ -1,0 +1,99 @@
+"""What headers say of weights on disk, and a name for their content."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatserve.errors import ModelLoadError
+from chatserve.models.checkpoint import open_checkpoint
+from chatserve.models.fingerprint import weights_fingerprint
+from chatserve.models.weights_summary import RECEIPT_NAME, read_receipt, summarise
+from tests import tiny
+from tests.unit.models.vocabularies import smollm2
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.save_model(path, dtype=torch.bfloat16, tokenizer=False)
+    return path
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+def change(folder: Path, name: str, value: torch.Tensor) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: value}, file, metadata={"format": "pt"})
+
+
+def fingerprint(folder: Path) -> str:
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint.weights):
+        return weights_fingerprint(checkpoint)
+
+
+def test_a_folder(folder: Path) -> None:
+    found = summarise(folder)
+    tensors = load_file(folder / "model.safetensors")
+    assert found.architecture == "LlamaForCausalLM"
+    assert found.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert (found.dtype, found.dtypes) == ("bfloat16", {"bfloat16": 2 * found.num_parameters})
+    assert found.fingerprint == fingerprint(folder)
+    assert found.receipt is None
+
+
+def test_a_config_that_names_no_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert summarise(folder).architecture == "llama"
+
+
+def test_the_largest_share_is_the_dtype(folder: Path) -> None:
+    change(folder, "model.norm.weight", torch.ones(64))
+    assert list(summarise(folder).dtypes) == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [('{"kl": 1}', {"kl": 1}), ("[]", None), ("{", None), (b"\xff", None)],
+)
+def test_receipts(folder: Path, content: str | bytes, expected: dict[str, int] | None) -> None:
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / RECEIPT_NAME).write_bytes(data)
+    assert summarise(folder).receipt == expected
+    assert read_receipt(folder / "model.gguf") == expected
+
+
+def test_damaged_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelLoadError):
+        summarise(folder)
+
+
+def test_the_fingerprint_is_the_content_s(folder: Path, source: Path) -> None:
+    assert fingerprint(folder) == fingerprint(source)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    changed = fingerprint(folder)
+    assert changed != fingerprint(source)
+    change(folder, "model.norm.weight", torch.ones(64, dtype=torch.bfloat16))
+    assert fingerprint(folder) != changed
+
+
+@pytest.mark.weights
+def test_gguf() -> None:
+    found = summarise(smollm2())
+    assert found.architecture == "LlamaForCausalLM"
+    assert found.dtype == "Q4_1" and {"Q8_0", "F32"} < found.dtypes.keys()
+    assert sum(found.dtypes.values()) < smollm2().stat().st_size
