@@ -42,6 +42,9 @@ COMMANDS = {
     "apply-delta": CommandEntry(
         "chatserve.cli.commands.apply_delta", "add delta weights (Vicuna v0, v1.1) to their base"
     ),
+    "merge-adapter": CommandEntry(
+        "chatserve.cli.commands.merge_adapter", "merge LoRA adapters into their base"
+    ),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),

@@ -40,6 +40,13 @@ def serve(
     def run(config: ServeConfig, weights: list[str]) -> int:
         from chatserve.server.launch import WORKER_COMMAND, default_policy, run_server
 
+        if config.adapter and len(weights) > 1:
+            raise UsageError(
+                f"--adapter is for one WEIGHTS, not for {len(weights)}; serve the others by "
+                "`chatserve worker`, or write the merge with `chatserve merge-adapter`"
+            )
+        for folder in config.adapter:
+            hub.check_path(folder)
         if worker_command is None:
             # what another command calls WEIGHTS need not be a path
             for path in weights:
