@@ -61,6 +61,19 @@ def test_a_bad_value_names_its_source(environ: dict[str, str], message: str) -> 
         build(ServeConfig, {}, environ=environ)
 
 
+def test_paths_that_may_be_repeated_keep_their_commas(tmp_path: Path) -> None:
+    parser = CommandParser("chatserve", "", ServeConfig)
+    flags = parser.flags(["--adapter", "a,b", "--adapter=c"])
+    file = write(tmp_path, 'adapter = ["d,e", "f"]')
+    environ = {"CHATSERVE_ADAPTER": os.pathsep.join(("g,h", "i"))}
+    assert build(ServeConfig, flags, file=file, environ=environ).adapter == ("a,b", "c")
+    assert build(ServeConfig, {}, file=file, environ=environ).adapter == ("g,h", "i")
+    assert build(ServeConfig, {}, file=file, environ={}).adapter == ("d,e", "f")
+    one = write(tmp_path, 'adapter = "d"')
+    assert build(ServeConfig, {}, file=one, environ={}).adapter == ("d",)
+    assert build(ServeConfig, {}, environ={}).adapter == ()
+
+
 INT64 = 2**63
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "port": ([0, 65535], [-1, 65536]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatserve.config import ChatConfig, EngineConfig, ServeConfig, WorkerConfig
+from chatserve.config import ChatConfig, EngineConfig, ModelOptions, ServeConfig, WorkerConfig
 from chatserve.errors import UsageError
 from chatserve.flags import REFUSED_FLAGS, CommandParser
 from chatserve.settings import flags_of
@@ -33,6 +33,14 @@ def test_what_is_on_by_default_can_be_switched_off_and_on() -> None:
     # the child inherits the environment that the parent's flag has overruled
     assert "--speculation" in flags_of(WorkerConfig(), EngineConfig)
     assert "--no-speculation" in flags_of(WorkerConfig(speculation=False), EngineConfig)
+
+
+def test_a_repeated_flag_is_repeated_for_the_child() -> None:
+    config = WorkerConfig(adapter=("a,b", "c"))
+    assert [flag for flag in flags_of(config, ModelOptions) if "adapter" in flag] == [
+        "--adapter=a,b", "--adapter=c",
+    ]  # fmt: skip
+    assert not [flag for flag in flags_of(WorkerConfig(), ModelOptions) if "adapter" in flag]
 
 
 def test_fastchats_spellings_and_abbreviations() -> None:

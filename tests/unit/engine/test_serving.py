@@ -22,7 +22,7 @@ from chatserve.models import memory
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
 from chatserve.models.memory_plan import plan_memory
-from tests import tiny
+from tests import adapters, tiny
 
 PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes of a float32
 
@@ -119,6 +119,34 @@ def test_too_little_for_a_short_context_does_not_fit(
 
 def test_the_context_can_be_capped(folder: Path) -> None:
     assert load(config(folder, context_length=100))[1].context_length == 100
+
+
+def test_adapters_are_served_described_and_fingerprinted(folder: Path, tmp_path: Path) -> None:
+    shapes = adapters.tiny_shapes()
+    sft, rl = (
+        str(adapters.write(tmp_path / name, adapters.random_pairs(shapes, seed=seed)))
+        for seed, name in enumerate(("sft", "rl"))
+    )
+    paths: list[tuple[str, ...]] = [(), (sft,), (rl,), (sft, rl), (rl, sft)]
+    models = [load(config(folder, adapter=each))[1] for each in paths]
+    assert [model.description["adapters"] for model in models] == [
+        [], ["sft"], ["rl"], ["sft", "rl"], ["rl", "sft"],
+    ]  # fmt: skip
+    assert len({model.fingerprint for model in models}) == len(models)
+    assert models[1].fingerprint == load(config(folder, adapter=(sft,)))[1].fingerprint
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(serving, "load_model", load_model)
+    path = adapters.write(tmp_path / "a", r=8)
+    with pytest.raises(ModelLoadError, match="in rank 4 and 4") as caught:
+        load(config(folder, adapter=(str(path),)))
+    assert caught.value.exit_code == 3
 
 
 def test_the_fingerprint_tells_weights_form_and_template_apart(

@@ -69,6 +69,22 @@ def test_a_path_that_is_not_there_is_told_before_anything_starts(
     assert told == f"chatserve: {missing}: no such folder or file; check the spelling\n"
 
 
+def test_adapters_are_for_one_model_and_must_be_there(
+    served: list[tuple[ServeConfig, list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, adapter = str(tmp_path), str(tmp_path / "a")
+    assert command_line.serve([base, "--adapter", f"{adapter}/"]) == 3
+    assert f"{adapter}: no such folder" in capsys.readouterr().err
+    Path(adapter).mkdir()
+    assert command_line.serve([base, base, "--adapter", adapter]) == 2
+    assert "--adapter is for one WEIGHTS, not for 2" in capsys.readouterr().err
+    assert not served
+    assert command_line.serve([base, "--adapter", adapter]) == 0
+    assert served[0][0].adapter == (adapter,)
+
+
 def test_nothing_named_is_the_embedded_model(served: list[tuple[ServeConfig, list[str]]]) -> None:
     from chatserve.cli.commands import serve
 
