@@ -1,8 +1,10 @@
 """How fast memory is read: the ceiling of generation, whose every token reads all weights.
 
-Measured in about a second, by what every machine has: the C library's `memcmp` reads two streams at
-once and computes next to nothing (within a tenth of a loop written for it; `benchmarks/bandwidth`
-compiles one). A GPU's memory is read by its own largest-value kernel.
+Weights that fit the processor's cache are read faster than memory, so the ceiling of a model is
+taken with a buffer of its size. Measured in about a second, by what every machine has: the C
+library's `memcmp` reads two streams at once and computes next to nothing (within a tenth of a loop
+written for it; `benchmarks/bandwidth` compiles one). A GPU's memory is read by its own
+largest-value kernel.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from functools import partial
 
 import torch
 
-_HOST_BYTES = 384 << 20  # well over most caches, and written in half a second
-_DEVICE_BYTES = 1 << 30
-_MIN_BYTES = 16 << 20
+BUFFER_BYTES = {"cpu": 384 << 20, "cuda": 1 << 30, "mps": 1 << 30}
+"""Over most caches, and written in half a second."""
+_STEP_BYTES = 16 << 20
 _MEASURE_S = 0.4
 _MIN_ROUNDS = 3
 
@@ -33,14 +35,16 @@ class Bandwidth:
     num_bytes: int
 
 
-def measure(device: torch.device, thread_counts: Sequence[int], free_bytes: int) -> Bandwidth:
+def measure(
+    device: torch.device, thread_counts: Sequence[int], free_bytes: int, size: int
+) -> Bandwidth:
     """Read a buffer on `device` again and again, on a CPU with each number of threads in turn.
 
-    The buffer takes an eighth of `free_bytes` at most. Raises `OSError` when there is too little,
-    or no C library to be found.
+    The buffer has about `size` bytes, an eighth of `free_bytes` at most. Raises `OSError` when
+    there is too little, or no C library to be found.
     """
-    size = _HOST_BYTES if device.type == "cpu" else _DEVICE_BYTES
-    num_bytes = min(size, free_bytes // 8) // _MIN_BYTES * _MIN_BYTES
+    whole = -(-size // _STEP_BYTES) * _STEP_BYTES
+    num_bytes = min(whole, free_bytes // 8 // _STEP_BYTES * _STEP_BYTES)
     if num_bytes == 0:
         raise OSError(f"too little memory is free to measure: {free_bytes:,} bytes")
     if device.type == "cpu":

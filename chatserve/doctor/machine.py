@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from chatserve.config import ModelOptions
-from chatserve.doctor.bandwidth import Bandwidth, measure
+from chatserve.doctor.bandwidth import BUFFER_BYTES, Bandwidth, measure
 from chatserve.doctor.finding import Finding, refused
 from chatserve.errors import StartupError
 from chatserve.models.device import DevicePolicy, check, choose_policy
@@ -59,22 +59,37 @@ def check_memory(device: torch.device) -> Finding:
     return Finding("memory", "warn", text, way_out, facts)
 
 
-def check_bandwidth(device: torch.device) -> tuple[Bandwidth | None, Finding]:
-    """The bandwidth of the memory of `device`, as measured."""
+def check_bandwidth(
+    device: torch.device, per_token_bytes: int | None
+) -> tuple[Bandwidth | None, Finding]:
+    """How fast the memory of `device` is read, as measured.
+
+    Also what a model whose tokens read `per_token_bytes` can hope for: more, where they fit into
+    the processor's cache.
+    """
+    size = BUFFER_BYTES[device.type]
     try:
-        found = measure(device, thread_counts(), available_bytes(device))
+        memory = found = measure(device, thread_counts(), available_bytes(device), size)
+        if per_token_bytes is not None and per_token_bytes < memory.num_bytes:
+            left = available_bytes(device)
+            found = measure(device, thread_counts(), left, per_token_bytes)
     except OSError as error:
         finding = Finding("bandwidth", "warn", f"not measured: {error}", "free some memory")
         return None, finding
-    threads = f" by {found.num_threads} thread{'s' * (found.num_threads > 1)}"
-    text = f"{device.type} memory is read at {found.gb_per_s:.1f} GB/s"
     facts = {
-        "device": device.type, "gb_per_s": round(found.gb_per_s, 2),
-        "threads": found.num_threads, "buffer_bytes": found.num_bytes,
+        "device": device.type, "gb_per_s": round(memory.gb_per_s, 2),
+        "threads": memory.num_threads, "buffer_bytes": memory.num_bytes,
     }  # fmt: skip
-    return found, Finding(
-        "bandwidth", "ok", text + threads * (device.type == "cpu"), facts=facts
-    )  # fmt: skip
+    text = f"{device.type} memory is read at {memory.gb_per_s:.1f} GB/s"
+    if device.type == "cpu":
+        text += f" by {memory.num_threads} thread{'s' * (memory.num_threads > 1)}"
+    if found is not memory:
+        text += (
+            f"; {found.num_bytes / 1e6:.0f} MB, as the model has, at {found.gb_per_s:.1f}, cache "
+            "included"
+        )
+        facts["model_gb_per_s"] = round(found.gb_per_s, 2)
+    return found, Finding("bandwidth", "ok", text, facts=facts)
 
 
 def _device_finding(kind: str, name: str, device: torch.device) -> Finding:

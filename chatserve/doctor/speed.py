@@ -97,7 +97,7 @@ def check_speed(decode: Decode, bandwidth: Bandwidth | None) -> Finding:
         f"{bandwidth.gb_per_s:.1f} GB/s allow {ceiling:.1f}"
     )
     if share > 1:
-        text += "; part of the weights stays in the processor's cache"
+        text += " (memory was busier when it was measured)"
     if share >= _LITTLE:
         return Finding("speed", "ok", text, facts=facts)
     return Finding("speed", "warn", text, _faster(decode), facts)

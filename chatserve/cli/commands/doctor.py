@@ -102,7 +102,8 @@ def _examine_machine(weights: str | None, options: DoctorConfig) -> Iterator[Fin
         decode, findings = try_model(weights or hub.DEFAULT_NAME, options)
         yield from findings
     # after the model: both then see the same neighbours
-    bandwidth, finding = machine.check_bandwidth(policy.device)
+    per_token = decode.weights.read_per_token if decode else None
+    bandwidth, finding = machine.check_bandwidth(policy.device, per_token)
     yield finding
     if decode is not None:
         yield check_speed(decode, bandwidth)
