@@ -35,6 +35,12 @@ def llama_v0(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(save_llama(tmp_path_factory.mktemp("v0"), added_tokens=PAD))
 
 
+def merged(*names: str | None) -> dict[str, Any]:
+    """The config of a LLaMA with adapters, from name and base of each."""
+    pairs = zip(names[::2], names[1::2], strict=True)
+    return {**LLAMA, "merged_adapters": [{"name": name, "base": base} for name, base in pairs]}
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("other")
@@ -63,6 +69,9 @@ def choose(
         ("my-folder", {**LLAMA, "_name_or_path": "lmsys/vicuna-7b-v1.5"}, "vicuna_v1.1"),
         ("stackllama-merged", LLAMA, "stackllama"),
         ("x", {**LLAMA, "_name_or_path": "trl-lib/llama-7b-se-rl-peft/"}, "stackllama"),
+        ("llama-7b", merged("sft", "LLaMA-7B", "rl", "trl-lib/llama-se-merged"), "stackllama"),
+        ("llama-7b", merged("llama-7b-se-peft", "LLaMA-7B"), "stackllama"),
+        ("x", merged("sql", "lmsys/vicuna-7b-v1.5"), "vicuna_v1.1"),
     ],
 )
 def test_verified_family(
@@ -103,6 +112,9 @@ def test_vicuna_v0_named_has_precedence_over_its_own_template(llama_v0: Tokenize
         ("x", {**LLAMA, "_name_or_path": "/data/vicuna/llama-7b"}),
         ("x", {**LLAMA, "_name_or_path": 7}),
         ("vicuna", LLAMA_V0),
+        ("llama-7b", merged("sql", None)),
+        ("llama-7b", {**LLAMA, "merged_adapters": ["vicuna"]}),
+        ("llama-7b", {**LLAMA, "merged_adapters": {"name": "vicuna"}}),
     ],
 )
 def test_name_alone_is_no_proof(llama: Tokenizer, name: str, config: dict[str, Any]) -> None:
