@@ -26,10 +26,12 @@ from chatserve.models.packing import GROUP, Packing
 MIN_CONTEXT = 256
 """Tokens; below it a chat is not worth starting."""
 _KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of what is left, where not all fits
-# Measured: interpreter, PyTorch, server and a tokenizer. On a GPU the driver's context, estimated.
-_PROCESS_BYTES = {"cpu": 310 << 20, "cuda": 500 << 20, "mps": 100 << 20}
+# Measured: interpreter, PyTorch and server. On a GPU the driver's context, estimated.
+_PROCESS_BYTES = {"cpu": 272 << 20, "cuda": 500 << 20, "mps": 100 << 20}
+_TOKENIZER_BYTES = 800  # of main memory for each token of the vocabulary, while it is read
 _LOADING_BYTES = 16 << 20  # slices of tensors, and the holes that they leave in the heap
-_SPARE_SHARE = 0.02  # of the weights: what an estimate may be wrong by
+_SPARE_SHARE = 0.01  # of the weights: what an estimate may be wrong by
+_HUGE_PAGE = 2 << 20  # in which the kernels keep larger buffers
 _ATTENTION_ROWS = 6  # whose scores the kernels keep at once
 
 
@@ -120,15 +122,19 @@ def plan_memory(
     longest = context_length(checkpoint.config)
     context = longest if context is None else min(context, longest)
     kind = policy.device.type
+    spare = _LOADING_BYTES
     if is_native(checkpoint.config):
         config = native_config(checkpoint)
         weights = weights_bytes(config, policy)
+        spare += _page_ends(config, policy)
         activations = _activation_bytes(config, policy, max_rows, context, concurrency)
     else:
         # it passes through a state dict: half precision is the peak, also where 8 bits follow
         infos = checkpoint.weights.tensors().values()
         weights = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
         activations = _fallback_activation_bytes(checkpoint, policy, max_rows)
+    spare += int(weights * _SPARE_SHARE)
+    tokenizer = _TOKENIZER_BYTES * min(_vocab_size(checkpoint), 1 << 20)
     return MemoryPlan(
         device=kind,
         form=str(policy.packing) if policy.packing else policy.dtype_name,
@@ -137,8 +143,8 @@ def plan_memory(
             checkpoint.config, 2 if policy.kernels else policy.dtype.itemsize
         ),
         activation_bytes=activations,
-        process_bytes=_PROCESS_BYTES[kind],
-        spare_bytes=_LOADING_BYTES + int(weights * _SPARE_SHARE),
+        process_bytes=_PROCESS_BYTES[kind] + (tokenizer if kind == "cpu" else 0),
+        spare_bytes=spare,
         context=context,
         concurrency=concurrency,
     )
@@ -223,6 +229,12 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> in
     return num_bytes
 
 
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    """As config.json says, else nothing."""
+    value = checkpoint.config.get("vocab_size")
+    return value if type(value) is int and value > 0 else 0
+
+
 def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of one block's matrices: qkv, output, gate and up, down."""
     hidden, ffn = config.hidden_size, config.intermediate_size
@@ -235,6 +247,17 @@ def _packed_bytes(rows: int, columns: int, packing: Packing) -> int:
     """In the kernels' layout: whole panels; one float32 scale a row where they are not grouped."""
     rows = padded(rows)
     return int(rows * columns * packing.bytes_per_weight) + (0 if packing.is_grouped else 4 * rows)
+
+
+def _page_ends(config: ModelConfig, policy: DevicePolicy) -> int:
+    """What the kernels' packed matrices leave unused at the end of their last huge pages."""
+    if policy.kernels is None or policy.packing is None:
+        return 0
+    # codes and scales lie apart, and scales are mostly smaller than such a page
+    sizes = [
+        padded(rows) * columns * policy.packing.bits // 8 for rows, columns in _matrices(config)
+    ]
+    return config.num_layers * sum(-size % _HUGE_PAGE for size in sizes if size >= _HUGE_PAGE)
 
 
 def _activation_bytes(

@@ -23,7 +23,6 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
 _MEMORY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
 _MAX_MEMORY = 1 << 60
-_FORMS = {"half": 16, "8-bit": 8, "4-bit": 4}
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,11 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
     from chatserve.models.memory_plan import plan_memory
 
     rows: list[Row] = []
-    for form, bits in _FORMS.items():
+    for form, flags in _flags(checkpoint, place.kind).items():
         try:
-            policy, flags = _policy(checkpoint, place.kind, bits)
+            policy = _policy(checkpoint, place.kind, form)
         except (UsageError, ModelLoadError) as error:
-            rows.append(Row(form, "", None, False, error.message))
+            rows.append(Row(form, flags, None, False, error.message))
             continue
         plan = plan_memory(
             checkpoint, policy, context=options.context, concurrency=options.concurrency
@@ -157,51 +156,64 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
     return rows
 
 
-def _policy(checkpoint: Checkpoint, kind: str, bits: int) -> tuple[DevicePolicy, str]:
-    """How a worker would hold the weights, and the flags that make it.
+def _flags(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
+    """The forms that a worker can hold the weights in, and what asks for each."""
+    import torch
+
+    flags = {"half": "", "8-bit": "--load-8bit", "4-bit": "--load-4bit"}
+    if kind != "cpu":
+        return flags
+    usual = _policy(checkpoint, kind, "file")
+    if usual.packing:
+        return {"file": "", **flags, "half": "--dtype bfloat16"}
+    return flags if usual.dtype == torch.bfloat16 else {**flags, "half": "--dtype bfloat16"}
+
+
+def _policy(checkpoint: Checkpoint, kind: str, form: str) -> DevicePolicy:
+    """How a worker would hold the weights; "file": without any flag.
 
     Raises `UsageError` or `ModelLoadError` where it would refuse them.
     """
     import torch
 
+    from chatserve.engine.serving import as_the_file
     from chatserve.models.config import is_native
     from chatserve.models.device import DevicePolicy, choose_policy
-    from chatserve.models.loader import is_compressed, without_misfits
+    from chatserve.models.loader import without_misfits
     from chatserve.models.memory_plan import native_config, packed_policy
     from chatserve.models.packing import Packing
 
-    if kind == "cpu":
-        usual = choose_policy("cpu")
-        half = choose_policy("cpu", "bfloat16")
-        is_usual = usual.dtype == half.dtype and not is_compressed(checkpoint)
-        flags = "" if is_usual else "--dtype bfloat16"
-    else:
-        dtype = torch.float16 if kind == "mps" else torch.bfloat16
-        half, flags = DevicePolicy(torch.device(kind), dtype, "sdpa", None, ()), ""
-    if bits == 16:
-        return half, flags
-    if bits == 4 and not is_native(checkpoint.config):
+    dtype = "bfloat16" if form == "half" else "auto"
+    if form == "4-bit" and not is_native(checkpoint.config):
         raise UsageError("only the Llama family's weights are packed in 4 bits")
-    if bits == 4 and kind == "mps":
-        raise UsageError("no product in 4 bits on mps")
-    packing = Packing() if bits == 8 else Packing(bits=4, is_grouped=True)
-    policy = packed_policy(checkpoint, half, packing)
-    if bits == 4 and kind == "cpu" and policy.kernels is None:
-        raise UsageError("4 bits need the CPU kernels, which cannot hold this network here")
+    if kind == "cpu":
+        policy = choose_policy("cpu", dtype, load_8bit=form == "8-bit", load_4bit=form == "4-bit")
+        policy = as_the_file(policy, checkpoint, dtype)
+    else:  # it need not be here
+        if form == "4-bit" and kind == "mps":
+            raise UsageError("there is no product in 4 bits on mps")
+        half = torch.float16 if kind == "mps" else torch.bfloat16
+        policy = DevicePolicy(torch.device(kind), half, "sdpa", None, ())
+        if form == "8-bit":
+            policy = packed_policy(checkpoint, policy, Packing())
+        elif form == "4-bit":
+            policy = packed_policy(checkpoint, policy, Packing(bits=4, is_grouped=True))
     if is_native(checkpoint.config):
         policy = without_misfits(native_config(checkpoint), policy)
-    return policy, f"--load-{bits}bit"
+    return policy
 
 
-def _use(row: Row, rows: Sequence[Row], place: Place) -> str:
-    """What to do instead of a row that does not fit."""
-    fitting = next((other for other in rows if other.fits), None)
+def _use(rows: Sequence[Row], place: Place) -> str:
+    """What to do where a row does not fit: another form, else a shorter context, else more."""
+    fitting = next((row for row in rows if row.fits), None)
     if fitting:
         return f"use {fitting.flags or fitting.form}"
-    assert row.plan is not None
-    if context := row.plan.context_within(place.memory_bytes):
-        return f"use {_with_flags(row)}--context-length {context}"
-    return f"use a smaller model or {_size(row.plan.total_bytes)} of memory"
+    planned = [(row, row.plan) for row in rows if row.plan]
+    for row, plan in planned:
+        if context := plan.context_within(place.memory_bytes):
+            return f"use {_with_flags(row)}--context-length {context}"
+    least = min(plan.total_bytes for _, plan in planned)
+    return f"use a smaller model; this one needs {_size(least)}"
 
 
 def _with_flags(row: Row) -> str:
@@ -211,13 +223,12 @@ def _with_flags(row: Row) -> str:
 def _why(name: str, tables: dict[Place, list[Row]]) -> str:
     """The one line for a model that fits nowhere."""
     place = max(tables, key=lambda place: place.memory_bytes)
-    rows = [row for row in tables[place] if row.plan is not None]
-    row = min(rows, key=lambda row: row.plan.total_bytes if row.plan else 0)
-    assert row.plan is not None
+    plans = [(row, row.plan) for row in tables[place] if row.plan]
+    row, plan = min(plans, key=lambda pair: pair[1].total_bytes)
     return (
-        f"{name} does not fit: with {_with_flags(row)}it needs {_size(row.plan.total_bytes)} for "
-        f"{row.plan.concurrency} x {row.plan.context:,} tokens, there are "
-        f"{_size(place.memory_bytes)}; {_use(row, rows, place)}"
+        f"{name} does not fit: {row.form} needs {_size(plan.total_bytes)} for "
+        f"{plan.concurrency} x {plan.context:,} tokens, there are {_size(place.memory_bytes)}; "
+        f"{_use(tables[place], place)}"
     )
 
 
@@ -239,7 +250,7 @@ def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
     plan = row.plan
     return {
         **line,
-        "use": None if row.fits else _use(row, rows, place),
+        "use": None if row.fits else _use(rows, place),
         "held_as": plan.form,
         "weights_bytes": plan.weights_bytes,
         "kv_bytes": plan.kv_bytes,
@@ -273,5 +284,5 @@ def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
             )  # fmt: skip
             figures = " ".join(f"{_size(num_bytes):>{width}}" for num_bytes, width in cells)
             flags = f" ({row.flags})" if row.flags else ""
-            verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(row, rows, place)}"
+            verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(rows, place)}"
             print(f"  {row.form:<6} {figures}  {verdict}")

@@ -1,0 +1,207 @@
+"""`chatserve plan`: the table, the JSON, what to do instead, and where it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatserve.cli import main as cli
+from chatserve.cli.commands.plan import main
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.kernels.library import KernelsUnavailable
+from chatserve.models import device, memory
+from tests import tiny
+from tests.sparse import llama, write_sparse
+from tests.unit.models.gguf_bytes import Q4_1, Q8_0, write_model
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sparse(tmp_path_factory.mktemp("plan") / "vicuna-13b", llama("13B"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.save_model(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> dict[str, dict[str, Any]]:
+    """The forms of the only place, by name."""
+    assert main([*map(str, argv), "--json"]) == 0
+    (place,) = json.loads(capsys.readouterr().out)["places"]
+    return {form["form"]: form for form in place["forms"]}
+
+
+def test_13b_on_a_16_gb_card_is_told_to_take_8_bits(
+    vicuna: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--memory", "16GB", "--device", "cuda", "--context", "2048"]
+    assert main([str(vicuna), *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "vicuna-13b: 1 sequence of 2,048 tokens",
+        "",
+        "16.0 GB of cuda memory",
+        "  form    weights       KV  activations    slack     total",
+        "  half    26.0 GB   1.7 GB       132 MB   801 MB   28.6 GB  does not fit, use --load-8bit",
+        "  8-bit   13.2 GB   1.7 GB       132 MB   673 MB   15.7 GB  fits (--load-8bit)",
+        "  4-bit    7.6 GB   1.7 GB       132 MB   617 MB   10.0 GB  fits (--load-4bit)",
+    ]
+
+
+def test_json_has_the_parts_and_their_sum(vicuna: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forms = planned(capsys, vicuna, "--memory", "32GB", "--context-length", "2048",
+                    "--max-num-seqs", "2")  # fmt: skip
+    assert list(forms) == ["half", "8-bit", "4-bit"]
+    for form in forms.values():
+        parts = ("weights_bytes", "kv_bytes", "activation_bytes", "slack_bytes")
+        assert form["total_bytes"] == sum(form[part] for part in parts)
+        assert (form["context"], form["concurrency"]) == (2048, 2)
+        assert form["kv_bytes"] == 2 * 2048 * form["kv_bytes_per_token"]
+    assert forms["8-bit"]["flags"] == "--load-8bit" and forms["8-bit"]["held_as"] == "int8"
+    assert forms["half"]["fits"] and forms["half"]["use"] is None
+
+
+def test_what_fits_nowhere_exits_4_and_names_the_context_that_would(
+    vicuna: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(vicuna), "--memory", "9GB,8GB", "--concurrency", "2"]
+    assert cli.main(["plan", *argv]) == 4
+    out, err = capsys.readouterr()
+    assert out.count("does not fit, use --load-4bit --context-length") == 3
+    assert out.count("does not fit, use a smaller model; this one needs 15.0 GB") == 3
+    assert err.startswith("chatserve: vicuna-13b does not fit: 4-bit needs 15.0 GB ")
+    assert "for 2 x 4,096 tokens, there are 9.0 GB; use --load-4bit --context-length " in err
+    assert err.count("\n") == 1
+    context = err.split()[-1]
+    assert main([str(vicuna), "--memory", "9GB", "--concurrency", "2", "--context", context]) == 0
+    longer = str(int(context) + 64)
+    with pytest.raises(DoesNotFit):
+        main([str(vicuna), "--memory", "9GB", "--concurrency", "2", "--context", longer])
+
+
+def test_the_devices_here_are_asked_what_they_have_free(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 5_500_000_000)
+    assert main([str(folder), "--device", "cpu"]) == 0
+    assert "\ncpu, 5.5 GB free\n" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "free" in line] == [
+        "cuda:0, 5.5 GB free", "cuda:1, 5.5 GB free", "cpu, 5.5 GB free",
+    ]  # fmt: skip
+
+
+def test_a_device_that_is_not_here_needs_a_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"no cuda device is here; .* --memory 16GB"):
+        main([str(folder), "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("16GB", 16 * 10**9), ("24GiB", 24 << 30), ("1.5 gb", 1_500_000_000), ("900m", 900_000_000),
+     ("2000000000", 2 * 10**9)],
+)  # fmt: skip
+def test_sizes_are_read_as_people_write_them(
+    text: str, num_bytes: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder), "--memory", text, "--json"]) == 0
+    (place,) = json.loads(capsys.readouterr().out)["places"]
+    assert place["memory_bytes"] == num_bytes
+
+
+@pytest.mark.parametrize("text", ["0", "16XB", "-1GB", "nan", "1e9", "9" * 16, "9999999T", "GB"])
+def test_what_is_no_size_is_refused(text: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match="no size of memory; write it as 16GB"):
+        main([str(folder), f"--memory={text}"])
+
+
+@pytest.mark.parametrize(("kind", "form"), [(Q8_0, "int8/32"), (Q4_1, "int4/32+min")])
+def test_a_compressed_file_is_planned_as_a_worker_would_hold_it(
+    kind: int, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_llama_gguf(tmp_path / "model.gguf", kind)
+    forms = planned(capsys, path, "--device", "cpu", "--memory", "1GB")
+    assert list(forms) == ["file", "half", "8-bit", "4-bit"]
+    assert (forms["file"]["flags"], forms["file"]["held_as"]) == ("", form)
+    assert forms["half"]["flags"] == "--dtype bfloat16"
+
+
+def write_llama_gguf(path: Path, kind: int) -> Path:
+    import gguf
+    import numpy as np
+
+    hf = tiny.build_hf_model()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    tensors: dict[str, np.ndarray] = {}
+    for name, weight in hf.state_dict().items():
+        values = weight.numpy()
+        if values.ndim == 2:
+            values = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
+        tensors[names.get_name(name, (".weight",))] = values
+    keys = {
+        "block_count": 2, "embedding_length": 64, "feed_forward_length": 96,
+        "attention.head_count": 4, "attention.head_count_kv": 2,
+    }  # fmt: skip
+    return write_model(path, "llama", tensors, keys, kind=kind)
+
+
+def test_half_precision_is_named_where_it_is_not_the_default(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = (folder, "--device", "cpu", "--memory", "1GB")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert planned(capsys, *argv)["half"]["flags"] == ""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    half = planned(capsys, *argv)["half"]
+    assert (half["flags"], half["held_as"]) == ("--dtype bfloat16", "bfloat16")
+
+
+def test_forms_that_a_worker_refuses_are_refused_with_its_words(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = ("--memory", "2GB")
+    forms = planned(capsys, folder, *size, "--device", "mps")
+    assert forms["4-bit"] == {
+        "form": "4-bit", "flags": "--load-4bit", "fits": False,
+        "reason": "there is no product in 4 bits on mps",
+    }  # fmt: skip
+    tiny.save_model(tmp_path / "neox", "gpt_neox")
+    forms = planned(capsys, tmp_path / "neox", *size, "--device", "cpu")
+    assert forms["4-bit"]["reason"] == "only the Llama family's weights are packed in 4 bits"
+    tiny.save_model(tmp_path / "odd", hidden_size=72, head_dim=16)
+    forms = planned(capsys, tmp_path / "odd", *size, "--device", "cpu")
+    assert "come in groups of 32" in forms["4-bit"]["reason"] and forms["8-bit"]["fits"]
+
+    def unavailable() -> None:
+        raise KernelsUnavailable("not built")
+
+    monkeypatch.setattr(device, "load_kernels", unavailable)
+    assert main([str(folder), *size, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "4-bit   int4/32 weights need the CPU kernels, but not built" in out
+
+
+def test_it_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
+    with pytest.raises(Exception, match="offline"):
+        main(["some-org/some-model"])
+
+
+def test_missing_files_are_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError):
+        main([str(tmp_path / "nothing")])
