@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,16 @@ def apply_delta(
                 target, infos, metadata={"format": "pt"}, force=force, sources=(base, delta)
             )
         )
+        threads = stack.enter_context(ThreadPoolExecutor(1))
         records = {}
         done = 0
         for info in infos:
-            digest = hashlib.sha256()
+            digest = _Digest(threads)
             writer.write(info.name, addition.rows(info, digest))
+            sha256 = digest.hexdigest()
             if recorded is not None:
-                compare(target, info, digest.hexdigest(), recorded)
-            records[info.name] = addition.record(info, digest.hexdigest())
+                compare(target, info, sha256, recorded)
+            records[info.name] = addition.record(info, sha256)
             done += info.num_bytes
             if progress is not None:
                 progress(done, writer.num_bytes)
@@ -100,6 +103,28 @@ def apply_delta(
         writer.write_json(MANIFEST_NAME, manifest.as_json())
         writer.finish()
     return manifest
+
+
+class _Digest:
+    """SHA-256 of a tensor, taken in another thread while the next rows are read and added."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._sha256 = hashlib.sha256()
+        self._last: Future[None] | None = None
+
+    def update(self, rows: torch.Tensor) -> None:
+        """`rows` may not change afterwards. Waits for the rows before: two are resident at most."""
+        self._wait()
+        self._last = self._threads.submit(self._sha256.update, raw(rows))
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
 
 
 class _Addition:
@@ -123,7 +148,7 @@ class _Addition:
             for info in self._delta_infos.values()
         ]
 
-    def rows(self, info: TensorInfo, digest: Any) -> Iterator[torch.Tensor]:
+    def rows(self, info: TensorInfo, digest: _Digest) -> Iterator[torch.Tensor]:
         """base + delta in parts; feeds them to `digest` too. Raises `ModelLoadError`."""
         base_info, delta_info = self._base_infos[info.name], self._delta_infos[info.name]
         row_bytes = max(
@@ -140,7 +165,7 @@ class _Addition:
                     f"in float16, in rows {rows.start} to {rows.stop - 1}; one of the two is "
                     "damaged or not what it says, download both again"
                 )
-            digest.update(raw(total))
+            digest.update(total)
             yield total
 
     def record(self, info: TensorInfo, sha256: str) -> TensorRecord:

@@ -28,6 +28,8 @@ from chatserve.models.weights import TensorInfo
 MAX_SHARD_BYTES = 5_000_000_000
 OTHER_BYTES = 16 << 20  # room for headers, tokenizer, config
 _PART_BYTES = 1 << 20
+# So much goes to the disk while the next is computed; the system alone would wait for gigabytes.
+_SYNC_BYTES = 128 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CONFIGS = ("config.json", "adapter_config.json")
 
@@ -75,6 +77,7 @@ class FolderWriter:
         self._waiting: list[TensorInfo] = []
         self._file: BinaryIO | None = None
         self._syncs: list[Future[None]] = []
+        self._unsynced_bytes = 0
         self._stack = contextlib.ExitStack()
         self.folder = self.target.with_name(f"{self.target.name}.partial-{os.getpid()}")
         with self._failures():
@@ -105,6 +108,7 @@ class FolderWriter:
                 if part.dtype != info.dtype or part.shape[1:] != info.shape[1:]:
                     raise ValueError(f"{name}: a part of {part.dtype} {tuple(part.shape)}")
                 done += _write_all(file, part)
+                self._sync_some(file, part.nbytes)
             if done != _num_bytes(info):
                 raise ValueError(f"{name}: {done} bytes instead of {_num_bytes(info)}")
             if not self._waiting:
@@ -192,6 +196,12 @@ class FolderWriter:
             _write_all(self._file, _header(shard.infos, self._metadata))
         return self._waiting.pop(0), self._file
 
+    def _sync_some(self, file: BinaryIO, num_bytes: int) -> None:
+        self._unsynced_bytes += num_bytes
+        if self._unsynced_bytes >= _SYNC_BYTES:
+            self._unsynced_bytes = 0
+            self._syncs.append(self._threads.submit(os.fsync, file.fileno()))
+
     def _close_shard(self) -> None:
         """The disk gets the shard while the next one is computed."""
         assert self._file is not None
@@ -242,7 +252,7 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(target.name) + r"\.partial-\d+")
     for path in target.parent.iterdir():
         if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(FileNotFoundError), opened(path) as handle:
+            with contextlib.suppress(OSError), opened(path) as handle:  # not ours: leave it
                 if lock(handle):
                     shutil.rmtree(path)
 

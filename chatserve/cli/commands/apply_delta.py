@@ -94,8 +94,12 @@ def _assigned(places: Sequence[str], options: ApplyDeltaConfig) -> tuple[str, st
 def _apply(base: str, delta: str, target: str, options: ApplyDeltaConfig) -> Path:
     base_path = hub.resolve_weights(base, offline=options.offline)
     delta_path = hub.resolve_weights(delta, revision=options.revision, offline=options.offline)
+    import torch
+
     from chatserve.models.delta import apply_delta
 
+    # a part is so small that a team of threads waits for itself longer than it computes
+    torch.set_num_threads(1)
     target_path = Path(target).expanduser()
     with ByteBar(f"writing {target_path.name}", sys.stderr) as progress:
         apply_delta(

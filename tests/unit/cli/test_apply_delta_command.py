@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from chatserve.cli.main import main
@@ -16,6 +18,14 @@ from chatserve.models.loader import load_model
 from chatserve.models.manifest import MANIFEST_NAME
 from chatserve.models.safetensors_writer import FolderWriter
 from tests.deltas import VOCAB, base_tensors, delta_tensors, expected, write_folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The command sets it for its own process."""
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(autouse=True)

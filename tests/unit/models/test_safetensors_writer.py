@@ -98,6 +98,25 @@ def test_shards_hold_at_most_their_bytes_and_an_index_names_them(tmp_path: Path)
     assert index["metadata"] == {"total_size": 104}
 
 
+def test_files_go_to_the_disk_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: list[int] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        handles.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_model(tmp_path / "one")
+    at_the_end = len(handles)
+    monkeypatch.setattr(safetensors_writer, "_SYNC_BYTES", 48)
+    write_model(tmp_path / "m")
+    assert len(handles) - at_the_end == at_the_end + 2  # 104 bytes
+    assert contents(tmp_path / "m") == contents(tmp_path / "one")
+
+
 def test_a_tensor_over_the_shard_limit_has_its_own_shard(tmp_path: Path) -> None:
     write_model(tmp_path / "m", max_shard_bytes=10)
     assert len(find_weight_files(tmp_path / "m").paths) == 3
