@@ -133,17 +133,30 @@ def _check_memory(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -
     if plan.least_bytes <= available:
         return
     way_out = "use a smaller model or free some memory"
-    if policy.packing is None and is_native(checkpoint.config):
-        packed = plan_memory(
-            checkpoint, packed_policy(checkpoint, policy, Packing()), max_rows=max_rows
-        )
-        if packed.least_bytes <= available:
-            way_out = f"use --load-8bit ({in_gb(packed.weights_bytes)})"
+    for flag, packed in _smaller_forms(checkpoint, policy):
+        smaller = plan_memory(checkpoint, packed, max_rows=max_rows)
+        if smaller.least_bytes <= available:
+            way_out = f"use {flag} ({in_gb(smaller.weights_bytes)})"
+            break
     raise DoesNotFit(
         f"{checkpoint.path} needs {in_gb(plan.weights_bytes)} of weights in {plan.form} and "
         f"{in_gb(plan.least_bytes - plan.weights_bytes)} to work in, {policy.device.type} has "
         f"{in_gb(available)} free; {way_out}"
     )
+
+
+def _smaller_forms(
+    checkpoint: Checkpoint, policy: DevicePolicy
+) -> Iterator[tuple[str, DevicePolicy]]:
+    """The flags that would compress the weights further, largest form first."""
+    bits = policy.packing.bits if policy.packing else 16
+    if not is_native(checkpoint.config):
+        return
+    if bits > 8:
+        yield "--load-8bit", packed_policy(checkpoint, policy, Packing())
+    packed = packed_policy(checkpoint, policy, Packing(bits=4, is_grouped=True))
+    if bits > 4 and (packed.kernels or policy.network == "triton"):
+        yield "--load-4bit", packed
 
 
 def _match(

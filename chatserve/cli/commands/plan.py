@@ -203,17 +203,19 @@ def _policy(checkpoint: Checkpoint, kind: str, form: str) -> DevicePolicy:
     return policy
 
 
-def _use(rows: Sequence[Row], place: Place) -> str:
-    """What to do where a row does not fit: another form, else a shorter context, else more."""
-    fitting = next((row for row in rows if row.fits), None)
+def _use(row: Row, rows: Sequence[Row], place: Place) -> str:
+    """What to do where `row` does not fit: another form, or a shorter context; else more memory."""
+    fitting = next((other for other in rows if other.fits), None)
     if fitting:
-        return f"use {fitting.flags or fitting.form}"
-    planned = [(row, row.plan) for row in rows if row.plan]
-    for row, plan in planned:
+        own = row.plan.context_within(place.memory_bytes) if row.plan else 0
+        shorter = f" or --context-length {own}" if own else ""
+        return f"use {fitting.flags or fitting.form}{shorter}"
+    planned = [(other, other.plan) for other in rows if other.plan]
+    for other, plan in planned:
         if context := plan.context_within(place.memory_bytes):
-            return f"use {_with_flags(row)}--context-length {context}"
+            return f"use {_with_flags(other)}--context-length {context}"
     least = min(plan.total_bytes for _, plan in planned)
-    return f"use a smaller model; this one needs {_size(least)}"
+    return f"use a smaller model or {_size(least)} of memory"
 
 
 def _with_flags(row: Row) -> str:
@@ -228,7 +230,7 @@ def _why(name: str, tables: dict[Place, list[Row]]) -> str:
     return (
         f"{name} does not fit: {row.form} needs {_size(plan.total_bytes)} for "
         f"{plan.concurrency} x {plan.context:,} tokens, there are {_size(place.memory_bytes)}; "
-        f"{_use(tables[place], place)}"
+        f"{_use(row, tables[place], place)}"
     )
 
 
@@ -250,7 +252,7 @@ def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
     plan = row.plan
     return {
         **line,
-        "use": None if row.fits else _use(rows, place),
+        "use": None if row.fits else _use(row, rows, place),
         "held_as": plan.form,
         "weights_bytes": plan.weights_bytes,
         "kv_bytes": plan.kv_bytes,
@@ -284,5 +286,5 @@ def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
             )  # fmt: skip
             figures = " ".join(f"{_size(num_bytes):>{width}}" for num_bytes, width in cells)
             flags = f" ({row.flags})" if row.flags else ""
-            verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(rows, place)}"
+            verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(row, rows, place)}"
             print(f"  {row.form:<6} {figures}  {verdict}")

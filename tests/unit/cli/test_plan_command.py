@@ -53,6 +53,19 @@ def test_13b_on_a_16_gb_card_is_told_to_take_8_bits(
     ]
 
 
+def test_a_shorter_context_is_the_other_way_to_fit(
+    vicuna: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forms = planned(capsys, vicuna, "--memory", "16GB", "--device", "cuda")
+    assert forms["half"]["use"] == "use --load-4bit"
+    prefix = "use --load-4bit or --context-length "
+    assert forms["8-bit"]["use"].startswith(prefix)
+    context = forms["8-bit"]["use"].removeprefix(prefix)
+    assert 2048 < int(context) < 4096
+    forms = planned(capsys, vicuna, "--memory", "16GB", "--device", "cuda", "--context", context)
+    assert forms["8-bit"]["fits"]
+
+
 def test_json_has_the_parts_and_their_sum(vicuna: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forms = planned(capsys, vicuna, "--memory", "32GB", "--context-length", "2048",
                     "--max-num-seqs", "2")  # fmt: skip
@@ -73,7 +86,7 @@ def test_what_fits_nowhere_exits_4_and_names_the_context_that_would(
     assert cli.main(["plan", *argv]) == 4
     out, err = capsys.readouterr()
     assert out.count("does not fit, use --load-4bit --context-length") == 3
-    assert out.count("does not fit, use a smaller model; this one needs 15.0 GB") == 3
+    assert out.count("does not fit, use a smaller model or 15.0 GB of memory") == 3
     assert err.startswith("chatserve: vicuna-13b does not fit: 4-bit needs 15.0 GB ")
     assert "for 2 x 4,096 tokens, there are 9.0 GB; use --load-4bit --context-length " in err
     assert err.count("\n") == 1

@@ -18,7 +18,7 @@ from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.llama import Llama
 from chatserve.models.loader import load_model
-from chatserve.models.memory_plan import context_length, kv_bytes_per_token
+from chatserve.models.memory_plan import context_length, kv_bytes_per_token, plan_memory
 from tests import networks, tiny
 
 FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
@@ -175,6 +175,23 @@ def test_8_bits_are_named_as_the_way_out_when_they_fit(
     with pytest.raises(DoesNotFit, match=r"needs 0\.0 GB .*; use --load-8bit \(0\.0 GB\)"):
         load(tmp_path, FLOAT32)
     assert load(tmp_path, choose_policy("cpu", "float32", load_8bit=True))
+
+
+def test_4_bits_are_named_where_8_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_model(tmp_path, hidden_size=512, intermediate_size=8192)
+    checkpoint = open_checkpoint(tmp_path)
+    with closing(checkpoint.weights):
+        least = plan_memory(checkpoint, choose_policy("cpu", "float32", load_4bit=True)).least_bytes
+    monkeypatch.setattr(loader, "available_bytes", lambda device: least)
+    for policy in (FLOAT32, choose_policy("cpu", "float32", load_8bit=True)):
+        with pytest.raises(DoesNotFit, match=r"use --load-4bit \(0\.0 GB\)"):
+            load(tmp_path, policy)
+    assert load(tmp_path, choose_policy("cpu", "float32", load_4bit=True))
+    monkeypatch.setattr(loader, "available_bytes", lambda device: least - 1)
+    with pytest.raises(DoesNotFit, match="use a smaller model"):
+        load(tmp_path, FLOAT32)
 
 
 def test_context_and_kv_size_of_native_and_other_models() -> None:
