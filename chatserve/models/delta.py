@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from chatserve.errors import ModelLoadError, UsageError
-from chatserve.models.checkpoint import looks_like_delta, open_weights
+from chatserve.models.checkpoint import FINAL_NORM, looks_like_delta, open_weights
 from chatserve.models.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -233,6 +233,8 @@ def _weights_of(weights: WeightSource) -> dict[str, TensorInfo]:
 def _refuse_swapped(
     base: Path, base_weights: WeightSource, delta: Path, delta_weights: WeightSource
 ) -> None:
+    if FINAL_NORM not in base_weights.tensors() or FINAL_NORM not in delta_weights.tensors():
+        return  # then other tensors are missing, too, or have other names
     is_base_delta, is_delta = looks_like_delta(base_weights), looks_like_delta(delta_weights)
     if is_base_delta and not is_delta:
         raise ModelLoadError(

@@ -50,11 +50,14 @@ def sync(folder: Path) -> None:
 
 
 def lock(handle: int) -> bool:
-    """Take the lock on an open folder; False when another process has it. Closing frees it."""
+    """Take the lock on an open folder, which closing frees.
+
+    False when another process has it, or when the file system has no locks.
+    """
     import fcntl  # POSIX only
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return False
     return True

@@ -158,6 +158,9 @@ BASES: dict[str, tuple[Tensors, str]] = {
         base_tensors(vocab=VOCAB + 1), "has 33 rows, in the delta .* 32: BASE was extended already",
     ),
     "a tensor is missing": (without(base_tensors(), UP), f"llama: has no '{UP}', which .*delta"),
+    "no final norm": (
+        without(base_tensors(), "model.norm.weight"), "llama: has no 'model.norm.weight', which",
+    ),
     "a tensor too many": (base_tensors() | {"x": torch.ones(2)}, "delta: has no 'x', which"),
     "a delta": (delta_tensors(7), "llama: holds delta weights itself"),
     "quantised": (

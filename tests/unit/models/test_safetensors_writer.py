@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -277,6 +278,20 @@ def test_a_living_writer_keeps_its_folder(tmp_path: Path) -> None:
         assert lock(handle)
         write_model(tmp_path / "m")
         assert folder.exists()
+
+
+def test_without_locks_leftovers_stay_and_the_model_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems have none: a leftover might be a living writer's."""
+
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "m.partial-1").mkdir()
+    write_model(tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.partial-1"]
 
 
 def test_a_writer_locks_its_folder(tmp_path: Path) -> None:
