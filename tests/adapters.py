@@ -96,3 +96,8 @@ def peft_model(base: Any, *, seed: int = 0, **config: Any) -> Any:
             if "lora_" in name:
                 weight.copy_(torch.randn_like(weight) * 0.1)
     return model
+
+
+def save_peft(model: Any, folder: Path) -> None:
+    """As training does; without asking the hub whether the base's vocabulary is another one."""
+    model.save_pretrained(folder, save_embedding_layers=False)

@@ -64,7 +64,7 @@ def test_peft_reads_the_same_files(tmp_path: Path) -> None:
         config = peft.LoraConfig.from_pretrained(folder)
     assert isinstance(config, peft.LoraConfig) and (config.r, config.lora_alpha) == (4, 8)
     model = adapters.peft_model(tiny.build_hf_model())
-    model.save_pretrained(tmp_path / "b")
+    adapters.save_peft(model, tmp_path / "b")
     ours = load_file(folder / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in ours.items()} == {

@@ -59,7 +59,7 @@ def test_outputs_are_pefts_merged_and_unmerged(
     base: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = adapters.peft_model(tiny.build_hf_model(), **options)
-    model.save_pretrained(tmp_path)
+    adapters.save_peft(model, tmp_path)
     ours = merged_logits(base, [tmp_path])
     unmerged = model(IDS[None]).logits[0]
     without = logits(open_checkpoint(base))
@@ -72,9 +72,9 @@ def test_outputs_are_pefts_merged_and_unmerged(
 def test_two_stages_are_pefts_two_stages(base: Path, tmp_path: Path) -> None:
     """StackLLaMA: the RL adapter was trained on a base that the SFT adapter is merged into."""
     first = adapters.peft_model(tiny.build_hf_model(), seed=1)
-    first.save_pretrained(tmp_path / "sft")
+    adapters.save_peft(first, tmp_path / "sft")
     second = adapters.peft_model(first.merge_and_unload(), seed=2, r=2)
-    second.save_pretrained(tmp_path / "rl")
+    adapters.save_peft(second, tmp_path / "rl")
     ours = merged_logits(base, [tmp_path / "sft", tmp_path / "rl"])
     assert (ours - second(IDS[None]).logits[0]).abs().max() < 1e-3
     assert (ours - merged_logits(base, [tmp_path / "rl"])).abs().max() > 0.1
