@@ -232,6 +232,6 @@ def _fingerprint(pairs: Mapping[str, LoraPair]) -> str:
     digest = hashlib.sha256()
     for name, pair in sorted(pairs.items()):
         digest.update(f"{name} {tuple(pair.a.shape)} {tuple(pair.b.shape)} {pair.scale}\n".encode())
-        digest.update(pair.a.numpy().tobytes())
-        digest.update(pair.b.numpy().tobytes())
+        digest.update(pair.a.numpy().data)
+        digest.update(pair.b.numpy().data)
     return f"ad_{digest.hexdigest()[:16]}"
