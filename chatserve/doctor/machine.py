@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from chatserve.config import ModelOptions
 from chatserve.doctor.bandwidth import BUFFER_BYTES, Bandwidth, measure
 from chatserve.doctor.finding import Finding, refused
+from chatserve.doctor.notes import collected
 from chatserve.errors import StartupError
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.llama_kernels import thread_counts
@@ -31,21 +33,35 @@ def check_devices() -> list[Finding]:
     return findings
 
 
+def check_load() -> Finding:
+    """Whether other programs use the processor: kernels wait for their slowest thread."""
+    usable = _usable_cpus()
+    if not hasattr(os, "getloadavg"):
+        return Finding("load", "ok", f"not known on this system; {usable} CPUs")
+    load, _, _ = os.getloadavg()
+    facts = {"load": round(load, 2), "cpus": usable}
+    text = f"{load:.1f} on {usable} CPUs in the last minute"
+    if load <= usable:
+        return Finding("load", "ok", text, facts=facts)
+    way_out = "end what else runs: a token waits for the slowest thread"
+    return Finding("load", "warn", text, way_out, facts)
+
+
 def check_operators(options: ModelOptions) -> tuple[DevicePolicy | None, list[Finding]]:
     """The policy of a model with `options`, and which of its operators fail their self-test."""
+    form = {
+        "load_8bit": options.load_8bit, "load_4bit": options.load_4bit,
+        "quant_group": options.quant_group,
+    }  # fmt: skip
     try:
-        chosen = choose_policy(
-            options.device, options.dtype, load_8bit=options.load_8bit,
-            load_4bit=options.load_4bit, quant_group=options.quant_group,
-        )  # fmt: skip
-        checked = check(chosen)
-        findings = [_self_test("operators", chosen, checked)]
-        if chosen.packing is None:  # what --load-8bit would run on
-            packed = choose_policy(options.device, options.dtype, load_8bit=True)
-            findings.append(_self_test("8-bit operators", packed, check(packed)))
+        policy, finding = _try_operators("operators", options, form)
+        if policy.packing is not None:
+            return policy, [finding]
+        # what --load-8bit would run on
+        _, packed = _try_operators("8-bit operators", options, {"load_8bit": True})
     except StartupError as error:
         return None, [refused("operators", "fail", error)]
-    return checked, findings
+    return policy, [finding, packed]
 
 
 def check_memory(device: torch.device) -> Finding:
@@ -104,9 +120,14 @@ def _device_finding(kind: str, name: str, device: torch.device) -> Finding:
     return Finding("device", "ok", f"{label}: {name}, {in_gb(free)} free; {reason}", facts=facts)
 
 
-def _self_test(name: str, chosen: DevicePolicy, checked: DevicePolicy) -> Finding:
+def _try_operators(
+    name: str, options: ModelOptions, form: dict[str, Any]
+) -> tuple[DevicePolicy, Finding]:
     """`check` gives a reason for each operator that it replaces."""
-    fallen = checked.reasons[len(chosen.reasons) :]
+    with collected() as notes:
+        chosen = choose_policy(options.device, options.dtype, **form)
+        checked = check(chosen)
+    fallen = [*notes, *checked.reasons[len(chosen.reasons) :]]
     facts = {
         "device": checked.device.type, "dtype": checked.dtype_name,
         "attention": checked.attention, "int8": checked.int8, "network": checked.network,
@@ -114,9 +135,11 @@ def _self_test(name: str, chosen: DevicePolicy, checked: DevicePolicy) -> Findin
     }  # fmt: skip
     if not fallen:
         text = checked.reasons[-1] if checked.packing else checked.describe()
-        return Finding(name, "ok", f"{text}; self-test passed", facts=facts)
-    way_out = "answers stay right, but come slower: update PyTorch and the driver"
-    return Finding(name, "warn", "; ".join(fallen), way_out, facts)
+        return checked, Finding(name, "ok", f"{text}; self-test passed", facts=facts)
+    way_out = "answers stay right, but come slower"
+    if len(fallen) > len(notes):
+        way_out += "; update PyTorch and the driver"
+    return checked, Finding(name, "warn", "; ".join(fallen), way_out, facts)
 
 
 def _cpu_name() -> str:
@@ -131,5 +154,10 @@ def _cpu_name() -> str:
         if key.strip() == "model name":
             name = value.strip()
             break
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name} ({usable} of {os.cpu_count()} CPUs)"
+    return f"{name} ({_usable_cpus()} of {os.cpu_count()} CPUs)"
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

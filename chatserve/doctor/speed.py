@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import statistics
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +13,7 @@ import torch
 from chatserve.config import ModelOptions, WorkerConfig
 from chatserve.doctor.bandwidth import Bandwidth
 from chatserve.doctor.finding import Finding, refused
+from chatserve.doctor.notes import collected
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.serving import load
@@ -30,7 +27,6 @@ _MAX_STEPS = 64
 _MIN_STEPS = 4
 _DECODE_S = 3.0
 _LITTLE = 0.3  # share of the bandwidth below which something is in the way
-_LOGGER = logging.getLogger("chatserve")
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,8 @@ def try_model(weights: str, options: ModelOptions) -> tuple[Decode | None, list[
     chosen = {item.name: getattr(options, item.name) for item in dataclasses.fields(ModelOptions)}
     chosen["context_length"] = min(options.context_length or _CONTEXT, _CONTEXT)
     config = WorkerConfig(weights=weights, max_num_seqs=1, speculation=False, **chosen)
-    notes: list[str] = []
     start = time.perf_counter()
-    with _noting(notes):
+    with collected() as notes:
         try:
             async_engine, served = load(config)
             load_s = time.perf_counter() - start
@@ -60,7 +55,7 @@ def try_model(weights: str, options: ModelOptions) -> tuple[Decode | None, list[
             return None, [refused("weights", "fail", error)]
     measured = weight_bytes(async_engine.engine.model)
     decode = Decode(measured, dict(served.description), tokens_per_s, num_steps, load_s)
-    way_out = "answers stay right, but may come slower; docs/guide/doctor.md says what can be done"
+    way_out = "answers stay right, but may come slower"
     fallen = [Finding("fallback", "warn", note, way_out) for note in notes]
     return decode, [check_weights(weights, decode), *fallen]
 
@@ -133,30 +128,3 @@ def _decode(engine: Engine, vocab_size: int) -> tuple[float, int]:
         if len(seconds) >= _MIN_STEPS and time.perf_counter() - begin > _DECODE_S:
             engine.abort("doctor")
     return 1 / statistics.median(seconds), len(seconds)
-
-
-@contextlib.contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
-    """Collect what our own code and PyTorch warn of, instead of printing it."""
-    handler = _Notes(notes)
-    propagate = _LOGGER.propagate
-    _LOGGER.addHandler(handler)
-    _LOGGER.propagate = False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        _LOGGER.removeHandler(handler)
-        _LOGGER.propagate = propagate
-    # PyTorch's own words for an operator that Metal lacks
-    notes += [str(item.message) for item in caught if "fall back" in str(item.message)]
-
-
-class _Notes(logging.Handler):
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._notes.append(record.getMessage())

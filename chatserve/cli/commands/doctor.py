@@ -84,6 +84,7 @@ def _examine_machine(weights: str | None, options: DoctorConfig) -> Iterator[Fin
     from chatserve.doctor import machine
 
     yield from machine.check_devices()
+    yield machine.check_load()
     policy, findings = machine.check_operators(options)
     yield from findings
     if policy is None:

@@ -22,7 +22,7 @@ from tests import tiny
 SECRET = "sk-very-secret"
 NAMES = [
     "port", "keys", "control token", "cache", "hub", "software", "kernels", "compiler", "device",
-    "operators", "8-bit operators", "memory", "weights", "bandwidth",
+    "load", "operators", "8-bit operators", "memory", "weights", "bandwidth",
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CHATSERVE_DEVICE", "cpu")
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
     monkeypatch.setattr(machine, "measure", lambda *args: Bandwidth(1e-6, 1, 1 << 30))
     monkeypatch.setattr(setup, "bind", lambda host, port: socket.socket())
 

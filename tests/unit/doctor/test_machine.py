@@ -13,6 +13,7 @@ from chatserve.doctor.bandwidth import BUFFER_BYTES, Bandwidth
 from chatserve.doctor.machine import (
     check_bandwidth,
     check_devices,
+    check_load,
     check_memory,
     check_operators,
 )
@@ -51,8 +52,41 @@ def test_operators_that_pass() -> None:
     policy, (plain, packed) = check_operators(ModelOptions(device="cpu"))
     assert policy is not None and policy.device.type == "cpu"
     assert (plain.status, packed.status) == ("ok", "ok")
-    assert plain.text.startswith("device=cpu ") and plain.facts["fell_back"] == ()
+    assert plain.text.startswith("device=cpu ") and plain.facts["fell_back"] == []
     assert packed.facts["kernels"] is not None and "own CPU kernels for" in packed.text
+
+
+def test_no_kernels_are_a_fallback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CHATSERVE_KERNELS", "off")
+    _, (plain, packed) = check_operators(ModelOptions(device="cpu"))
+    assert (plain.status, packed.status) == ("ok", "warn")
+    assert "8 bits run on PyTorch's operators, several times slower" in packed.text
+    assert packed.way_out == "answers stay right, but come slower"
+    _, (asked,) = check_operators(ModelOptions(device="cpu", load_8bit=True))
+    assert (asked.status, asked.text) == ("warn", packed.text)
+    assert not caplog.records  # it is said once
+
+
+@pytest.mark.parametrize(("load", "status"), [(0.5, "ok"), (2, "ok"), (2.1, "warn")])
+def test_load(load: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_usable_cpus", lambda: 2)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 9, 9))
+    found = check_load()
+    assert (found.status, found.text) == (status, f"{load:.1f} on 2 CPUs in the last minute")
+    assert (found.way_out is None) == (status == "ok")
+
+
+def test_a_system_without_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(machine.os, "getloadavg")
+    assert check_load().status == "ok"
+
+
+def test_all_cpus_where_none_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: None)
+    assert machine._usable_cpus() == 1
 
 
 def test_a_compressed_form_is_looked_at_alone() -> None:
