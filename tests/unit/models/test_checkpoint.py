@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.checkpoint import looks_like_delta, open_checkpoint
+from chatserve.models.checkpoint import TensorInfo, looks_like_delta, open_checkpoint
 from chatserve.models.weight_files import member
 from tests.unit.models.gguf_bytes import model_tensors, write_model
 
@@ -86,7 +86,8 @@ def test_every_layout_opens_and_reads_back_equal(tmp_path: Path, layout: str) ->
         assert checkpoint.generation_config == {"temperature": 0.6}
         assert set(weights.tensors()) == set(NAMES)
         for name, tensor in TENSORS.items():
-            assert weights.tensors()[name][1:] == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+            info = TensorInfo(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+            assert weights.tensors()[name] == info
             assert weights.read(name).equal(tensor)
             assert weights.read(name, range(1, 3)).equal(tensor[1:3])
 
