@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from chatserve.models.manifest import (
     raw,
     sample,
 )
+from chatserve.models.merged_folder import COMPANIONS
 from chatserve.models.safetensors_writer import FolderWriter
 from chatserve.models.weight_files import member, read_json
 from chatserve.models.weights import TensorInfo, WeightSource
@@ -44,11 +46,6 @@ EXTENDED = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 _IGNORED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-_OTHER_FILES = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "LICENSE", "LICENSE.txt", "USE_POLICY.md",
-)  # fmt: skip
 
 
 def apply_delta(
@@ -336,10 +333,14 @@ def _config(delta: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 def _other_files(delta: Path) -> list[Path]:
     """The delta's tokenizer: with the base's, early tools made models that never stop."""
-    names = set(os.listdir(delta))
-    if not names & set(_TOKENIZER_FILES):
+    names = sorted(os.listdir(delta))
+    if not any(name in names for name in _TOKENIZER_FILES):
         raise ModelLoadError(
             f"{delta}: has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); download the whole "
             "repository of the delta"
         )
-    return [member(delta, name) for name in (*_TOKENIZER_FILES, *_OTHER_FILES) if name in names]
+    return [
+        member(delta, name)
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+    ]
