@@ -9,6 +9,7 @@ from pathlib import Path
 
 from chatserve.cli.main import COMMANDS
 
+SUBCOMMANDS = {"template": ("check",)}
 TARGET = Path(__file__).parent / "reference" / "commands.md"
 
 
@@ -28,6 +29,9 @@ def render() -> str:
     ]
     for name in COMMANDS:
         parts.append(f"## chatserve {name}\n\n```text\n{help_text(name)}\n```\n")
+        for words in SUBCOMMANDS.get(name, ()):
+            text = help_text(name, words)
+            parts.append(f"## chatserve {name} {words}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
 
 
