@@ -22,6 +22,7 @@ from benchmarks.machine import describe
 from benchmarks.processes import memory_bytes
 
 FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
     "half": {"dtype": "bfloat16"},
     "8-bit": {"load_8bit": True},
     "4-bit": {"load_4bit": True},
@@ -96,7 +97,7 @@ def _peak_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights")
-    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--forms", default="half,8-bit,4-bit")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--child", choices=FORMS, help=argparse.SUPPRESS)

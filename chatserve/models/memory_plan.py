@@ -28,6 +28,7 @@ MIN_CONTEXT = 256
 _KV_SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}  # of what is left, where not all fits
 # Measured: interpreter, PyTorch and server. On a GPU the driver's context, estimated.
 _PROCESS_BYTES = {"cpu": 272 << 20, "cuda": 500 << 20, "mps": 100 << 20}
+_TRANSFORMERS_BYTES = 180 << 20  # of main memory, where a network is one of its
 _TOKENIZER_BYTES = 800  # of main memory for each token of the vocabulary, while it is read
 _LOADING_BYTES = 16 << 20  # slices of tensors, and the holes that they leave in the heap
 _SPARE_SHARE = 0.01  # of the weights: what an estimate may be wrong by
@@ -129,12 +130,9 @@ def plan_memory(
         spare += _page_ends(config, policy)
         activations = _activation_bytes(config, policy, max_rows, context, concurrency)
     else:
-        # it passes through a state dict: half precision is the peak, also where 8 bits follow
-        infos = checkpoint.weights.tensors().values()
-        weights = sum(math.prod(info.shape) for info in infos) * policy.dtype.itemsize
+        weights = _fallback_weights_bytes(checkpoint, policy)
         activations = _fallback_activation_bytes(checkpoint, policy, max_rows)
     spare += int(weights * _SPARE_SHARE)
-    tokenizer = _TOKENIZER_BYTES * min(_vocab_size(checkpoint), 1 << 20)
     return MemoryPlan(
         device=kind,
         form=str(policy.packing) if policy.packing else policy.dtype_name,
@@ -143,7 +141,7 @@ def plan_memory(
             checkpoint.config, 2 if policy.kernels else policy.dtype.itemsize
         ),
         activation_bytes=activations,
-        process_bytes=_PROCESS_BYTES[kind] + (tokenizer if kind == "cpu" else 0),
+        process_bytes=_process_bytes(checkpoint, kind),
         spare_bytes=spare,
         context=context,
         concurrency=concurrency,
@@ -229,10 +227,14 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> in
     return num_bytes
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int:
-    """As config.json says, else nothing."""
-    value = checkpoint.config.get("vocab_size")
-    return value if type(value) is int and value > 0 else 0
+def _process_bytes(checkpoint: Checkpoint, kind: str) -> int:
+    """What is there beside the model; of a GPU its own memory alone."""
+    if kind != "cpu":
+        return _PROCESS_BYTES[kind]
+    size = checkpoint.config.get("vocab_size")
+    num_tokens = min(size, 1 << 20) if type(size) is int and size > 0 else 0
+    library = 0 if is_native(checkpoint.config) else _TRANSFORMERS_BYTES
+    return _PROCESS_BYTES[kind] + library + _TOKENIZER_BYTES * num_tokens
 
 
 def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
@@ -278,6 +280,13 @@ def _activation_bytes(
     values = 4 * ffn + 3 * hidden + heads_out + kv_out
     gathered = context * kv_out  # keys and values of a sequence whose blocks lie scattered
     return (max_rows * values + gathered) * policy.dtype.itemsize + logits + angles
+
+
+def _fallback_weights_bytes(checkpoint: Checkpoint, policy: DevicePolicy) -> int:
+    """At the peak: they come whole in half precision, and 8 bits are packed beside them."""
+    infos = checkpoint.weights.tensors().values()
+    num_weights = sum(math.prod(info.shape) for info in infos)
+    return num_weights * (policy.dtype.itemsize + (policy.packing is not None))
 
 
 def _fallback_activation_bytes(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -> int:

@@ -14,7 +14,7 @@ from tests.weights import default_model
 if not sys.platform.startswith("linux"):
     pytest.skip("peaks are read from /proc", allow_module_level=True)
 
-from benchmarks.memory_plan import FORMS, measure
+from benchmarks.memory_plan import measure
 
 MOST_WRONG = 0.1
 
@@ -25,12 +25,12 @@ def assert_agrees(line: dict[str, Any]) -> None:
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["default", "half", "8-bit"])
 def test_the_default_model_takes_what_was_planned(form: str) -> None:
     assert_agrees(measure(str(default_model()), form, 1024, 2))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["half", "8-bit"])
 def test_a_model_with_large_keys_and_values_takes_what_was_planned(
     form: str, tmp_path: Path
 ) -> None:
@@ -45,8 +45,9 @@ def test_a_model_with_large_keys_and_values_takes_what_was_planned(
     assert_agrees(line)
 
 
-def test_the_smallest_models_are_all_slack(tmp_path: Path) -> None:
-    tiny.save_model(tmp_path / "tiny")
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_the_smallest_models_are_all_slack(model_type: str, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "tiny", model_type)
     line = measure(str(tmp_path / "tiny"), "8-bit", 512, 1)
     assert line["slack_bytes"] > 0.9 * line["predicted_bytes"]
     assert_agrees(line)

@@ -131,8 +131,8 @@ def test_the_plan_is_what_the_network_holds(
         plan = plan_memory(checkpoint, policy)
     targets = {id(place.target): place.target for place in model.destinations().values()}
     held = sum(map(held_bytes, targets.values()))
-    # buffers of the kernels are rounded up by some bytes, vectors to whole panels
-    assert plan.weights_bytes == pytest.approx(held, rel=0.01)
+    # the kernels leave 256 bytes behind each buffer, and round vectors up to whole panels
+    assert plan.weights_bytes == pytest.approx(held, abs=600 * len(targets))
 
 
 @pytest.fixture
@@ -229,6 +229,8 @@ def test_other_families_are_planned_from_their_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with closing(checkpoint.weights):
         plan = plan_memory(checkpoint, choose_policy("cpu", "bfloat16"))
+        packed = plan_memory(checkpoint, choose_policy("cpu", "bfloat16", load_8bit=True))
         infos = checkpoint.weights.tensors().values()
-        assert plan.weights_bytes == 2 * sum(math.prod(info.shape) for info in infos)
+        num_weights = sum(math.prod(info.shape) for info in infos)
+    assert (plan.weights_bytes, packed.weights_bytes) == (2 * num_weights, 3 * num_weights)
     assert plan.activation_bytes > 0 and plan.context == 512
