@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from chatserve.doctor.setup import check_hub, check_port
+from chatserve.environment import child_environment
 from chatserve.server.listener import bind
+
+
+def test_the_whole_command_prints_only_json(tmp_path: Path) -> None:
+    settings = {"CHATSERVE_HOME": str(tmp_path), "CHATSERVE_PORT": "0", "CHATSERVE_KERNELS": "off"}
+    done = subprocess.run(
+        [sys.executable, "-m", "chatserve", "doctor", "--json"],
+        env=child_environment(**settings), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    found = {finding["name"]: finding for finding in answer["findings"]}
+    assert answer["status"] == "warn" and found["kernels"]["status"] == "warn"
+    assert found["bandwidth"]["facts"]["gb_per_s"] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_free_port_stays_free() -> None:

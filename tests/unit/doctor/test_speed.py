@@ -16,6 +16,7 @@ from chatserve.doctor.speed import Decode, check_speed, check_weights, try_model
 from chatserve.engine.serving import load
 from chatserve.models.weight_bytes import WeightBytes
 from tests import tiny
+from tests.unit.models.vocabularies import smollm2
 
 OPTIONS = ModelOptions(device="cpu", dtype="float32", offline=True)
 PACKED = ModelOptions(device="cpu", load_8bit=True, offline=True)
@@ -104,6 +105,17 @@ def test_an_operator_that_metal_lacks(folder: Path, monkeypatch: pytest.MonkeyPa
     assert [finding.text for finding in fallen] == [
         "The operator 'aten::x' will fall back to run on the CPU"
     ]
+
+
+@pytest.mark.weights
+def test_the_default_model() -> None:
+    decode, (found, *fallen) = try_model(str(smollm2()), ModelOptions(device="cpu"))
+    assert decode is not None and not fallen
+    assert decode.description["kernels"] and decode.num_steps >= speed._MIN_STEPS
+    # tied, so that a token reads all; packed about as in the file
+    assert decode.weights.read_per_token == decode.weights.total
+    assert 0.9 < decode.weights.total / smollm2().stat().st_size < 1.5
+    assert found.status == "ok"
 
 
 def decoded(tokens_per_s: float, *, kernels: str | None = "avx2", device: str = "cpu") -> Decode:
