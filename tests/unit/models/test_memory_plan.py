@@ -194,6 +194,7 @@ def test_the_suggested_context_fits_and_a_longer_one_does_not() -> None:
     for memory in range(most - plan.kv_bytes, most, 100_000):
         context = plan.context_within(memory)
         seen.add(context)
+        assert context == 0 or context >= MIN_CONTEXT
         if context:
             assert plan_of(context=context).fits(memory)
             assert not plan_of(context=context + BLOCK_SIZE).fits(memory)
