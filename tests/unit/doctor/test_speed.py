@@ -51,7 +51,10 @@ def test_a_slow_model_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert decode is not None and decode.num_steps == speed._MIN_STEPS
 
 
-def test_short_contexts_are_enough(folder: Path) -> None:
+def test_short_contexts_are_enough(folder: Path, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, max_position_embeddings=4096)
+    decode, _ = try_model(str(tmp_path), OPTIONS)
+    assert decode is not None and decode.description["kv_tokens"] == 512
     options = ModelOptions(device="cpu", dtype="float32", context_length=90)
     decode, _ = try_model(str(folder), options)
     assert decode is not None and decode.description["kv_tokens"] == 96

@@ -108,6 +108,12 @@ def test_doubled_eos(tokenizer: Tokenizer) -> None:
     assert said(template, tokenizer)[f"EOS {eos} is doubled after a turn"] == "fail"
 
 
+def test_one_token_that_ends_a_turn_and_begins_the_next(tmp_path: Path) -> None:
+    save_byte_level(tmp_path, special=[EOS], bos_token=EOS, eos_token=EOS)
+    template = Fixed(before=("x", EOS, EOS), after=(EOS,))
+    assert said(template, load_tokenizer(tmp_path, None))["EOS: nowhere doubled"] == "ok"
+
+
 def test_special_tokens_spelled_as_text(tokenizer: Tokenizer) -> None:
     template = Fixed(before=("</s>",), after=(EOS,))
     complaint = "</s> is written as ordinary text, not as a special token"

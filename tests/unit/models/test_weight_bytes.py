@@ -51,8 +51,9 @@ def test_packed_weights(tmp_path: Path, is_tied: bool) -> None:
     assert found.total < 4 * num_values
 
 
-def test_a_model_of_transformers(tmp_path: Path) -> None:
-    model, num_values = loaded(tmp_path / "m", "gpt_neox", tie_word_embeddings=False)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_of_transformers(tmp_path: Path, is_tied: bool) -> None:
+    model, num_values = loaded(tmp_path / "m", "gpt_neox", tie_word_embeddings=is_tied)
     found = weight_bytes(model)
     # beside the weights a few tables of positions
     assert 4 * num_values <= found.total < 4.1 * num_values
