@@ -62,7 +62,7 @@ def infos(shape: Shape, vocab: int) -> list[TensorInfo]:
         sizes |= {f"{prefix}.input_layernorm": (hidden,)}
         sizes |= {f"{prefix}.post_attention_layernorm": (hidden,)}
     sizes |= {"model.norm": (hidden,), "lm_head": (vocab, hidden)}
-    return [TensorInfo(f"{name}.weight", size, torch.float16, 0) for name, size in sizes.items()]
+    return [TensorInfo(f"{name}.weight", size, "float16", 0) for name, size in sizes.items()]
 
 
 def make(folder: Path, shape: Shape, *, is_v0: bool) -> None:

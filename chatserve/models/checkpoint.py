@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.adapter_config import (
@@ -24,11 +22,13 @@ from chatserve.models.adapter_config import (
     is_value_head,
     serve_command,
 )
-from chatserve.models.gguf import GGUFFile, GGUFWeights
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
 from chatserve.models.weights import TensorInfo, WeightSource
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Checkpoint",
@@ -67,19 +67,22 @@ class Checkpoint:
     metadata: Mapping[str, Any] | None = None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, headers_only: bool = False) -> Checkpoint:
     """Open a model folder or `.gguf` file; the caller closes `weights`.
 
+    headers_only: leave out what only the weights tell (whether they are a delta's), and PyTorch.
     Raises `ModelLoadError` when it is missing, damaged, or not a whole model.
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, headers_only)
     if not path.exists():
         raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
     if path.suffix.lower() != ".gguf":
         raise ModelLoadError(
             f"{path}: is a file but not a .gguf; pass the folder that holds config.json and weights"
         )
+    from chatserve.models.gguf import GGUFFile, GGUFWeights  # and NumPy, which takes a while
+
     file = GGUFFile.open(path)
     with ExitStack() as stack:
         stack.callback(file.close)
@@ -139,7 +142,7 @@ class ShardedWeights:
             source.close()
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, headers_only: bool) -> Checkpoint:
     _refuse_adapter(folder)
     if not os.path.lexists(folder / "config.json"):
         raise ModelLoadError(_why_no_config(folder))
@@ -153,7 +156,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     try:
         if is_adapter(folder) and all(map(is_value_head, weights.tensors())):
             raise _adapter_error(folder)
-        _refuse_delta(folder, config, weights)
+        if not headers_only:
+            _refuse_delta(folder, config, weights)
     except ModelLoadError:
         weights.close()
         raise

@@ -141,7 +141,7 @@ class _Addition:
 
     def infos(self) -> list[TensorInfo]:
         return [
-            info._replace(dtype=torch.float16, num_bytes=2 * math.prod(info.shape))
+            info._replace(dtype_name="float16", num_bytes=2 * math.prod(info.shape))
             for info in self._delta_infos.values()
         ]
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.gguf_file import GGUFFile
 from chatserve.models.gguf_header import quote
+from chatserve.models.gguf_quants import Floats
 from chatserve.models.weights import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GGUFFile", "GGUFWeights", "hf_config"]
 
@@ -118,7 +121,7 @@ class GGUFWeights:
             config["rope_scaling"] = {"rope_type": "factors", "factors": factors.tolist()}
         return config
 
-    def rope_factors(self) -> torch.Tensor | None:
+    def rope_factors(self) -> Floats | None:
         """Divisors of the rotary frequencies, (D/2,) float32; None where the file has none.
 
         llama.cpp's converter stores Llama 3's scaling in this form: the frequencies of `rope_theta`
@@ -130,8 +133,8 @@ class GGUFWeights:
         expected = (self._config["head_dim"] // 2,)
         if header.shape != expected:
             self._fail(f"{_ROPE_FACTORS} has shape {header.shape}, expected is {expected}")
-        factors = self._file.read(_ROPE_FACTORS).float()
-        if not bool((factors.isfinite() & (factors > 0)).all()):
+        factors = self._file.read_floats(_ROPE_FACTORS)
+        if not (np.isfinite(factors) & (factors > 0)).all():
             self._fail(f"{_ROPE_FACTORS} holds values that are not positive numbers")
         return factors
 

@@ -12,15 +12,18 @@ import threading
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.gguf_header import AGAIN, Entry, Header, quote, read_header
-from chatserve.models.gguf_quants import Dequantize
+from chatserve.models.gguf_quants import Dequantize, Floats
 from chatserve.models.weight_file import allocate
 from chatserve.models.weights import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK_VALUES = 1 << 18  # per step of a dequantisation: its temporaries stay in the CPU's cache
 
@@ -66,6 +69,8 @@ class GGUFFile:
 
         Raises `ModelLoadError` when the file cannot be read or ends before the tensor does.
         """
+        import torch
+
         entry = self._entries.get(name)
         if entry is None:
             raise ModelLoadError(f"{self.path} has no tensor {quote(name)}; {AGAIN}")
@@ -80,6 +85,20 @@ class GGUFFile:
         else:
             self._dequantize_into(tensor, entry, skip, entry.kind.dequantize)
         return tensor
+
+    def read_floats(self, name: str) -> Floats:
+        """A small tensor of type F32 that says what metadata might; without PyTorch.
+
+        Raises `ModelLoadError` when it has another type, or the file ends before it does.
+        """
+        entry = self._entries[name]
+        if entry.kind.name != "F32":
+            raise ModelLoadError(
+                f"{self.path}: tensor {quote(name)} is {entry.kind.name}, not F32; {AGAIN}"
+            )
+        values = np.empty(entry.info.shape, np.float32)
+        self._read_into(values.data, entry, 0)
+        return values
 
     def close(self) -> None:
         """Close the file; reading afterwards raises `ModelLoadError`."""

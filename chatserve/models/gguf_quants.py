@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from chatserve.models.packing import Packing
 
@@ -33,7 +32,7 @@ class TensorType:
     name: str
     block_size: int
     block_bytes: int
-    dtype: torch.dtype
+    dtype: str
     dequantize: Dequantize | None = None
     packing: Packing | None = None
 
@@ -140,19 +139,17 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
 
 # The numbers are ggml's `enum ggml_type`.
 TENSOR_TYPES = {
-    0: TensorType("F32", 1, 4, torch.float32),
-    1: TensorType("F16", 1, 2, torch.float16),
-    30: TensorType("BF16", 1, 2, torch.bfloat16),
-    2: TensorType("Q4_0", 32, 18, torch.float32, _q4_0, Packing(4, is_grouped=True)),
-    3: TensorType(
-        "Q4_1", 32, 20, torch.float32, _q4_1, Packing(4, is_grouped=True, has_minima=True)
-    ),
-    6: TensorType("Q5_0", 32, 22, torch.float32, _q5_0),
-    7: TensorType("Q5_1", 32, 24, torch.float32, _q5_1),
-    8: TensorType("Q8_0", 32, 34, torch.float32, _q8_0, Packing(8, is_grouped=True)),
-    12: TensorType("Q4_K", 256, 144, torch.float32, _q4_k),
-    13: TensorType("Q5_K", 256, 176, torch.float32, _q5_k),
-    14: TensorType("Q6_K", 256, 210, torch.float32, _q6_k),
+    0: TensorType("F32", 1, 4, "float32"),
+    1: TensorType("F16", 1, 2, "float16"),
+    30: TensorType("BF16", 1, 2, "bfloat16"),
+    2: TensorType("Q4_0", 32, 18, "float32", _q4_0, Packing(4, is_grouped=True)),
+    3: TensorType("Q4_1", 32, 20, "float32", _q4_1, Packing(4, is_grouped=True, has_minima=True)),
+    6: TensorType("Q5_0", 32, 22, "float32", _q5_0),
+    7: TensorType("Q5_1", 32, 24, "float32", _q5_1),
+    8: TensorType("Q8_0", 32, 34, "float32", _q8_0, Packing(8, is_grouped=True)),
+    12: TensorType("Q4_K", 256, 144, "float32", _q4_k),
+    13: TensorType("Q5_K", 256, 176, "float32", _q5_k),
+    14: TensorType("Q6_K", 256, 210, "float32", _q6_k),
 }
 _UNSUPPORTED = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS",

@@ -114,7 +114,7 @@ def _merged_info(
             f"adapter {adapter.name} changes {name} of shape {shape}, which is {found} in the "
             "base's files; they are damaged or another model's"
         )
-    return info._replace(dtype=torch.float32, packing=None)
+    return info._replace(dtype_name="float32", packing=None)
 
 
 def _warn_of_other_base(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from chatserve.models.checkpoint import Checkpoint
+from chatserve.models.manifest import dtype_name
 from chatserve.models.safetensors_writer import FolderWriter
 from chatserve.models.weight_files import member
 from chatserve.models.weights import TensorInfo
@@ -70,7 +71,11 @@ def save_merged(
 
 
 def _written(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return info._replace(dtype=dtype) if dtype and info.dtype.is_floating_point else info
+    return (
+        info._replace(dtype_name=dtype_name(dtype))
+        if dtype and info.dtype.is_floating_point
+        else info
+    )
 
 
 def _parts(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
@@ -88,4 +93,4 @@ def _config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]
     if dtype is None:
         return config
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return {**config, key: str(dtype).removeprefix("torch.")}
+    return {**config, key: dtype_name(dtype)}

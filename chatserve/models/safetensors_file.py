@@ -10,35 +10,36 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.weight_file import WeightFile
-from chatserve.models.weights import TensorInfo
+from chatserve.models.weights import ITEM_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME_CHARS = 1024
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
 }
 
 
@@ -76,7 +77,7 @@ class SafetensorsFile:
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         info = self._tensors[name]
         return self._file.read_tensor(
-            self._data_offset + self._begins[name], info.shape, info.dtype, rows
+            self._data_offset + self._begins[name], info.shape, info.dtype_name, rows
         )
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class SafetensorsFile:
             raise self._bad(f"{name!r} has the dtype {dtype!r}, which chatserve does not read")
         if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
             raise self._bad(f"{name!r} has an impossible shape or place")
-        num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        num_bytes = math.prod(shape) * ITEM_BYTES[DTYPES[dtype]]
         begin, end = offsets
         if end - begin != num_bytes:
             raise self._bad(f"{name!r} takes {num_bytes} bytes, its place has {end - begin}")

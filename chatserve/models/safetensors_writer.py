@@ -280,7 +280,8 @@ def _header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     for info in infos:
         end = begin + _num_bytes(info)
         entries[info.name] = {
-            "dtype": _DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": (begin, end),
+            "dtype": _DTYPE_NAMES[info.dtype_name], "shape": info.shape,
+            "data_offsets": (begin, end),
         }  # fmt: skip
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -12,14 +12,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.torch_pickle import TensorView, read_state_dict
 from chatserve.models.weight_file import WeightFile
-from chatserve.models.weights import TensorInfo
+from chatserve.models.weights import ITEM_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PICKLE_BYTES = 16 << 20
 MAX_DIRECTORY_BYTES = 16 << 20
@@ -54,7 +55,7 @@ class TorchBinFile:
             self.close()
             raise
         self._views = {
-            name: (view, storages[view.storage.key].offset + view.offset * view.dtype.itemsize)
+            name: (view, storages[view.storage.key].offset + view.offset * ITEM_BYTES[view.dtype])
             for name, view in views.items()
         }
         in_disk_order = sorted(self._views.items(), key=lambda item: item[1][1])
@@ -68,7 +69,7 @@ class TorchBinFile:
         if view.is_contiguous:
             return self._file.read_tensor(offset, view.shape, view.dtype, rows)
         if rows is not None:
-            offset += rows.start * view.stride[0] * view.dtype.itemsize
+            offset += rows.start * view.stride[0] * ITEM_BYTES[view.dtype]
             view = replace(view, shape=(len(rows), *view.shape[1:]))
         span = self._file.read_tensor(offset, (view.span,), view.dtype)
         return span.as_strided(view.shape, view.stride).contiguous()
@@ -141,10 +142,10 @@ class TorchBinFile:
             if member is None:
                 raise self._bad(f"the data of {name!r} is missing")
             record = records.setdefault(storage.key, self._record(member))
-            if record.num_bytes != storage.numel * storage.dtype.itemsize:
+            if record.num_bytes != storage.numel * ITEM_BYTES[storage.dtype]:
                 raise self._bad(
                     f"the data of {name!r} has {record.num_bytes} bytes instead of "
-                    f"{storage.numel * storage.dtype.itemsize}"
+                    f"{storage.numel * ITEM_BYTES[storage.dtype]}"
                 )
         return records
 
@@ -183,4 +184,4 @@ class _Window(io.RawIOBase):
 
 
 def _info(name: str, view: TensorView) -> TensorInfo:
-    return TensorInfo(name, view.shape, view.dtype, view.numel * view.dtype.itemsize)
+    return TensorInfo(name, view.shape, view.dtype, view.numel * ITEM_BYTES[view.dtype])

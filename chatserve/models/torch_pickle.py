@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
-
 from chatserve.errors import ModelLoadError
 
 MAX_OPCODES = 2_000_000
@@ -25,14 +23,14 @@ MAX_TEXT_BYTES = 1024
 MAX_INT_BYTES = 8
 
 _STORAGE_DTYPES = {
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "BFloat16Storage": "bfloat16",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
 }
 _RECORD_KEY = re.compile(r"[0-9]{1,9}")
 
@@ -59,7 +57,7 @@ class Storage:
     """A run of `numel` elements in the archive's record `data/{key}`."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     numel: int
 
 
@@ -73,7 +71,7 @@ class TensorView:
     stride: tuple[int, ...]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         return self.storage.dtype
 
     @property

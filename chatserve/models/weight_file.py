@@ -11,10 +11,13 @@ import mmap
 import os
 import threading
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from chatserve.errors import ModelLoadError
+from chatserve.models.weights import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 _MIN_MAPPED_BYTES = 1 << 20
 LFS_POINTER = b"version https://git-lfs"
@@ -43,20 +46,22 @@ class WeightFile:
         return bytes(buffer)
 
     def read_tensor(
-        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, rows: range | None = None
+        self, offset: int, shape: tuple[int, ...], dtype_name: str, rows: range | None = None
     ) -> torch.Tensor:
         """A contiguous CPU tensor from the bytes at `offset`, or only `rows` of it.
 
         Raises `ModelLoadError`.
         """
+        import torch
+
         if rows is not None:
-            offset += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            offset += rows.start * math.prod(shape[1:]) * ITEM_BYTES[dtype_name]
             shape = (len(rows), *shape[1:])
-        num_bytes = self._checked(offset, math.prod(shape) * dtype.itemsize)
+        num_bytes = self._checked(offset, math.prod(shape) * ITEM_BYTES[dtype_name])
         buffer = allocate(num_bytes)
         self._fill(buffer.numpy().data, offset)
         # A bool whose byte is neither 0 nor 1 behaves differently from kernel to kernel.
-        flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
+        flat = buffer.ne(0) if dtype_name == "bool" else buffer.view(getattr(torch, dtype_name))
         return flat.reshape(shape)
 
     def close(self) -> None:
@@ -90,6 +95,8 @@ def allocate(num_bytes: int) -> torch.Tensor:
     From the C allocator, tensors that come and go in turn grow the heap hole by hole: ten tensors
     of 16 MB read one after another left up to eight of them resident.
     """
+    import torch
+
     if num_bytes < _MIN_MAPPED_BYTES:
         return torch.empty(num_bytes, dtype=torch.uint8)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -6,24 +6,41 @@ Knows no file format and no family; safetensors, `.bin` and GGUF readers impleme
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from chatserve.models.packing import Packing
 
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,
+    "int32": 4, "uint32": 4, "float32": 4,
+    "int64": 8, "uint64": 8, "float64": 8, "complex64": 8,
+}  # fmt: skip
+"""Bytes of one value of each dtype that a file may hold, by PyTorch's name of it."""
+
 
 class TensorInfo(NamedTuple):
-    """One tensor's header; `dtype` is what `read` returns, `num_bytes` its size on disk.
+    """One tensor's header; `dtype_name` is what `read` returns, `num_bytes` its size on disk.
 
     `packing`: the form that holds these values exactly, where the file has packed them so.
+    Headers are read without PyTorch, whose import takes longer than they do.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
     num_bytes: int
     packing: Packing | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
 
 class WeightSource(Protocol):

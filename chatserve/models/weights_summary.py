@@ -76,5 +76,5 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
                 num_bytes[names[name]] += info.num_bytes
     else:
         for info in checkpoint.weights.tensors().values():
-            num_bytes[str(info.dtype).removeprefix("torch.")] += info.num_bytes
+            num_bytes[info.dtype_name] += info.num_bytes
     return dict(num_bytes.most_common())

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.checkpoint import TensorInfo, looks_like_delta, open_checkpoint
+from chatserve.models.manifest import dtype_name
 from chatserve.models.weight_files import member
 from tests.unit.models.gguf_bytes import model_tensors, write_model
 
@@ -86,7 +87,7 @@ def test_every_layout_opens_and_reads_back_equal(tmp_path: Path, layout: str) ->
         assert checkpoint.generation_config == {"temperature": 0.6}
         assert set(weights.tensors()) == set(NAMES)
         for name, tensor in TENSORS.items():
-            info = TensorInfo(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+            info = TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype), tensor.nbytes)
             assert weights.tensors()[name] == info
             assert weights.read(name).equal(tensor)
             assert weights.read(name, range(1, 3)).equal(tensor[1:3])

@@ -22,7 +22,7 @@ def all_dtypes() -> dict[str, torch.Tensor]:
     tensors = {}
     for name, dtype in DTYPES.items():
         values = torch.randint(0, 2, (3, 4))
-        tensors[name.lower()] = values.to(dtype)
+        tensors[name.lower()] = values.to(getattr(torch, dtype))
     tensors["scalar"] = torch.tensor(1.5)
     tensors["empty"] = torch.empty(0, 4)
     return tensors

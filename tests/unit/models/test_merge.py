@@ -181,7 +181,7 @@ def test_a_gguf_base_is_merged_in_the_layout_of_the_adapter(tmp_path: Path) -> N
 
 def test_a_merged_matrix_is_no_longer_in_the_files_form() -> None:
     """A loader that takes packed blocks as they are must not miss the adapter."""
-    info = TensorInfo(Q0, (4, 8), torch.float32, 20, Packing(4, 32))
+    info = TensorInfo(Q0, (4, 8), "float32", 20, Packing(4, 32))
 
     class Packed:
         def tensors(self) -> dict[str, TensorInfo]:
@@ -246,7 +246,7 @@ def test_a_base_whose_files_contradict_its_config_is_refused(base: Path, tmp_pat
     for other, found in (
         (None, "missing"),
         (info._replace(shape=(64, 32)), r"shape \(64, 32\)"),
-        (info._replace(dtype=torch.int8), "int8"),
+        (info._replace(dtype_name="int8"), "int8"),
     ):
         with pytest.raises(ModelLoadError, match=f"which is .*{found}"):
             MergedWeights(Other(other), [adapter])

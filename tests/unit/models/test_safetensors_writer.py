@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from chatserve.errors import CannotWrite, ModelLoadError, UsageError
 from chatserve.models import safetensors_writer
 from chatserve.models.folder_swap import lock, opened
+from chatserve.models.manifest import dtype_name
 from chatserve.models.safetensors_file import DTYPES, SafetensorsFile
 from chatserve.models.safetensors_writer import FolderWriter
 from chatserve.models.weight_files import find_weight_files
@@ -35,7 +36,7 @@ TENSORS = {
 
 
 def info(name: str, tensor: torch.Tensor) -> TensorInfo:
-    return TensorInfo(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+    return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype), tensor.nbytes)
 
 
 INFOS = [info(name, tensor) for name, tensor in TENSORS.items()]
@@ -72,7 +73,9 @@ def test_the_official_library_and_our_reader_see_what_was_written(tmp_path: Path
 
 
 def test_every_dtype_and_shape_is_written(tmp_path: Path) -> None:
-    tensors = {name.lower(): torch.ones(3, 4).to(dtype) for name, dtype in DTYPES.items()}
+    tensors = {
+        name.lower(): torch.ones(3, 4).to(getattr(torch, dtype)) for name, dtype in DTYPES.items()
+    }
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
     tensors["turned"] = torch.arange(6.0).reshape(2, 3).T
     infos = [info(name, tensor) for name, tensor in tensors.items()]
@@ -352,7 +355,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_while_writing(small_disk: Path) -> None:
-    big = TensorInfo("w", (1024, 2048), torch.float16, 4 << 20)
+    big = TensorInfo("w", (1024, 2048), "float16", 4 << 20)
 
     def rows() -> Iterator[torch.Tensor]:
         yield torch.zeros(1, 2048, dtype=torch.float16)
@@ -369,7 +372,7 @@ def test_a_disk_that_fills_while_writing(small_disk: Path) -> None:
 
 
 def test_a_small_disk_is_refused(small_disk: Path) -> None:
-    big = TensorInfo("w", (4096, 2048), torch.float16, 16 << 20)
+    big = TensorInfo("w", (4096, 2048), "float16", 16 << 20)
     with pytest.raises(CannotWrite, match=r"needs 33,554,432 bytes, its disk has 25,165,824 free"):
         FolderWriter(small_disk / "m", [big], metadata={})
 

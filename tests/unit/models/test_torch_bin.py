@@ -103,7 +103,7 @@ def test_headers_say_what_read_returns_in_disk_order(tmp_path: Path) -> None:
     with closing(TorchBinFile(tmp_path / "x.bin")) as source:
         assert list(source.tensors()) == ["t3", "t1", "t2"]
         info = source.tensors()["t3"]
-        assert info == TensorInfo("t3", (3, 2), torch.float16, 12)
+        assert info == TensorInfo("t3", (3, 2), "float16", 12)
 
 
 def test_opening_reads_no_tensor_bytes(tmp_path: Path) -> None:

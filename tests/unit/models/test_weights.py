@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from chatserve.models.packing import Packing
 from chatserve.models.weights import TensorInfo, file_packing
 
@@ -12,7 +10,7 @@ Q8_0 = Packing(8, is_grouped=True)
 
 
 def matrix(name: str, packing: Packing | None) -> TensorInfo:
-    return TensorInfo(name, (64, 64), torch.float32, 2560, packing)
+    return TensorInfo(name, (64, 64), "float32", 2560, packing)
 
 
 def packing_of(*infos: TensorInfo) -> Packing | None:
@@ -20,7 +18,7 @@ def packing_of(*infos: TensorInfo) -> Packing | None:
 
 
 def test_the_form_is_what_all_matrices_of_the_blocks_have() -> None:
-    norm = TensorInfo("model.layers.0.input_layernorm.weight", (64,), torch.float32, 256)
+    norm = TensorInfo("model.layers.0.input_layernorm.weight", (64,), "float32", 256)
     query = matrix("model.layers.0.self_attn.q_proj.weight", Q4_1)
     value = matrix("model.layers.1.self_attn.v_proj.weight", Q4_1)
     assert packing_of(matrix("model.embed_tokens.weight", Q8_0), norm, query, value) == Q4_1
