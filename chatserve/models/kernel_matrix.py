@@ -12,6 +12,7 @@ import torch
 from chatserve.errors import DoesNotFit
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
+from chatserve.models.kernel_limits import padded
 from chatserve.models.packing import Packing
 
 DTYPES = {
@@ -125,11 +126,6 @@ class Table:
 
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
         self.values[start : start + rows.shape[0]].copy_(rows)
-
-
-def padded(rows: int) -> int:
-    """`rows` rounded up to whole panels."""
-    return -(-rows // library.PANEL_ROWS) * library.PANEL_ROWS
 
 
 def interleaved(half: int) -> Callable[[torch.Tensor], torch.Tensor]:

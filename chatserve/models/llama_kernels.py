@@ -34,6 +34,7 @@ from chatserve.models.destinations import (
     destinations,
 )
 from chatserve.models.device import DevicePolicy
+from chatserve.models.kernel_limits import HEAD_PACKING, padded
 from chatserve.models.kernel_matrix import (
     DTYPES,
     GateUpRows,
@@ -43,7 +44,6 @@ from chatserve.models.kernel_matrix import (
     Vector,
     check,
     interleaved,
-    padded,
 )
 from chatserve.models.packing import Packing
 from chatserve.models.rope import angles
@@ -53,12 +53,8 @@ logger = logging.getLogger(__name__)
 PREFETCHES = (0, 8192)
 """Bytes ahead that are tried."""
 _COMMITTED_BYTES = 512 << 20  # of the pool, at most, before anybody has asked for anything
-HEAD_PACKING = Packing(is_grouped=True)
-"""Of the head, whatever the other matrices have."""
 _KEPT_ROWS = 64  # of logits; more are rare, and given back
 _TUNING_S = 0.05  # for one setting, where a step is no longer
-_MAX_HEAD_DIM = 256
-_MAX_COLUMNS = 1 << 16
 
 
 class Tuning(NamedTuple):
@@ -93,21 +89,6 @@ def thread_counts() -> tuple[int, ...]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     most = max(1, min(cores or usable or 1, usable or 1, library.MAX_THREADS))
     return (most, most // 2) if most >= 4 else (most,)
-
-
-def misfit(config: ModelConfig) -> str | None:
-    """Why the kernels cannot hold this network; None when they can."""
-    heads_out = config.num_heads * config.head_dim
-    for name, size in (
-        ("hidden_size", config.hidden_size),
-        ("intermediate_size", config.intermediate_size),
-        ("heads times head_dim", heads_out),
-    ):
-        if size % library.GROUP or size > _MAX_COLUMNS:
-            return f"{name} {size} is no multiple of {library.GROUP} up to {_MAX_COLUMNS:,}"
-    if config.head_dim % 16 or config.head_dim > _MAX_HEAD_DIM:
-        return f"head_dim {config.head_dim} is no multiple of 16 up to {_MAX_HEAD_DIM}"
-    return None
 
 
 class KernelKVPool:

@@ -20,8 +20,9 @@ from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
+from chatserve.models.kernel_limits import misfit
 from chatserve.models.llama import Llama
-from chatserve.models.llama_kernels import KernelLlama, misfit, thread_counts
+from chatserve.models.llama_kernels import KernelLlama, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import native_config, packed_policy, plan_memory
 from chatserve.models.packing import GROUP, Packing

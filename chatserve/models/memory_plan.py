@@ -19,8 +19,7 @@ from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import read_hf_config, refusals
-from chatserve.models.kernel_matrix import padded
-from chatserve.models.llama_kernels import HEAD_PACKING, misfit
+from chatserve.models.kernel_limits import HEAD_PACKING, misfit, padded
 from chatserve.models.packing import GROUP, Packing
 
 MIN_CONTEXT = 256

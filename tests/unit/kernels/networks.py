@@ -12,11 +12,12 @@ from chatserve.kernels.library import Kernels
 from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import ModelConfig, RopeConfig
 from chatserve.models.device import choose_policy
+from chatserve.models.kernel_limits import HEAD_PACKING
 from chatserve.models.kernel_matrix import KernelMatrix, Team
 from chatserve.models.kv_pool import Placement, TorchKVPool
 from chatserve.models.linear import Matrix
 from chatserve.models.llama import Llama
-from chatserve.models.llama_kernels import HEAD_PACKING, KernelKVPool, KernelLlama
+from chatserve.models.llama_kernels import KernelKVPool, KernelLlama
 from chatserve.models.packing import Packing
 
 BLOCK_SIZE = library.BLOCK_SIZE
