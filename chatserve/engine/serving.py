@@ -35,14 +35,13 @@ from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.fingerprint import weights_fingerprint
+from chatserve.models.form import packing_by_file
 from chatserve.models.llama_kernels import num_warm_tokens
-from chatserve.models.loader import fits_kernels, is_compressed, load_model
+from chatserve.models.loader import load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.merge import merge
-from chatserve.models.packing import Packing
 from chatserve.models.tokenizer import load_tokenizer
-from chatserve.models.weights import file_packing
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -164,23 +163,13 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
 
 
 def as_the_file(policy: DevicePolicy, checkpoint: Checkpoint, dtype: str) -> DevicePolicy:
-    """The file's own form for weights that come in 8 bits or fewer, where the CPU kernels take it.
-
-    They are several times faster than half precision there, and nothing is rounded a second time
-    (docs/design/013). A form that the kernels do not have becomes 8 bits with a scale per row.
-    """
-    own = file_packing(checkpoint.weights.tensors())
-    if policy.device.type != "cpu":
+    """The policy with the file's own packing, where that is the better one."""
+    packing = packing_by_file(checkpoint, policy, is_chosen=dtype != "auto")
+    if packing == policy.packing:
         return policy
     if policy.packing:
-        is_own = policy.packing.bits == 4 and own is not None and own.bits == 4
-        return dataclasses.replace(policy, packing=own) if is_own else policy
-    if dtype != "auto" or not is_compressed(checkpoint):
-        return policy
+        return dataclasses.replace(policy, packing=packing)
     packed = choose_policy("cpu", load_8bit=True)
-    if packed.kernels is None or not fits_kernels(checkpoint):
-        return policy
-    packing = own or Packing()
     reason = f"{packing} as the file has no more; --dtype bfloat16 unpacks it"
     return dataclasses.replace(packed, packing=packing, reasons=(*packed.reasons, reason))
 

@@ -16,8 +16,10 @@ from typing import Literal
 import torch
 
 from chatserve.errors import StartupError, UsageError
-from chatserve.kernels.library import Kernels, KernelsUnavailable, load_kernels
+from chatserve.kernels.library import Kernels
 from chatserve.models.attention import AttentionBackend, attend
+from chatserve.models.form import choose_kernels
+from chatserve.models.hardware import multiplies_bfloat16
 from chatserve.models.packing import FINE, Packing
 from chatserve.models.quantize import (
     MATMULS,
@@ -51,6 +53,14 @@ class DevicePolicy:
     packing: Packing | None = None
     kernels: Kernels | None = None
     network: Network = "torch"
+
+    @property
+    def kind(self) -> str:
+        return self.device.type
+
+    @property
+    def on_kernels(self) -> bool:
+        return self.kernels is not None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -109,7 +119,7 @@ def choose_policy(
     if packing is not None:
         int8, int8_reason = _choose_int8(kind, network)
         if kind == "cpu":
-            kernels, kernels_reason = _choose_kernels(packing)
+            kernels, kernels_reason = choose_kernels(packing)
             int8_reason = kernels_reason if kernels else f"{kernels_reason}; {int8_reason}"
         elif packing != Packing() and (packing.bits == 8 or network == "torch"):
             raise UsageError(f"{packing} weights have no product on {kind}; use --load-8bit alone")
@@ -129,17 +139,6 @@ def _choose_packing(load_8bit: bool, load_4bit: bool, quant_group: str | None) -
     if not load_8bit:
         return None
     return Packing() if quant_group is None else FINE
-
-
-def _choose_kernels(packing: Packing) -> tuple[Kernels | None, str]:
-    try:
-        kernels = load_kernels()
-    except KernelsUnavailable as error:
-        if packing != Packing():
-            raise UsageError(f"{packing} weights need the CPU kernels, but {error}") from error
-        logger.warning("8 bits run on PyTorch's operators, several times slower: %s", error)
-        return None, f"no CPU kernels: {error}"
-    return kernels, f"own CPU kernels for {kernels.level}"
 
 
 def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolicy:
@@ -227,9 +226,9 @@ def _choose_dtype(kind: str, asked: str) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bfloat16: supported by this GPU"
         return torch.float16, "float16: this GPU has no bfloat16"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if torch.cpu._is_avx512_bf16_supported() or capability == "SVE256":
+    if multiplies_bfloat16():
         return torch.bfloat16, "bfloat16: this CPU multiplies it in hardware"
+    capability = torch.backends.cpu.get_cpu_capability()
     return torch.float32, f"float32: no bfloat16 products on this CPU ({capability})"
 
 

@@ -20,12 +20,12 @@ from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
-from chatserve.models.kernel_limits import misfit
+from chatserve.models.form import PlainForm, kernels_misfit, native_config, packed
 from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
-from chatserve.models.memory_plan import native_config, packed_policy, plan_memory
-from chatserve.models.packing import GROUP, Packing
+from chatserve.models.memory_plan import plan_memory
+from chatserve.models.packing import Packing
 from chatserve.models.weights import TensorInfo
 from chatserve.progress import Progress
 
@@ -70,37 +70,14 @@ def load_model(
     return model
 
 
-def is_compressed(checkpoint: Checkpoint) -> bool:
-    """Whether the files hold the matrices in about 8 bits a weight or fewer, as most GGUF do."""
-    infos = [info for info in checkpoint.weights.tensors().values() if len(info.shape) == 2]
-    num_weights = sum(math.prod(info.shape) for info in infos)
-    return sum(info.num_bytes for info in infos) < 1.25 * num_weights
-
-
-def fits_kernels(checkpoint: Checkpoint) -> bool:
-    """Whether the CPU kernels can hold the network of a checkpoint."""
-    return is_native(checkpoint.config) and misfit(native_config(checkpoint)) is None
-
-
 def without_misfits(config: ModelConfig, policy: DevicePolicy) -> DevicePolicy:
     """The policy without the CPU kernels, where they cannot hold this network.
 
     Raises `ModelLoadError` where nothing else takes such weights.
     """
-    sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    if policy.packing and policy.packing.bits == 4 and any(size % GROUP for size in sizes):
-        raise ModelLoadError(
-            f"{policy.packing} weights come in groups of {GROUP}, which this network's sizes "
-            f"{sizes} are no multiples of; use --load-8bit"
-        )
-    reason = misfit(config) if policy.kernels else None
+    reason = kernels_misfit(config, policy)
     if reason is None:
         return policy
-    if policy.packing != Packing():
-        raise ModelLoadError(
-            f"{policy.packing} weights need the CPU kernels, which cannot hold this network: "
-            f"{reason}; use --load-8bit alone"
-        )
     logger.warning("8 bits run on PyTorch's operators, several times slower: %s", reason)
     return dataclasses.replace(policy, kernels=None, reasons=(*policy.reasons, reason))
 
@@ -134,8 +111,8 @@ def _check_memory(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -
     if plan.least_bytes <= available:
         return
     way_out = "use a smaller model or free some memory"
-    for flag, packed in _smaller_forms(checkpoint, policy):
-        smaller = plan_memory(checkpoint, packed, max_rows=max_rows)
+    for flag, form in _smaller_forms(checkpoint, policy):
+        smaller = plan_memory(checkpoint, form, max_rows=max_rows)
         if smaller.least_bytes <= available:
             way_out = f"use {flag} ({in_gb(smaller.weights_bytes)})"
             break
@@ -146,18 +123,16 @@ def _check_memory(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -
     )
 
 
-def _smaller_forms(
-    checkpoint: Checkpoint, policy: DevicePolicy
-) -> Iterator[tuple[str, DevicePolicy]]:
+def _smaller_forms(checkpoint: Checkpoint, policy: DevicePolicy) -> Iterator[tuple[str, PlainForm]]:
     """The flags that would compress the weights further, largest form first."""
     bits = policy.packing.bits if policy.packing else 16
     if not is_native(checkpoint.config):
         return
     if bits > 8:
-        yield "--load-8bit", packed_policy(checkpoint, policy, Packing())
-    packed = packed_policy(checkpoint, policy, Packing(bits=4, is_grouped=True))
-    if bits > 4 and (packed.kernels or policy.network == "triton"):
-        yield "--load-4bit", packed
+        yield "--load-8bit", packed(checkpoint, policy, Packing())
+    four = packed(checkpoint, policy, Packing(bits=4, is_grouped=True))
+    if bits > 4 and (four.on_kernels or policy.network == "triton"):
+        yield "--load-4bit", four
 
 
 def _match(

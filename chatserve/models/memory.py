@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that this process may still allocate on `device`."""
+    if device.type == "cpu":
+        return available_host_bytes()
+    import torch
+
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(_available_host_bytes(), _address_space_left())
+    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
 
 
-def _available_host_bytes() -> int:
+def available_host_bytes() -> int:
+    """Bytes of main memory that this process may still allocate; without PyTorch."""
+    return min(_available_memory(), _address_space_left())
+
+
+def _available_memory() -> int:
     try:
         import psutil
     except ImportError:  # engine and models run without it, as on a bare GPU machine

@@ -6,20 +6,17 @@ config and headers; allocates nothing and knows no engine.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from chatserve.errors import ModelLoadError
-from chatserve.kernels.library import BLOCK_SIZE, KernelsUnavailable, load_kernels
+from chatserve.kernels.library import BLOCK_SIZE
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
-from chatserve.models.device import DevicePolicy
-from chatserve.models.fallback import read_hf_config, refusals
-from chatserve.models.kernel_limits import HEAD_PACKING, misfit, padded
+from chatserve.models.form import Form, item_bytes
+from chatserve.models.form import native_config as native_config
+from chatserve.models.kernel_limits import HEAD_PACKING, padded
 from chatserve.models.packing import GROUP, Packing
 
 MIN_CONTEXT = 256
@@ -108,37 +105,37 @@ class MemoryPlan:
 
 def plan_memory(
     checkpoint: Checkpoint,
-    policy: DevicePolicy,
+    form: Form,
     *,
     context: int | None = None,
     concurrency: int = 1,
     max_rows: int = 512,
 ) -> MemoryPlan:
-    """What `checkpoint` takes under `policy` with `concurrency` sequences of `context` tokens.
+    """What `checkpoint` takes under `form` with `concurrency` sequences of `context` tokens.
 
     `context`: at most, None for all that the model holds. `max_rows`: tokens of one step.
     Raises `ModelLoadError` when config.json does not tell.
     """
     longest = context_length(checkpoint.config)
     context = longest if context is None else min(context, longest)
-    kind = policy.device.type
+    kind = form.kind
     spare = _LOADING_BYTES
+    kv_item_bytes = item_bytes(form)
     if is_native(checkpoint.config):
         config = native_config(checkpoint)
-        weights = weights_bytes(config, policy)
-        spare += _page_ends(config, policy)
-        activations = _activation_bytes(config, policy, max_rows, context, concurrency)
+        kv_item_bytes = 2 if form.on_kernels else kv_item_bytes
+        weights = weights_bytes(config, form)
+        spare += _page_ends(config, form)
+        activations = _activation_bytes(config, form, max_rows, context, concurrency)
     else:
-        weights = _fallback_weights_bytes(checkpoint, policy)
-        activations = _fallback_activation_bytes(checkpoint, policy, max_rows)
+        weights = _fallback_weights_bytes(checkpoint, form)
+        activations = _fallback_activation_bytes(checkpoint, form, max_rows)
     spare += int(weights * _SPARE_SHARE)
     return MemoryPlan(
         device=kind,
-        form=str(policy.packing) if policy.packing else policy.dtype_name,
+        form=str(form.packing) if form.packing else form.dtype_name,
         weights_bytes=weights,
-        kv_bytes_per_token=kv_bytes_per_token(
-            checkpoint.config, 2 if policy.kernels else policy.dtype.itemsize
-        ),
+        kv_bytes_per_token=kv_bytes_per_token(checkpoint.config, kv_item_bytes),
         activation_bytes=activations,
         process_bytes=_process_bytes(checkpoint, kind),
         spare_bytes=spare,
@@ -147,32 +144,15 @@ def plan_memory(
     )
 
 
-def packed_policy(checkpoint: Checkpoint, policy: DevicePolicy, packing: Packing) -> DevicePolicy:
-    """`policy` as it would be with compressed weights; also of a device that is not here."""
-    kernels = None
-    if policy.device.type == "cpu" and is_native(checkpoint.config):
-        with contextlib.suppress(KernelsUnavailable):
-            kernels = load_kernels() if misfit(native_config(checkpoint)) is None else None
-    return replace(policy, packing=packing, kernels=kernels)
-
-
 def whole_blocks(num_tokens: int) -> int:
     """`num_tokens` rounded up to blocks of the KV cache."""
     return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 
-def native_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The config, tied when the checkpoint has no head of its own."""
-    has_head = "lm_head.weight" in checkpoint.weights.tensors()
-    content = dict(checkpoint.config)
-    content["tie_word_embeddings"] = content.get("tie_word_embeddings", False) or not has_head
-    return ModelConfig.from_hf(content)
-
-
-def weights_bytes(config: ModelConfig, policy: DevicePolicy) -> int:
-    """The network of `config` in the form that `policy` gives it."""
-    size, hidden = policy.dtype.itemsize, config.hidden_size
-    if policy.packing is None:
+def weights_bytes(config: ModelConfig, form: Form) -> int:
+    """The network of `config` in the form that `form` gives it."""
+    size, hidden = item_bytes(form), config.hidden_size
+    if form.packing is None:
         return config.num_parameters * size
     matrices = _matrices(config)
     num_plain = config.num_parameters - config.num_layers * sum(
@@ -180,15 +160,15 @@ def weights_bytes(config: ModelConfig, policy: DevicePolicy) -> int:
     )
     num_plain -= config.vocab_size * hidden * (1 if config.is_tied else 2)
     table = 0 if config.is_tied else config.vocab_size * hidden
-    if policy.kernels:
-        packed = sum(_packed_bytes(*shape, policy.packing) for shape in matrices)
+    if form.on_kernels:
+        packed = sum(_packed_bytes(*shape, form.packing) for shape in matrices)
         head = _packed_bytes(config.vocab_size, hidden, HEAD_PACKING)
-        table *= 4 if policy.dtype == torch.float32 else 2
+        table *= 4 if form.dtype_name == "float32" else 2
         return config.num_layers * packed + head + table + 4 * num_plain
-    per_row = 0 if policy.packing.is_grouped else 2
+    per_row = 0 if form.packing.is_grouped else 2
     shapes = [*matrices * config.num_layers, (config.vocab_size, hidden)]
     packed = sum(
-        int(rows * columns * policy.packing.bytes_per_weight) + rows * per_row
+        int(rows * columns * form.packing.bytes_per_weight) + rows * per_row
         for rows, columns in shapes
     )
     return packed + (table + num_plain) * size
@@ -198,6 +178,8 @@ def context_length(config: Mapping[str, object]) -> int:
     """Tokens that the model of a `config.json` holds, native or not."""
     if is_native(config):
         return ModelConfig.from_hf(config).context_length
+    from chatserve.models.fallback import read_hf_config, refusals
+
     hf_config = read_hf_config(config)
     with refusals("config.json, context length"):
         hf_config = hf_config.get_text_config()
@@ -212,6 +194,8 @@ def kv_bytes_per_token(config: Mapping[str, object], bytes_per_value: int) -> in
     """Keys and values of one token in all layers, native or not."""
     if is_native(config):
         return ModelConfig.from_hf(config).kv_bytes_per_token(bytes_per_value)
+    from chatserve.models.fallback import read_hf_config, refusals
+
     hf_config = read_hf_config(config)
     with refusals("config.json, size of keys and values"):
         hf_config = hf_config.get_text_config()
@@ -250,46 +234,44 @@ def _packed_bytes(rows: int, columns: int, packing: Packing) -> int:
     return int(rows * columns * packing.bytes_per_weight) + (0 if packing.is_grouped else 4 * rows)
 
 
-def _page_ends(config: ModelConfig, policy: DevicePolicy) -> int:
+def _page_ends(config: ModelConfig, form: Form) -> int:
     """What the kernels' packed matrices leave unused at the end of their last huge pages."""
-    if policy.kernels is None or policy.packing is None:
+    if not form.on_kernels or form.packing is None:
         return 0
     # codes and scales lie apart, and scales are mostly smaller than such a page
-    sizes = [
-        padded(rows) * columns * policy.packing.bits // 8 for rows, columns in _matrices(config)
-    ]
+    sizes = [padded(rows) * columns * form.packing.bits // 8 for rows, columns in _matrices(config)]
     return config.num_layers * sum(-size % _HUGE_PAGE for size in sizes if size >= _HUGE_PAGE)
 
 
 def _activation_bytes(
-    config: ModelConfig, policy: DevicePolicy, max_rows: int, context: int, concurrency: int
+    config: ModelConfig, form: Form, max_rows: int, context: int, concurrency: int
 ) -> int:
     """A step of `max_rows` tokens, its logits, and the table of angles."""
     hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads_out, kv_out = config.num_heads * dim, 2 * config.num_kv_heads * dim
     logits = concurrency * config.vocab_size * 4
     angles = 2 * context * dim * 4  # float32, and what they are computed from
-    if policy.kernels and policy.packing:
+    if form.on_kernels and form.packing:
         floats = hidden + 2 * heads_out + kv_out + ffn
         widest = max(hidden, ffn, heads_out)
-        codes = policy.packing.activation_bits // 8 * (widest + 8 * widest // GROUP)
+        codes = form.packing.activation_bits // 8 * (widest + 8 * widest // GROUP)
         scores = 2 * _ATTENTION_ROWS * context * 4
         return max_rows * (4 * floats + codes) + scores + logits + angles
     # gate and up, their product on the way, and the rows that stay beside them
     values = 4 * ffn + 3 * hidden + heads_out + kv_out
     gathered = context * kv_out  # keys and values of a sequence whose blocks lie scattered
-    return (max_rows * values + gathered) * policy.dtype.itemsize + logits + angles
+    return (max_rows * values + gathered) * item_bytes(form) + logits + angles
 
 
-def _fallback_weights_bytes(checkpoint: Checkpoint, policy: DevicePolicy) -> int:
+def _fallback_weights_bytes(checkpoint: Checkpoint, form: Form) -> int:
     """At the peak: they come whole in half precision, and 8 bits are packed beside them."""
     infos = checkpoint.weights.tensors().values()
     num_weights = sum(math.prod(info.shape) for info in infos)
-    return num_weights * (policy.dtype.itemsize + (policy.packing is not None))
+    return num_weights * (item_bytes(form) + (form.packing is not None))
 
 
-def _fallback_activation_bytes(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -> int:
+def _fallback_activation_bytes(checkpoint: Checkpoint, form: Form, max_rows: int) -> int:
     """Sixteen times the hidden size, as blocks of other families have it: a guess."""
     shapes = (info.shape for info in checkpoint.weights.tensors().values())
     hidden = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
-    return 16 * max_rows * min(hidden, 1 << 16) * policy.dtype.itemsize
+    return 16 * max_rows * min(hidden, 1 << 16) * item_bytes(form)

@@ -25,7 +25,7 @@ from chatserve.models.adapter_config import (
 )
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import architectures, is_native
-from chatserve.models.memory_plan import native_config
+from chatserve.models.form import native_config
 from chatserve.models.weights import TensorInfo, WeightSource
 
 logger = logging.getLogger(__name__)

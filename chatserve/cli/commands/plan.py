@@ -16,7 +16,7 @@ from chatserve.settings import setting
 
 if TYPE_CHECKING:
     from chatserve.models.checkpoint import Checkpoint
-    from chatserve.models.device import DevicePolicy
+    from chatserve.models.form import PlainForm
     from chatserve.models.memory_plan import MemoryPlan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     from chatserve.models.checkpoint import open_checkpoint
 
     path = hub.resolve_weights(weights, revision=options.revision, offline=True)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, headers_only=True)
     with closing(checkpoint.weights):
         tables = {
             place: _rows(checkpoint, place, options) for place in _places(options.device, sizes)
@@ -118,24 +118,32 @@ def _size(num_bytes: int) -> str:
 
 
 def _places(device: str, sizes: Sequence[int]) -> list[Place]:
-    import torch
+    from chatserve.models.hardware import gpu_kinds
 
-    from chatserve.models.memory import available_bytes
-
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here = [kind for kind, is_here in kinds.items() if is_here] + ["cpu"]
     if sizes:
-        kind = here[0] if device == "auto" else device
+        kind = device if device != "auto" else [*gpu_kinds(), "cpu"][0]
         return [Place(f"{_size(size)} of {kind} memory", kind, size) for size in sizes]
+    here = ["cpu"] if device == "cpu" else [*gpu_kinds(), "cpu"]
     if device != "auto" and device not in here:
         raise UsageError(f"no {device} device is here; say how much it has, as in --memory 16GB")
+    return [place for kind in here if device in ("auto", kind) for place in _free(kind)]
+
+
+def _free(kind: str) -> list[Place]:
+    """What the devices of a kind have free."""
+    from chatserve.models import memory
+
+    if kind == "cpu":
+        free = memory.available_host_bytes()
+        return [Place(f"cpu, {_size(free)} free", kind, free)]
+    import torch
+
     places: list[Place] = []
-    for kind in here if device == "auto" else [device]:
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-        for index in range(count):
-            one = torch.device(kind, index) if count > 1 else torch.device(kind)
-            free = available_bytes(one)
-            places.append(Place(f"{one}, {_size(free)} free", kind, free))
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    for index in range(count):
+        one = torch.device(kind, index) if count > 1 else torch.device(kind)
+        free = memory.available_bytes(one)
+        places.append(Place(f"{one}, {_size(free)} free", kind, free))
     return places
 
 
@@ -145,12 +153,12 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
     rows: list[Row] = []
     for form, flags in _flags(checkpoint, place.kind).items():
         try:
-            policy = _policy(checkpoint, place.kind, form)
+            held = _form(checkpoint, place.kind, form)
         except (UsageError, ModelLoadError) as error:
             rows.append(Row(form, flags, None, False, error.message))
             continue
         plan = plan_memory(
-            checkpoint, policy, context=options.context, concurrency=options.concurrency
+            checkpoint, held, context=options.context, concurrency=options.concurrency
         )
         rows.append(Row(form, flags, plan, plan.fits(place.memory_bytes)))
     return rows
@@ -158,49 +166,30 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
 
 def _flags(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
     """The forms that a worker can hold the weights in, and what asks for each."""
-    import torch
-
     flags = {"half": "", "8-bit": "--load-8bit", "4-bit": "--load-4bit"}
     if kind != "cpu":
         return flags
-    usual = _policy(checkpoint, kind, "file")
+    usual = _form(checkpoint, kind, "file")
     if usual.packing:
         return {"file": "", **flags, "half": "--dtype bfloat16"}
-    return flags if usual.dtype == torch.bfloat16 else {**flags, "half": "--dtype bfloat16"}
+    return flags if usual.dtype_name == "bfloat16" else {**flags, "half": "--dtype bfloat16"}
 
 
-def _policy(checkpoint: Checkpoint, kind: str, form: str) -> DevicePolicy:
-    """How a worker would hold the weights; "file": without any flag.
+def _form(checkpoint: Checkpoint, kind: str, form: str) -> PlainForm:
+    """How a worker would hold the weights; "file": without any flag. The device need not be here.
 
     Raises `UsageError` or `ModelLoadError` where it would refuse them.
     """
-    import torch
-
-    from chatserve.engine.serving import as_the_file
     from chatserve.models.config import is_native
-    from chatserve.models.device import DevicePolicy, choose_policy
-    from chatserve.models.loader import without_misfits
-    from chatserve.models.memory_plan import native_config, packed_policy
+    from chatserve.models.form import form_on_cpu, form_on_gpu
     from chatserve.models.packing import Packing
 
-    dtype = "bfloat16" if form == "half" else "auto"
+    packing = {"8-bit": Packing(), "4-bit": Packing(bits=4, is_grouped=True)}.get(form)
     if form == "4-bit" and not is_native(checkpoint.config):
         raise UsageError("only the Llama family's weights are packed in 4 bits")
     if kind == "cpu":
-        policy = choose_policy("cpu", dtype, load_8bit=form == "8-bit", load_4bit=form == "4-bit")
-        policy = as_the_file(policy, checkpoint, dtype)
-    else:  # it need not be here
-        if form == "4-bit" and kind == "mps":
-            raise UsageError("there is no product in 4 bits on mps")
-        half = torch.float16 if kind == "mps" else torch.bfloat16
-        policy = DevicePolicy(torch.device(kind), half, "sdpa", None, ())
-        if form == "8-bit":
-            policy = packed_policy(checkpoint, policy, Packing())
-        elif form == "4-bit":
-            policy = packed_policy(checkpoint, policy, Packing(bits=4, is_grouped=True))
-    if is_native(checkpoint.config):
-        policy = without_misfits(native_config(checkpoint), policy)
-    return policy
+        return form_on_cpu(checkpoint, "bfloat16" if form == "half" else None, packing)
+    return form_on_gpu(checkpoint, kind, packing)
 
 
 def _use(row: Row, rows: Sequence[Row], place: Place) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from chatserve.cli import main as cli
 from chatserve.cli.commands.plan import main
 from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.kernels.library import KernelsUnavailable
-from chatserve.models import device, memory
+from chatserve.models import form as forms_of_workers
+from chatserve.models import hardware, memory
 from tests import tiny
 from tests.sparse import llama, write_sparse
 from tests.unit.models.gguf_bytes import Q4_1, Q8_0, write_model
+from tests.unit.test_layering import modules_after
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +104,11 @@ def test_what_fits_nowhere_exits_4_and_names_the_context_that_would(
 def test_the_devices_here_are_asked_what_they_have_free(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 5_500_000_000)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5_500_000_000)
     assert main([str(folder), "--device", "cpu"]) == 0
     assert "\ncpu, 5.5 GB free\n" in capsys.readouterr().out
+    monkeypatch.setattr(hardware, "_GPU_DRIVERS", (folder,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main([str(folder)]) == 0
@@ -173,10 +179,9 @@ def test_half_precision_is_named_where_it_is_not_the_default(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = (folder, "--device", "cpu", "--memory", "1GB")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(forms_of_workers, "multiplies_bfloat16", lambda: True)
     assert planned(capsys, *argv)["half"]["flags"] == ""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(forms_of_workers, "multiplies_bfloat16", lambda: False)
     half = planned(capsys, *argv)["half"]
     assert (half["flags"], half["held_as"]) == ("--dtype bfloat16", "bfloat16")
 
@@ -203,10 +208,49 @@ def test_forms_that_a_worker_refuses_are_refused_with_its_words(
     def unavailable() -> None:
         raise KernelsUnavailable("not built")
 
-    monkeypatch.setattr(device, "load_kernels", unavailable)
+    monkeypatch.setattr(forms_of_workers, "load_kernels", unavailable)
     assert main([str(folder), *size, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "4-bit   int4/32 weights need the CPU kernels, but not built" in out
+
+
+@pytest.mark.parametrize("options", [[], ["--device", "cuda", "--memory", "24GB"]])
+def test_headers_are_planned_without_pytorch(options: list[str], vicuna: Path) -> None:
+    """Its import alone takes over a second."""
+    if not options and hardware.gpu_kinds():
+        pytest.skip("a GPU's free memory is PyTorch's to tell")
+    argv = ["plan", str(vicuna), *options]
+    loaded = modules_after(f"from chatserve.cli.main import main\nassert main({argv}) in (0, 4)")
+    assert "chatserve.models.memory_plan" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"}
+
+
+def test_a_compressed_file_is_planned_without_pytorch(tmp_path: Path) -> None:
+    path = write_llama_gguf(tmp_path / "model.gguf", Q8_0)
+    loaded = modules_after(f"from chatserve.cli.main import main\nmain(['plan', {str(path)!r}])")
+    assert "chatserve.models.memory_plan" in loaded
+    assert not loaded & {"torch", "transformers"}
+
+
+def test_the_processor_is_asked_as_pytorch_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    expected = torch.cpu._is_avx512_bf16_supported() or capability == "SVE256"
+    assert hardware.multiplies_bfloat16() == expected
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert hardware.multiplies_bfloat16() == expected  # by PyTorch's own word
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu avx512f avx512_bf16 amx", True), ("fpu avx512f", False)]
+)
+def test_the_processors_flags_tell_of_bfloat16(
+    flags: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    monkeypatch.setattr(hardware, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert hardware.multiplies_bfloat16() is expected
 
 
 def test_it_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

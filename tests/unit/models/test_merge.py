@@ -17,8 +17,8 @@ from chatserve.errors import ModelLoadError
 from chatserve.models.adapter import LoraPair, load_adapter
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import choose_policy
+from chatserve.models.form import native_config
 from chatserve.models.loader import load_model
-from chatserve.models.memory_plan import native_config
 from chatserve.models.merge import MergedWeights, merge
 from chatserve.models.packing import Packing
 from chatserve.models.weights import TensorInfo
