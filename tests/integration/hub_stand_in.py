@@ -1,7 +1,8 @@
-"""A stand-in for the model hub on a loopback port: one repository, and every way to misbehave."""
+"""A stand-in for the model hub on a loopback port: repositories, and every way to misbehave."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -28,16 +29,22 @@ class HubStandIn:
 
     model_id: str
     files: dict[str, bytes]
+    others: dict[str, dict[str, bytes]] = field(default_factory=dict)  # further repositories
     commit: str = "a" * 40
     revision: str = "main"
     status: int = 200
+    statuses: dict[str, list[int]] = field(default_factory=dict)  # next answers for a file
+    headers: dict[str, str] = field(default_factory=dict)  # of an answer that is not 200
+    absent: set[str] = field(default_factory=set)  # listed, but not there
     listing: Any = None  # answered instead of the true listing
     wrong_sha256: set[str] = field(default_factory=set)
     extra_bytes: dict[str, bytes] = field(default_factory=dict)
     drop_after: int = 0  # bytes of a file after which the connection breaks
     num_drops: int = 0  # how often it still does so
+    meet: threading.Barrier | None = None  # weights are sent when as many are asked for at once
     range_status: int = 200  # answered to the rest of a file
     has_ranges: bool = True
+    range_shift: int = 0  # by how much it answers another rest than was asked for
     cdn: str | None = None  # where large files are redirected to
     url: str = ""
     requests: list[Request] = field(default_factory=list)
@@ -52,18 +59,25 @@ class HubStandIn:
         """The Range headers of the requests for one file."""
         return [request.range for request in self.requests if request.path.endswith(f"/{name}")]
 
-    def true_listing(self) -> dict[str, Any]:
+    @property
+    def repositories(self) -> dict[str, dict[str, bytes]]:
+        return {self.model_id: self.files, **self.others}
+
+    def true_listing(self, model_id: str | None = None) -> dict[str, Any]:
         """As the hub answers with `blobs=true`: large files carry their SHA-256."""
         siblings = []
-        for name, content in self.files.items():
-            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "b" * 40}
-            if name.endswith((".safetensors", ".bin")):
+        for name, content in self.repositories[model_id or self.model_id].items():
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob}
+            if name in self.wrong_sha256:
+                entry["blobId"] = "0" * 40
+            if name.endswith((".safetensors", ".bin", ".gguf")):
                 sha256 = hashlib.sha256(content).hexdigest()
                 if name in self.wrong_sha256:
                     sha256 = "0" * 64
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        return {"id": self.model_id, "sha": self.commit, "siblings": siblings}
+        return {"id": model_id or self.model_id, "sha": self.commit, "siblings": siblings}
 
 
 @contextmanager
@@ -93,30 +107,44 @@ class _Handler(BaseHTTPRequestHandler):
         headers = self.headers
         hub.requests.append(Request(self.path, headers["Range"], headers["Authorization"]))
         path = unquote(url.path)
-        resolve = f"/{hub.model_id}/resolve/{hub.commit}/"
+        model_id = next((each for each in hub.repositories if f"/{each}/re" in path), "")
+        resolve = f"/{model_id}/resolve/{hub.commit}/"
         if hub.status != 200:
-            self._answer(hub.status, b"no")
-        elif path == f"/api/models/{hub.model_id}/revision/{hub.revision}":
-            listing = hub.true_listing() if hub.listing is None else hub.listing
+            self._answer(hub.status, b"no", hub.headers)
+        elif path == f"/api/models/{model_id}/revision/{hub.revision}":
+            if statuses := hub.statuses.get("listing"):
+                self._answer(statuses.pop(0), b"no", hub.headers)
+                return
+            listing = hub.true_listing(model_id) if hub.listing is None else hub.listing
             self._answer(200, json.dumps(listing).encode())
-        elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
-            self._send_file(path.removeprefix(resolve))
+        elif path.startswith(resolve) and path.removeprefix(resolve) in self._present(model_id):
+            self._send_file(model_id, path.removeprefix(resolve))
         else:
-            self._answer(404, b"not found")
+            self._answer(404, b"not found", hub.headers)
 
-    def _send_file(self, name: str) -> None:
+    def _present(self, model_id: str) -> set[str]:
+        return self.hub.repositories[model_id].keys() - self.hub.absent
+
+    def _send_file(self, model_id: str, name: str) -> None:
         hub = self.hub
+        if statuses := hub.statuses.get(name):
+            self._answer(statuses.pop(0), b"no", hub.headers)
+            return
+        if hub.meet is not None and name.endswith(".safetensors"):
+            hub.meet.wait(timeout=20)
         if hub.cdn and name.endswith(".safetensors"):
             self._answer(302, b"", {"Location": f"{hub.cdn}{self.path}"})
             return
-        content, status, headers = hub.files[name] + hub.extra_bytes.get(name, b""), 200, {}
+        content, status, headers = hub.repositories[model_id][name], 200, {}
+        content += hub.extra_bytes.get(name, b"")
         asked = self.headers["Range"]
         if asked and hub.range_status != 200:
             self._answer(hub.range_status, b"no")
             return
         if asked and hub.has_ranges:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            first = start + hub.range_shift
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
             content, status = content[start:], 206
         self._answer(status, content, headers, is_file=True)
 
@@ -136,4 +164,5 @@ class _Handler(BaseHTTPRequestHandler):
         if is_file and hub.num_drops and len(body) > hub.drop_after:
             hub.num_drops -= 1
             body = body[: hub.drop_after]
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # whoever asked had enough
+            self.wfile.write(body)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,16 +16,17 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import pytest
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_url
 from safetensors.torch import save
 
-from chatserve import cache, default_model
+from chatserve import cache, default_model, hub_client
 from chatserve.cli.commands import pull
 from chatserve.default_model import WheelModel, ensure
-from chatserve.errors import HubError
+from chatserve.errors import HubError, UsageError
 from chatserve.hub import cached_models, resolve_weights
 from chatserve.models.checkpoint import open_checkpoint
 from tests.integration.hub_stand_in import HubStandIn, serve
@@ -65,6 +67,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which the client would have waited before it asked again."""
+    seconds: list[float] = []
+
+    async def wait(duration_s: float) -> None:
+        seconds.append(duration_s)
+
+    monkeypatch.setattr(hub_client, "sleep", wait)
+    return seconds
 
 
 @pytest.fixture
@@ -228,24 +242,144 @@ def test_a_deleted_shard_is_fetched_alone(hub: HubStandIn) -> None:
     open_checkpoint(folder).weights.close()
 
 
-def test_a_connection_that_brings_nothing_ends_the_download(hub: HubStandIn) -> None:
-    hub.num_drops = 100
+def test_a_connection_that_brings_nothing_ends_the_download(
+    hub: HubStandIn, waits: list[float]
+) -> None:
+    hub.files, hub.num_drops = {"model.safetensors": ONE}, 100
     fails("cannot reach the hub", "check the connection")
-    assert hub.fetched() == ["config.json"] * 3
+    assert hub.fetched() == ["model.safetensors"] * 5
+    assert waits == [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("has_bad_part", [False, True])
-def test_a_wrong_checksum_keeps_nothing(hub: HubStandIn, home: Path, has_bad_part: bool) -> None:
-    if has_bad_part:
-        interrupt(hub, home)
-        part = home / "models" / ".partial-org--tiny" / "model.safetensors.part"
-        part.write_bytes(bytes(9000))
+def test_bytes_that_come_make_the_patience_new(hub: HubStandIn, waits: list[float]) -> None:
+    hub.statuses["model.safetensors"] = [503, 502, 500, 429]
+    hub.drop_after, hub.num_drops = 9000, 1
+    resolve_weights(ID)
+    assert waits == [1, 2, 4, 8]
+    assert hub.ranges("model.safetensors") == [None] * 5 + ["bytes=9000-"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "waited"), [("7", 7), ("100000", 60), ("-5", 1), ("Wed, 21 Oct 2026", 1), ("٣", 1)]
+)
+def test_a_busy_hub_is_asked_again_when_it_says(
+    hub: HubStandIn, waits: list[float], asked: str, waited: float
+) -> None:
+    hub.statuses = {"listing": [429], "model.safetensors": [503]}
+    hub.headers = {"Retry-After": quote(asked, safe=", ")}
+    resolve_weights(ID)
+    assert waits == [waited, waited]
+
+
+def test_a_hub_that_stays_busy_is_given_up(hub: HubStandIn, waits: list[float]) -> None:
+    hub.statuses["listing"] = [503] * 9
+    fails("answers 503 for org/tiny", "try again later")
+    assert len(hub.requests) == 5 and waits == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("fault", ["416", "another range"])
+def test_a_rest_that_cannot_be_had_is_fetched_from_the_start(
+    hub: HubStandIn, home: Path, fault: str
+) -> None:
+    interrupt(hub, home)
+    if fault == "416":
+        hub.range_status = 416
     else:
-        hub.wrong_sha256.add("model.safetensors")
-    fails("model.safetensors came with the SHA-256", "try again")
-    assert visible(home) == []
-    hub.wrong_sha256.clear()
+        hub.range_shift = 1
+        part = home / "models" / ".partial-org--tiny" / "model.safetensors.part"
+        fails("sends another part of model.safetensors")
+        assert part.read_bytes() == ONE[:9000]
+        hub.range_shift = 0
     assert (resolve_weights(ID) / "model.safetensors").read_bytes() == ONE
+
+
+def test_four_files_come_at_once(hub: HubStandIn) -> None:
+    """The barrier lets none through unless two shards are asked for before one has come."""
+    hub.files, hub.meet = dict(SHARDED), threading.Barrier(2)
+    resolve_weights(ID)
+
+
+def test_no_more_than_four_files_come_at_once(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"model-{number:05}-of-00009.safetensors" for number in range(9)]
+    index = json.dumps({"weight_map": {name: name for name in names}}).encode()
+    hub.files = {**SMALL, "model.safetensors.index.json": index, **dict.fromkeys(names, ONE)}
+    most, append = [0, 0], hub_client.HubClient._append
+
+    async def count(*arguments: Any) -> None:
+        most[0] += 1
+        most[1] = max(most)
+        await append(*arguments)
+        most[0] -= 1
+
+    monkeypatch.setattr(hub_client.HubClient, "_append", count)
+    resolve_weights(ID)
+    assert most == [0, 4]
+
+
+def test_a_failure_ends_the_other_files(hub: HubStandIn, home: Path) -> None:
+    hub.files = dict(SHARDED)
+    hub.absent = {"model-00001-of-00002.safetensors"}
+    fails("lists model-00001-of-00002.safetensors of org/tiny", "does not have it")
+    assert visible(home) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_wrong_checksum_is_tried_again_and_then_refused_by_name(
+    hub: HubStandIn, home: Path, name: str
+) -> None:
+    hub.wrong_sha256.add(name)
+    kind = "SHA-256" if name == "model.safetensors" else "git SHA-1"
+    fails(f"{name} came with the {kind}", "the hub says 0000", "2 times", "try later")
+    assert hub.fetched().count(name) == 2
+    assert visible(home) == [] and not list(home.rglob(f"{name}*"))
+    hub.wrong_sha256.clear()
+    assert (resolve_weights(ID) / name).read_bytes() == SINGLE[name]
+
+
+def test_a_beginning_that_was_damaged_is_fetched_again(hub: HubStandIn, home: Path) -> None:
+    interrupt(hub, home)
+    (home / "models" / ".partial-org--tiny" / "model.safetensors.part").write_bytes(bytes(9000))
+    assert (resolve_weights(ID) / "model.safetensors").read_bytes() == ONE
+    assert hub.ranges("model.safetensors") == ["bytes=9000-", None]
+
+
+def test_a_hub_without_checksums_is_believed_the_sizes(hub: HubStandIn) -> None:
+    hub.listing = hub.true_listing()
+    for entry in hub.listing["siblings"]:
+        entry.pop("lfs", None), entry.pop("blobId")
+    resolve_weights(ID)
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ({"weight_map": {"w": "model-00003-of-00003.safetensors"}}, "lacks model-00003-of-00003"),
+        ({"weight_map": {"w": "../model.safetensors"}}, "'../model.safetensors', which is no"),
+        ({"weight_map": {"w": "config.json"}}, "'config.json', which is no weight file"),
+        ({"weight_map": {"w": []}}, "damaged"),
+        ({"weight_map": {"v": 5, "w": "x"}}, "damaged"),
+        ({"weight_map": {}}, "empty"),
+        ({}, "empty"),
+        ([], "damaged"),
+    ],
+)
+def test_an_index_that_is_wrong_is_told_before_the_weights_come(
+    hub: HubStandIn, home: Path, index: Any, reason: str
+) -> None:
+    hub.files = {**SHARDED, "model.safetensors.index.json": json.dumps(index).encode()}
+    fails(reason, ID, "try another revision" if "no weight" not in reason and "which" not in reason
+          else "")  # fmt: skip
+    assert SHARD not in hub.fetched() and visible(home) == []
+
+
+def test_only_the_shards_that_the_index_names_come(hub: HubStandIn) -> None:
+    hub.files = {**SHARDED, "model-00001-of-00009.safetensors": b"of an older upload"}
+    assert "model-00001-of-00009.safetensors" not in names(resolve_weights(ID))
 
 
 def test_more_bytes_than_announced_are_refused(hub: HubStandIn, home: Path) -> None:
@@ -257,8 +391,10 @@ def test_more_bytes_than_announced_are_refused(hub: HubStandIn, home: Path) -> N
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (401, "`hf auth login`"),
-        (403, "accept its terms"),
+        (401, "misspelt, private, or its licence has to be accepted"),
+        (401, "`HF_TOKEN=YOUR_TOKEN chatserve pull org/tiny` (or `hf auth login` once)"),
+        (403, "is gated, the hub refuses it: accept its licence on its page"),
+        (403, "`HF_TOKEN=YOUR_TOKEN chatserve pull org/tiny` (or `hf auth login` once)"),
         (404, "has no org/tiny (revision main); check the spelling"),
         (429, "answers 429"),
         (500, "answers 500"),
@@ -271,6 +407,50 @@ def test_a_refusal_is_one_line_with_a_way_out(
     hub.status = status
     fails(reason, ID)
     assert visible(home) == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("token", [None, "hf_secret"])
+def test_gated_weights_say_whose_licence_and_which_command(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, status: int, token: str | None
+) -> None:
+    """As the hub does it: everybody sees the listing, the files are for those who accepted."""
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    hub.statuses = {name: [status] for name in hub.files}
+    hub.headers = {"X-Error-Code": "GatedRepo"}
+    account = "that" if token else "your"
+    with pytest.raises(HubError) as error:
+        resolve_weights(ID)
+    message = str(error.value)
+    assert message.startswith("org/tiny (revision main) is gated") and "licence" in message
+    assert f"a token of {account} account: `HF_TOKEN=YOUR_TOKEN chatserve pull" in message
+    assert "hf_secret" not in message
+
+
+def test_a_token_that_expired_is_told_apart(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub.status = 401
+    hub.headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    fails("does not know the token", "make a new one")
+
+
+def test_a_revision_that_is_not_there_is_told_apart(hub: HubStandIn) -> None:
+    hub.headers = {"X-Error-Code": "RevisionNotFound"}
+    fails("org/tiny has no revision 'v9'", revision="v9")
+
+
+def test_storage_that_refuses_is_not_mistaken_for_a_licence(hub: HubStandIn) -> None:
+    with serve(HubStandIn(ID, dict(SINGLE), status=403)) as cdn:
+        hub.cdn = cdn.url.replace("127.0.0.1", "localhost")
+        fails("localhost, where the hub keeps the files of org/tiny", "answers 403", "try again")
+
+
+def test_redirects_without_end_are_one_line(hub: HubStandIn) -> None:
+    hub.cdn = hub.url
+    fails("cannot reach the hub", "TooManyRedirects")
 
 
 LISTINGS = [
@@ -288,6 +468,7 @@ LISTINGS = [
     {"sha": "a" * 40, "siblings": [{"rfilename": "config.json", "size": -1}]},
     {"sha": "a" * 40, "siblings": [{"rfilename": 3, "size": 1}]},
     {"sha": "a" * 40, "siblings": [{"rfilename": "config.json", "size": 1, "lfs": "x"}]},
+    {"sha": "a" * 40, "siblings": [{"rfilename": "config.json", "size": 1}] * 2},
 ]
 
 
@@ -306,9 +487,10 @@ def test_names_that_lead_elsewhere_are_never_asked_for(hub: HubStandIn, tmp_path
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("m.Q4_0.gguf", "pass its path"),
-        ("adapter_config.json", "is an adapter"),
+        ("adapter_config.json", "but none of adapter_model.safetensors, adapter_model.bin"),
         ("model.onnx", "no safetensors"),
+        ("Q4_0/m.gguf", "no GGUF file at its top level"),
+        ("mmproj-f16.gguf", "no GGUF file at its top level"),
     ],
 )
 def test_a_repository_without_a_model_says_what_it_holds(
@@ -317,6 +499,89 @@ def test_a_repository_without_a_model_says_what_it_holds(
     hub.files = {**SMALL, file: b"{}"}
     fails(reason, ID)
     assert hub.fetched() == []
+
+
+GGUFS = ("m.Q2_K.gguf", "m.Q4_K.gguf", "m.Q4_K_M.gguf", "m-q8_0.gguf")
+
+
+def test_a_gguf_file_is_chosen_by_a_part_of_its_name(hub: HubStandIn, home: Path) -> None:
+    hub.files = {**SMALL, **{name: name.encode() for name in GGUFS}}
+    fails("several GGUF files (m-q8_0.gguf, m.Q2_K.gguf, m.Q4_K.gguf, m.Q4_K_M.gguf)",
+          "`chatserve pull org/tiny:m-q8_0`")  # fmt: skip
+    assert hub.fetched() == []
+    path = resolve_weights(f"{ID}:Q4_K")
+    assert path == home / "models" / "org--tiny+m.Q4_K" / "m.Q4_K.gguf"
+    assert path.read_bytes() == b"m.Q4_K.gguf" and hub.fetched() == ["m.Q4_K.gguf"]
+    assert resolve_weights(f"{ID}:q4_k", offline=True) == path
+    assert resolve_weights(ID, offline=True) == path  # the only one that is here
+    other = resolve_weights(f"{ID}@main:M.Q8_0.GGUF".replace(".Q8", "-Q8"))
+    assert other.name == "m-q8_0.gguf"
+    fails("several GGUF files")
+    assert [model.name for model in cached_models()] == ["org/tiny:m-q8_0", "org/tiny:m.Q4_K"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("Q6_K", "no GGUF file that 'Q6_K' names (m-q8_0.gguf, m.Q2_K.gguf"),
+        ("m", "several GGUF files"),
+        ("f16", "m-f16-00001-of-00002.gguf is one of several parts"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_meant_is_refused(
+    hub: HubStandIn, wanted: str, reason: str
+) -> None:
+    parts = [f"m-f16-0000{number}-of-00002.gguf" for number in (1, 2)]
+    hub.files = {name: b"x" for name in [*GGUFS, *parts]}
+    with pytest.raises(HubError) as error:
+        resolve_weights(f"{ID}:{wanted}")
+    assert reason in str(error.value) and hub.fetched() == []
+
+
+def test_the_only_gguf_file_needs_no_name(hub: HubStandIn) -> None:
+    hub.files = {"README.md": b"", "mmproj-f16.gguf": b"eyes", "m.Q8_0.gguf": b"GGUF"}
+    assert resolve_weights(ID).name == "m.Q8_0.gguf"
+    assert resolve_weights(ID, offline=True).name == "m.Q8_0.gguf"
+
+
+def test_safetensors_win_over_gguf_unless_one_is_named(hub: HubStandIn) -> None:
+    hub.files |= {"m.Q8_0.gguf": b"GGUF", "consolidated.00.pth": b"", "original/model.bin": b""}
+    assert names(resolve_weights(ID)) == {*SMALL, "model.safetensors"}
+    assert resolve_weights(f"{ID}:Q8_0").read_bytes() == b"GGUF"
+
+
+ADAPTER = {
+    "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
+    "adapter_model.bin": bytes(100),
+    "tokenizer.model": b"pieces",
+}
+
+
+def test_an_adapter_comes_without_the_value_head_beside_it(hub: HubStandIn) -> None:
+    """As trl-lib/llama-7b-se-rl-peft is: the head is named as a model's weights are."""
+    hub.files = {**ADAPTER, "pytorch_model.bin": b"value head", "README.md": b""}
+    folder = resolve_weights(ID)
+    assert names(folder) == ADAPTER.keys()
+    assert resolve_weights(ID, offline=True) == folder
+    hub.revision = "v2"
+    hub.files |= {"config.json": CONFIG, "adapter_model.safetensors": bytes(20)}
+    found = names(resolve_weights(ID, revision="v2"))
+    assert found == {*ADAPTER, "config.json", "adapter_model.safetensors"} - {"adapter_model.bin"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_merged_model_that_kept_its_adapter_is_a_model(hub: HubStandIn, sharded: bool) -> None:
+    hub.files = {**(SHARDED if sharded else SINGLE), **ADAPTER}
+    assert "adapter_config.json" not in names(resolve_weights(ID))
+
+
+def test_a_revision_may_stand_behind_the_id(hub: HubStandIn, home: Path) -> None:
+    hub.revision = "v2"
+    assert pull.main([f"{ID}@v2"]) == 0
+    assert resolve_weights(ID, revision="v2") == home / "models" / "org--tiny@v2"
+    assert resolve_weights(f"{ID}@v2", revision="v2", offline=True).name == "org--tiny@v2"
+    with pytest.raises(UsageError, match="two revisions"):
+        resolve_weights(f"{ID}@v2", revision="v3")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +611,41 @@ def test_too_little_space_is_noticed_before_the_download(
 ) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     fails("its disk has 0 MB free", "CHATSERVE_HOME")
-    assert hub.fetched() == []
+    assert set(hub.fetched()) == SMALL.keys()
+
+
+def test_a_disk_that_is_full_keeps_what_came(
+    hub: HubStandIn, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of the 9001st byte of a file fails, as on a disk that another program fills."""
+    real = open
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, content: bytes) -> None:
+            room = max(0, 9000 - self.file.tell())
+            self.file.write(content[:room])
+            if room < len(content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_client, "open", lambda *args: Full(real(*args)), raising=False)
+        fails(f"cannot write to {home / 'models'} (No space left on device)", "CHATSERVE_HOME")
+    assert visible(home) == []
+    hub.requests = []
+    resolve_weights(ID)
+    assert hub.ranges("model.safetensors") == ["bytes=9000-"]
 
 
 def test_a_second_process_does_not_write_the_same_files(hub: HubStandIn, home: Path) -> None:
