@@ -119,6 +119,13 @@ class Engine:
     def num_free_kv_tokens(self) -> int:
         return self._blocks.num_free_blocks * self._blocks.block_size
 
+    def read(self, token_ids: Rows[int]) -> torch.Tensor:
+        """Logits (N, V) after each token of a text; only before the first sequence is added.
+
+        No more tokens than a step and the cache hold.
+        """
+        return self._runner.read(token_ids)
+
     def check(self, prompt_ids: Rows[int], params: SamplingParams) -> None:
         """Raises `InvalidRequest` for a prompt that is empty or has ids the model has no row for,
         `ContextLengthExceeded` when memory could never hold such a sequence.
@@ -212,7 +219,12 @@ class Engine:
             return [self._fail(item.sequence, error)]
 
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
-        logits = self._runner.run(batch)
+        states: list[SamplerState | None] = []
+        for item in batch:
+            if item.is_sampled:
+                states.append(self._live[item.sequence.seq_id][2])
+                states += [None] * len(item.draft_ids)  # depends on what is picked before it
+        logits = self._runner.run(batch, self._sampler.ahead(states))
         turns = self._say(batch, logits)
         for item in batch:
             turn = turns.get(item.sequence.seq_id)

@@ -14,6 +14,7 @@ import torch
 from chatserve.engine.block_manager import Copy
 from chatserve.engine.scheduler import Scheduled
 from chatserve.models.batch import Batch, Model, Pool, Segment
+from chatserve.models.kernel_sampler import Ahead
 
 
 class Runner(Generic[Pool]):
@@ -30,10 +31,20 @@ class Runner(Generic[Pool]):
             self._pool.copy_block(source, target)
 
     @torch.inference_mode()
-    def run(self, items: Rows[Scheduled]) -> torch.Tensor:
+    def read(self, token_ids: Rows[int]) -> torch.Tensor:
+        """Logits (N, V) after each token of a text. Overwrites the first blocks of the pool."""
+        num_tokens = len(token_ids)
+        blocks = range(-(-num_tokens // self._pool.block_size))
+        rows = range(num_tokens)
+        batch = Batch(token_ids, rows, [Segment(0, num_tokens, 0, blocks)], rows)
+        return self._model.forward(batch, self._pool)
+
+    @torch.inference_mode()
+    def run(self, items: Rows[Scheduled], ahead: Ahead | None = None) -> torch.Tensor:
         """Logits (R, V) of what is sampled, in order; R may be 0.
 
         A sampled item has a row for the end of the sequence and one for each token of its draft.
+        `ahead`: see `Batch`.
         Stores the scheduled tokens' keys and values in each sequence's blocks.
         """
         token_ids: list[int] = []
@@ -52,4 +63,5 @@ class Runner(Generic[Pool]):
                 end += len(item.draft_ids)
             positions += range(first, end)
             segments.append(Segment(start, end - first, first, sequence.table.block_ids))
-        return self._model.forward(Batch(token_ids, positions, segments, output_rows), self._pool)
+        batch = Batch(token_ids, positions, segments, output_rows, ahead)
+        return self._model.forward(batch, self._pool)

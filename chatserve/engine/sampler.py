@@ -14,23 +14,37 @@ import torch
 from chatserve.engine.sampler_state import SamplerState, min_p_margin, uniform
 from chatserve.engine.sequence import SamplingParams
 from chatserve.models.batch import Model
-from chatserve.models.kernel_sampler import KernelSampler, build_kernel_sampler
+from chatserve.models.kernel_sampler import Ahead, KernelSampler, build_kernel_sampler
 
 
 def build_sampler(model: Model[Any], forbidden_ids: Rows[int]) -> Sampler:
     """With the kernels where there are any, on the model's own threads if it has a team of them."""
     team = getattr(model, "team", None)
     kernel = build_kernel_sampler(model.vocab_size, forbidden_ids, team=team)
-    return Sampler(forbidden_ids, kernel)
+    return Sampler(forbidden_ids, kernel, can_pick_ahead=team is not None)
 
 
 class Sampler:
     """Picks a token for each of a step's sequences."""
 
-    def __init__(self, forbidden_ids: Rows[int] = (), kernel: KernelSampler | None = None) -> None:
-        """`forbidden_ids` are never picked; a `kernel` knows them already."""
+    def __init__(
+        self,
+        forbidden_ids: Rows[int] = (),
+        kernel: KernelSampler | None = None,
+        *,
+        can_pick_ahead: bool = False,
+    ) -> None:
+        """`forbidden_ids` are never picked; a `kernel` knows them already. `can_pick_ahead`: the
+        kernel is on the model's own team."""
         self._forbidden_ids = torch.tensor(forbidden_ids, dtype=torch.int64)
         self._kernel = kernel
+        self._can_pick_ahead = can_pick_ahead
+
+    def ahead(self, states: Rows[SamplerState | None]) -> Ahead | None:
+        """For the logits of a step, of which those with a state are sampled in any case."""
+        if self._kernel is None or not self._can_pick_ahead:
+            return None
+        return Ahead(self._kernel, [state.address if state else 0 for state in states])
 
     def sample(
         self, logits: torch.Tensor, states: Rows[SamplerState], places: Rows[int] | None = None

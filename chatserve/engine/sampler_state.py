@@ -1,11 +1,14 @@
 """What sampling remembers of one sequence: parameters, tokens seen, place in its random numbers.
 
-Grows by a token in constant time, however long the prompt and the answer. Knows no logits.
+Lists of ids ascend, so that a block of the vocabulary finds its own; one more costs a search and a
+short move, however long the prompt and the answer. Knows no logits.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -54,12 +57,10 @@ class SamplerState:
         self.params = params
         self.seed = seed
         self.choice = choice
-        self._seen: set[int] = set()
-        self._seen_ids = _Grown(np.int32)
+        self._seen_ids = array("i")
         self._counts: dict[int, int] = {}
         self._is_counting = params.presence_penalty != 0 or params.frequency_penalty != 0
-        self._slots: dict[int, int] = {}
-        self._offset_ids, self._offsets = _Grown(np.int32), _Grown(np.float32)
+        self._offset_ids, self._offsets = array("i"), array("f")
         self._masked_ids = np.array(
             sorted(id_ for id_ in {*end_ids, *params.stop_token_ids} if id_ < vocab_size),
             dtype=np.int32,
@@ -79,22 +80,21 @@ class SamplerState:
         )
         self.address = self.record.address
         if params.repetition_penalty != 1:
-            self._seen = set(prompt_ids)
-            self._seen_ids.extend(list(self._seen))
+            self._seen_ids.extend(sorted(set(prompt_ids)))
             self._point_to_seen()
         if params.logit_bias:
-            self._slots = {id_: slot for slot, id_ in enumerate(params.logit_bias)}
-            self._offset_ids.extend(list(params.logit_bias))
-            self._offsets.extend(list(params.logit_bias.values()))
+            self._offset_ids.extend(sorted(params.logit_bias))
+            self._offsets.extend(params.logit_bias[id_] for id_ in self._offset_ids)
             self._point_to_offsets()
 
     def add(self, token_id: int) -> None:
         """Go on to the next position: `token_id` stands at this one."""
         self.record.position += 1
-        if self.params.repetition_penalty != 1 and token_id not in self._seen:
-            self._seen.add(token_id)
-            self._seen_ids.extend([token_id])
-            self._point_to_seen()
+        if self.params.repetition_penalty != 1:
+            place = bisect_left(self._seen_ids, token_id)
+            if not _has_at(self._seen_ids, place, token_id):
+                self._seen_ids.insert(place, token_id)
+                self._point_to_seen()
         if self._is_counting:
             self._count(token_id)
 
@@ -106,20 +106,21 @@ class SamplerState:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the largest logit it is, as the model computed them."""
-        changes = len(self.seen_ids) or len(self.offset_ids) or len(self.masked_ids)
+        changes = self._seen_ids or self._offset_ids or len(self.masked_ids)
         return self.params.is_greedy and not changes
 
     @property
     def seen_ids(self) -> _Array:
-        return self._seen_ids.values
+        """Ascending; a copy, as those below are."""
+        return np.array(self._seen_ids, np.int32)
 
     @property
     def offset_ids(self) -> _Array:
-        return self._offset_ids.values
+        return np.array(self._offset_ids, np.int32)
 
     @property
     def offsets(self) -> _Array:
-        return self._offsets.values
+        return np.array(self._offsets, np.float32)
 
     @property
     def masked_ids(self) -> _Array:
@@ -132,23 +133,20 @@ class SamplerState:
         count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
         penalty = params.presence_penalty + params.frequency_penalty * count
         offset = params.logit_bias.get(token_id, 0.0) - penalty
-        slot = self._slots.get(token_id)
-        if slot is not None:
-            self._offsets.values[slot] = offset
+        place = bisect_left(self._offset_ids, token_id)
+        if _has_at(self._offset_ids, place, token_id):
+            self._offsets[place] = offset
             return
-        self._slots[token_id] = len(self._slots)
-        self._offset_ids.extend([token_id])
-        self._offsets.extend([offset])
+        self._offset_ids.insert(place, token_id)
+        self._offsets.insert(place, offset)
         self._point_to_offsets()
 
     def _point_to_seen(self) -> None:
-        self.record.seen_ids = self._seen_ids.address
-        self.record.num_seen = len(self.seen_ids)
+        self.record.seen_ids, self.record.num_seen = self._seen_ids.buffer_info()
 
     def _point_to_offsets(self) -> None:
-        self.record.offset_ids = self._offset_ids.address
-        self.record.offsets = self._offsets.address
-        self.record.num_offsets = len(self.offset_ids)
+        self.record.offset_ids, self.record.num_offsets = self._offset_ids.buffer_info()
+        self.record.offsets, _ = self._offsets.buffer_info()
 
 
 def min_p_margin(params: SamplingParams) -> float:
@@ -156,19 +154,5 @@ def min_p_margin(params: SamplingParams) -> float:
     return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
 
 
-class _Grown:
-    """An array that grows at its end; twice the room when it is full."""
-
-    def __init__(self, dtype: type[np.generic]) -> None:
-        self._room = np.empty(0, dtype=dtype)
-        self.values: _Array = self._room
-        self.address = 0
-
-    def extend(self, more: Rows[float]) -> None:
-        count, total = len(self.values), len(self.values) + len(more)
-        if total > len(self._room):
-            room = np.empty(max(64, 2 * total), dtype=self._room.dtype)
-            room[:count] = self.values
-            self._room, self.address = room, room.ctypes.data
-        self._room[count:total] = more
-        self.values = self._room[:total]
+def _has_at(ids: array[int], place: int, token_id: int) -> bool:
+    return place < len(ids) and ids[place] == token_id

@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 4
+VERSION = 5
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -41,7 +41,8 @@ MAX_THREADS = 64
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 PLAIN, GATE, UP = 0, 1, 2
 PARTS = (
-    "embed", "quantise", "qkv", "rotate", "attend", "output", "gate_up", "down", "head", "wait",
+    "embed", "quantise", "qkv", "rotate", "attend", "output", "gate_up", "down", "head", "sample",
+    "wait",
 )  # fmt: skip
 """Parts of a step that `cs_network_set_profile` tells apart, in its order."""
 
@@ -99,6 +100,8 @@ class Step(Structure):
             "output_rows", "logits",
         )),
         ("logits_stride", c_size_t),
+        ("sampler", c_void_p),
+        ("samplings", c_void_p),
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from chatserve.models.kernel_sampler import Ahead
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -40,13 +42,15 @@ class Segment:
 class Batch:
     """All tokens of one step: (N,) ids and positions, the sequences they belong to.
 
-    `output_rows`: (R,) rows whose logits are wanted, ascending.
+    `output_rows`: (R,) rows whose logits are wanted, ascending; `ahead`: what a network on the
+    sampler's team may pick of them at once.
     """
 
     token_ids: Sequence[int]
     positions: Sequence[int]
     segments: Sequence[Segment]
     output_rows: Sequence[int]
+    ahead: Ahead | None = None
 
 
 class KVPool(Protocol):

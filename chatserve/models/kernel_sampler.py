@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +36,13 @@ class KernelSampler:
         self._functions = kernels.functions
         self._team = team
         self._vocab_size = vocab_size
-        forbidden = np.array(forbidden_ids, dtype=np.int32)
+        forbidden = np.array(sorted(forbidden_ids), dtype=np.int32)
         handle = self._functions.cs_sampler_create(
             kernels.level_name, team.handle, vocab_size, forbidden.ctypes.data, len(forbidden)
         )
         if not handle:
             raise DoesNotFit(f"no memory to sample from {vocab_size:,} tokens")
-        self._handle: int = handle
+        self.handle: int = handle
         library.destroy_with(self, self._functions.cs_sampler_destroy, handle)
 
     def sample(
@@ -62,12 +63,23 @@ class KernelSampler:
         out = (ctypes.c_int32 * num_rows)()
         check(
             self._functions.cs_sampler_sample(
-                self._handle, logits.data_ptr(), stride, logits.shape[0],
+                self.handle, logits.data_ptr(), stride, logits.shape[0],
                 None if places is None else (ctypes.c_int32 * num_rows)(*places),
                 (ctypes.c_void_p * num_rows)(*addresses), num_rows, out,
             )
         )  # fmt: skip
         return list(out)
+
+
+class Ahead(NamedTuple):
+    """What a network needs to pick tokens while their logits are in its caches.
+
+    `sampler`, on the network's own team, hands them out when it is asked to sample these logits: a
+    hint that changes no token. `samplings`: (R,) addresses of records, 0 for a row to leave alone.
+    """
+
+    sampler: KernelSampler
+    samplings: Sequence[int]
 
 
 def build_kernel_sampler(

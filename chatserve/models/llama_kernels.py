@@ -262,6 +262,9 @@ class KernelLlama:
             tokens, positions, starts, counts, pointers.buffer_info()[0], outputs,
             logits.data_ptr(), self._stride,
         )  # fmt: skip
+        if batch.ahead is not None:
+            samplings = array("Q", batch.ahead.samplings)
+            step.sampler, (step.samplings, _) = batch.ahead.sampler.handle, samplings.buffer_info()
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
         return logits
 

@@ -405,7 +405,7 @@ void step(Network& network, std::vector<Sequence*> sequences, const Ints& counts
   const cs_step input = {
       static_cast<int>(tokens.size()), static_cast<int>(starts.size()),
       static_cast<int>(outputs.size()), tokens.data(), positions.data(), starts.data(), rows.data(),
-      table_pointers.data(), outputs.data(), logits.data(), stride};
+      table_pointers.data(), outputs.data(), logits.data(), stride, nullptr, nullptr};
   require(cs_network_forward(network.handle(), network.pool(), &input) == CS_OK, "refused a step");
   size_t row = 0;
   for (size_t i = 0; i < sequences.size(); i++) {
@@ -448,6 +448,35 @@ void check_against_reference(const Network& network, const Sequence& s, const st
   // what codes amount to that round the other way; anything wrong gives errors near 1
   require(worst < 0.1 && total / expected.size() < 0.03,
           where + ": logits are " + std::to_string(worst) + " from the reference");
+}
+
+// The largest logit of each row, picked by the threads that compute the rows.
+void check_picking_ahead(const char* level, cs_team* team, Network& network,
+                         const Sequence& s) {
+  const int vocab = network.features().vocab, rows = static_cast<int>(s.tokens.size());
+  const size_t stride = (static_cast<size_t>(vocab) + 31) / 32 * 32;
+  cs_sampler* sampler = cs_sampler_create(level, team, vocab, nullptr, 0);
+  require(sampler, "a sampler was refused");
+  cs_sampling greedy{};
+  greedy.is_greedy = 1;
+  Ints outputs(rows), positions(rows), out(rows);
+  for (int i = 0; i < rows; i++) outputs[i] = positions[i] = i;
+  std::vector<const cs_sampling*> samplings(rows, &greedy);
+  const int32_t start = 0;
+  const int32_t* table = s.blocks.data();
+  Floats logits(stride * rows);
+  const cs_step input = {rows, 1, rows, s.tokens.data(), positions.data(), &start, &rows, &table,
+                         outputs.data(), logits.data(), stride, sampler, samplings.data()};
+  require(cs_network_forward(network.handle(), network.pool(), &input) == CS_OK, "refused a step");
+  const Floats computed = logits;
+  std::fill(logits.begin(), logits.end(), 0.0f);
+  require(cs_sampler_sample(sampler, logits.data(), stride, rows, nullptr, samplings.data(), rows,
+                            out.data()) == CS_OK, "a sample was refused");
+  for (int i = 0; i < rows; i++) {
+    const auto row = computed.begin() + stride * i;
+    require(out[i] == std::max_element(row, row + vocab) - row, "another token was picked ahead");
+  }
+  cs_sampler_destroy(sampler);
 }
 
 void check_network(const char* level, Packing packing, Features features) {
@@ -498,6 +527,7 @@ void check_network(const char* level, Packing packing, Features features) {
                 name.str() + ": row " + std::to_string(row) + " has other bits alone");
       }
     }
+    check_picking_ahead(level, team, network, alone[1]);
     require(cs_pool_copy_block(network.pool(), 0, kNumBlocks - 1) == CS_OK, "refused a copy");
   }
   cs_team_destroy(team);

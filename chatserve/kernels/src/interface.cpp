@@ -120,10 +120,16 @@ bool are_within(const int32_t* ids, int count, int limit) {
   return count >= 0 && largest < static_cast<uint32_t>(limit);
 }
 
+bool ascend_within(const int32_t* ids, int count, int limit) {
+  bool is_rising = true;
+  for (int i = 1; i < count; i++) is_rising &= ids[i - 1] < ids[i];
+  return count == 0 || (count > 0 && is_rising && ids[0] >= 0 && ids[count - 1] < limit);
+}
+
 bool is_valid(const cs_sampling& row, int vocab) {
-  return are_within(row.seen_ids, row.num_seen, vocab) &&
-         are_within(row.offset_ids, row.num_offsets, vocab) &&
-         are_within(row.masked_ids, row.num_masked, vocab) &&
+  return ascend_within(row.seen_ids, row.num_seen, vocab) &&
+         ascend_within(row.offset_ids, row.num_offsets, vocab) &&
+         ascend_within(row.masked_ids, row.num_masked, vocab) &&
          (row.is_greedy || row.temperature > 0);
 }
 
@@ -263,11 +269,28 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
       !is_valid(*step, n.shape(), pool->pool)) {
     return CS_BAD_ARGUMENT;
   }
+  Sampler* sampler = step->sampler ? &step->sampler->sampler : nullptr;
+  if (sampler) {
+    if (&sampler->team() != &network->team || sampler->vocab() != n.shape().vocab) {
+      return CS_BAD_ARGUMENT;
+    }
+    const int num_picked = step->samplings ? step->num_outputs : 0;
+    for (int i = 0; i < num_picked; i++) {
+      if (step->samplings[i] && !is_valid(*step->samplings[i], sampler->vocab())) {
+        return CS_BAD_ARGUMENT;
+      }
+    }
+    if (!sampler->begin_ahead(step->logits, step->logits_stride, step->samplings,
+                              num_picked)) {
+      return CS_NO_MEMORY;
+    }
+    if (!num_picked) sampler = nullptr;
+  }
   network->network.forward(pool->pool,
                            {step->num_rows, step->num_segments, step->num_outputs, step->tokens,
                             step->positions, step->segment_starts, step->segment_rows,
                             step->block_tables, step->output_rows, step->logits,
-                            step->logits_stride});
+                            step->logits_stride, sampler});
   return CS_OK;
 }
 
@@ -304,7 +327,9 @@ int cs_pool_copy_block(cs_pool* pool, int source, int target) {
 cs_sampler* cs_sampler_create(const char* level, cs_team* team, int vocab,
                               const int32_t* forbidden_ids, int num_forbidden) {
   const LevelKernels* kernels = find_level(level);
-  if (!kernels || vocab < 1 || !are_within(forbidden_ids, num_forbidden, vocab)) return nullptr;
+  if (!kernels || vocab < 1 || !ascend_within(forbidden_ids, num_forbidden, vocab)) {
+    return nullptr;
+  }
   cs_sampler* handle = new (std::nothrow) cs_sampler{Sampler(team->team)};
   if (handle && !handle->sampler.create(*kernels, vocab, forbidden_ids, num_forbidden)) {
     delete handle;

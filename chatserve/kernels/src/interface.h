@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 4
+#define CS_VERSION 5
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -21,8 +21,8 @@ enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 #define CS_API
 #endif
 
-// embed, quantise, qkv, rotate, attend, output, gate_up, down, head, wait
-#define CS_NUM_PARTS 10
+// embed, quantise, qkv, rotate, attend, output, gate_up, down, head, sample, wait
+#define CS_NUM_PARTS 11
 
 typedef struct cs_team cs_team;
 typedef struct cs_matrix cs_matrix;
@@ -52,18 +52,7 @@ typedef struct {
   const float *cos, *sin;  // [max_positions][head_dim / 2]
 } cs_ends;
 
-// Arrays as in chatserve::StepInput (network.h).
-typedef struct {
-  int32_t num_rows, num_segments, num_outputs;
-  const int32_t *tokens, *positions;
-  const int32_t *segment_starts, *segment_rows;
-  const int32_t* const* block_tables;
-  const int32_t* output_rows;
-  float* logits;
-  size_t logits_stride;
-} cs_step;
-
-// How one sequence's next token is picked. Lists of ids have no id twice.
+// How one sequence's next token is picked. Lists of ids ascend.
 typedef struct {
   double temperature, top_p;  // top_p >= 1: off
   double min_p_margin;        // temperature * ln(min_p); -inf: off
@@ -79,6 +68,20 @@ typedef struct {
   int32_t is_greedy;
   float repetition_penalty;
 } cs_sampling;
+
+// Arrays as in chatserve::StepInput (network.h). With a sampler, on the network's team, the rows
+// with a sampling are picked as they are computed: cs_sampler_sample then finds their tokens.
+typedef struct {
+  int32_t num_rows, num_segments, num_outputs;
+  const int32_t *tokens, *positions;
+  const int32_t *segment_starts, *segment_rows;
+  const int32_t* const* block_tables;
+  const int32_t* output_rows;
+  float* logits;
+  size_t logits_stride;
+  cs_sampler* sampler;                   // or null
+  const cs_sampling* const* samplings;   // [num_outputs], null where none; or null for none at all
+} cs_step;
 
 CS_API int cs_version(void);
 // Names of the levels that this processor has, best first, separated by spaces.

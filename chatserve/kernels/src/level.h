@@ -111,8 +111,9 @@ struct LevelKernels {
   void (*store_kv)(const float* key, const float* value, int head_dim, int place, uint16_t* block);
   void (*attend)(const AttentionJob&);
   void (*rms_norm)(const float* x, const float* norm, float eps, int columns, float* out);
-  // A token id, or -1; see sampling.h.
-  int32_t (*sample)(const SamplingJob&);
+  // The first look at blocks [first, last) of a row's logits; then a token id, or -1. See sampling.h.
+  void (*look)(const SamplingJob&, int first, int last);
+  int32_t (*pick)(const SamplingJob&);
 };
 
 extern const LevelKernels kAvx512, kAvx2, kNeonI8mm, kNeon;

@@ -70,7 +70,7 @@ namespace {
 constexpr LevelKernels level_kernels(const char* name, bool (*is_supported)()) {
   return {name,     is_supported, Simd::kOffset8, Simd::kOffset4, pack,   unpack_row,
           multiply, quantise,     rotate,         store_kv,       attend, rms_norm,
-          sample};
+          look,     pick};
 }
 
 }  // namespace

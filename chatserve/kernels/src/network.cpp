@@ -18,6 +18,10 @@ uint64_t now_ns() {
                                    .count());
 }
 
+// Panels of the head that are one block of logits for the sampler.
+constexpr int kBlockPanels = kSamplingBlock / kPanelRows;
+static_assert(kSamplingBlock % kPanelRows == 0);
+
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 // Elements of one KV block.
@@ -382,10 +386,29 @@ void Network::work(int thread) {
       quantise(x + static_cast<size_t>(input_.output_rows[i]) * hidden, ends_.norm, *ends_.head, i);
     }
   }
-  meet(thread, Part::quantise, ends_.head->view().panels, [] {});
-  multiply_stage(thread, *ends_.head, num_outputs,
-                 {Epilogue::store, input_.logits, input_.logits_stride, nullptr});
-  count(thread, Part::head);
+  meet(thread, Part::quantise, round_up(ends_.head->view().panels, kBlockPanels) / kBlockPanels,
+       [] {});
+  head_stage(thread);
+  if (!input_.sampler) return;
+  meet(thread, Part::head, num_outputs, [] {});
+  for (int begin, end; units_.claim(thread, &begin, &end);) {
+    for (int row = begin; row < end; row++) input_.sampler->pick_ahead(thread, row);
+  }
+  count(thread, Part::sample);
+}
+
+// The logits, which the sampler sees while they are in this thread's cache.
+void Network::head_stage(int thread) {
+  const Matrix& head = ends_.head->view();
+  const Activations a = activations(*ends_.head);
+  const Output to = {Epilogue::store, input_.logits, input_.logits_stride, nullptr};
+  for (int begin, end; units_.claim(thread, &begin, &end);) {
+    level_.multiply(head, a, input_.num_outputs, begin * kBlockPanels,
+                    std::min(end * kBlockPanels, head.panels), ahead_, to);
+    count(thread, Part::head);
+    if (input_.sampler) input_.sampler->look_ahead(begin, end);
+    count(thread, Part::sample);
+  }
 }
 
 }  // namespace chatserve

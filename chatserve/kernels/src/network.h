@@ -5,6 +5,7 @@
 
 #include "level.h"
 #include "memory.h"
+#include "sampling.h"
 #include "team.h"
 
 namespace chatserve {
@@ -93,11 +94,14 @@ struct StepInput {
   const int* output_rows;                     // [num_outputs]
   float* logits;                              // [num_outputs][logits_stride]
   size_t logits_stride;                       // at least vocab, rounded up to kPanelRows
+  Sampler* sampler;                           // picks ahead as it has been told to; or null
 };
 
 // What a step's time is spent on; `wait` also holds the small work of `kSmallRows`.
-enum class Part : int { embed, quantise, qkv, rotate, attend, output, gate_up, down, head, wait };
-constexpr int kNumParts = 10;
+enum class Part : int {
+  embed, quantise, qkv, rotate, attend, output, gate_up, down, head, sample, wait
+};
+constexpr int kNumParts = 11;
 
 class Network {
  public:
@@ -137,6 +141,7 @@ class Network {
                       const PackedMatrix& next);
   void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);
   void rotate_and_store(const LayerParts& layer, int index, int row);
+  void head_stage(int thread);
   void attend_stage(int thread, const LayerParts& layer, int index);
   void plan_jobs();
   template <typename Last>

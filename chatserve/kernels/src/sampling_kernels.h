@@ -4,6 +4,7 @@
 // id. Nothing is sorted for that: the logit where they end is found by halving the range of floats
 // between two that enclose it, and only among candidates that a cheap bound leaves.
 #pragma once
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -70,98 +71,69 @@ inline int block_end(int begin, int count) {
   return begin + kSamplingBlock < count ? begin + kSamplingBlock : count;
 }
 
-// ---- penalties ----
-
-inline void apply_lists(const SamplingJob& job) {
-  const cs_sampling& p = *job.params;
-  float* x = job.logits;
-  for (int i = 0; i < p.num_seen; i++) {
-    float& logit = x[p.seen_ids[i]];
-    logit = logit > 0 ? logit / p.repetition_penalty : logit * p.repetition_penalty;
-  }
-  for (int i = 0; i < p.num_offsets; i++) x[p.offset_ids[i]] += p.offsets[i];
-  if (p.position < p.masked_until) {
-    for (int i = 0; i < p.num_masked; i++) x[p.masked_ids[i]] = -INFINITY;
-  }
-  for (int i = 0; i < job.num_forbidden; i++) x[job.forbidden_ids[i]] = -INFINITY;
+inline int num_blocks(const SamplingJob& job) {
+  return (job.vocab + kSamplingBlock - 1) / kSamplingBlock;
 }
 
-// ---- passes over the vocabulary ----
+// ---- penalties ----
 
-// What the logits of a block or of all say together.
-struct Extremes {
-  F largest = Simd::set1(-INFINITY);
-  I most = Simd::izero();  // magnitudes as integers, of which a NaN has the largest
-
-  void add(F x) {
-    largest = Simd::max(x, largest);
-    most = Simd::umax(most, Simd::magnitude(x));
-  }
-  void add(const Extremes& other) {
-    largest = Simd::max(largest, other.largest);
-    most = Simd::umax(most, other.most);
-  }
-  // NaN if any logit is NaN.
-  float value() const {
-    return Simd::ulargest(most) > 0x7f800000u ? NAN : Simd::largest(largest);
-  }
+// The entries of ascending ids[count] that lie in [first, last) of the vocabulary.
+struct Entries {
+  int begin, end;
 };
 
-template <bool kIsFetching>
-inline Extremes block_extremes(const SamplingJob& job, int begin, int end) {
-  Extremes parts[4];
+inline Entries entries_between(const int32_t* ids, int count, int first, int last) {
+  const int32_t* begin = std::lower_bound(ids, ids + count, first);
+  const int32_t* end = std::lower_bound(begin, ids + count, last);
+  return {static_cast<int>(begin - ids), static_cast<int>(end - ids)};
+}
+
+inline void remove_between(float* x, const int32_t* ids, int count, int first, int last) {
+  const Entries found = entries_between(ids, count, first, last);
+  for (int i = found.begin; i < found.end; i++) x[ids[i]] = -INFINITY;
+}
+
+inline void apply_lists(const SamplingJob& job, int first, int last) {
+  const cs_sampling& p = *job.params;
+  float* x = job.logits;
+  const Entries seen = entries_between(p.seen_ids, p.num_seen, first, last);
+  for (int i = seen.begin; i < seen.end; i++) {
+    float& logit = x[p.seen_ids[i]];
+    const float less = logit / p.repetition_penalty, more = logit * p.repetition_penalty;
+    logit = logit > 0 ? less : more;  // no branch: the sign of a logit cannot be foretold
+  }
+  const Entries offset = entries_between(p.offset_ids, p.num_offsets, first, last);
+  for (int i = offset.begin; i < offset.end; i++) x[p.offset_ids[i]] += p.offsets[i];
+  if (p.position < p.masked_until) remove_between(x, p.masked_ids, p.num_masked, first, last);
+  remove_between(x, job.forbidden_ids, job.num_forbidden, first, last);
+}
+
+// ---- the first look: one pass over the vocabulary ----
+
+// Leaves the lane maxima of a block. Returns its largest logit, NaN if any is NaN.
+inline float find_largest(const SamplingJob& job, int begin, int end, float* maxima) {
+  F largest[4];
+  I most[4];  // magnitudes as integers, of which a NaN has the largest
+  for (int j = 0; j < 4; j++) {
+    largest[j] = Simd::set1(-INFINITY);
+    most[j] = Simd::izero();
+  }
+  auto add = [&](F x, int j) {
+    largest[j] = Simd::max(x, largest[j]);
+    most[j] = Simd::umax(most[j], Simd::magnitude(x));
+  };
   int i = begin;
   for (; i + kStride <= end; i += kStride) {
     CS_UNROLL for (int j = 0; j < 4; j++) {
-      const float* x = job.logits + i + j * kLanes;
-      parts[j].add(Simd::load(x));
-      if (kIsFetching) Simd::prefetch_l2(x + 2 * kSamplingBlock);
+      add(Simd::load(job.logits + i + j * kLanes), j);
     }
   }
   // -inf, behind the end, is never the largest and never a NaN
-  visit_vectors(job.logits, i, end, [&](F x, int) { parts[0].add(x); });
-  parts[0].add(parts[1]);
-  parts[2].add(parts[3]);
-  parts[0].add(parts[2]);
-  return parts[0];
-}
-
-// The largest logit, NaN if any is NaN; the lane maxima of each block, and how many they are.
-inline float find_largest(const SamplingJob& job, int* num_maxima) {
-  Extremes all;
-  float* maxima = job.scratch.maxima;
-  for (int begin = 0; begin < job.vocab; begin += kSamplingBlock, maxima += kLanes) {
-    const Extremes block = block_extremes<true>(job, begin, block_end(begin, job.vocab));
-    Simd::store(maxima, block.largest);
-    all.add(block);
-  }
-  *num_maxima = static_cast<int>(maxima - job.scratch.maxima);
-  return all.value();
-}
-
-inline int32_t first_equal(const SamplingJob& job, float best) {
-  const float* maxima = job.scratch.maxima;
-  int begin = 0;
-  for (;; begin += kSamplingBlock, maxima += kLanes) {
-    if (Simd::largest(Simd::load(maxima)) == best) break;
-  }
-  while (job.logits[begin] != best) begin++;
-  return begin;
-}
-
-// Everything with a logit >= limit becomes a candidate; limit > -inf. Returns how many.
-inline int gather(const SamplingJob& job, float limit) {
-  const F bound = Simd::set1(limit);
-  const auto& s = job.scratch;
-  int n = 0;
-  visit_vectors(job.logits, 0, job.vocab, [&](F x, int first) {
-    for (uint32_t bits = Simd::not_below(x, bound); bits; bits &= bits - 1) {
-      const int id = first + __builtin_ctz(bits);
-      s.ids[n] = id;
-      s.values[n++] = job.logits[id];
-    }
-  });
-  return n;
+  visit_vectors(job.logits, i, end, [&](F x, int) { add(x, 0); });
+  const F all = Simd::max(Simd::max(largest[0], largest[1]), Simd::max(largest[2], largest[3]));
+  Simd::store(maxima, all);
+  const I magnitude = Simd::umax(Simd::umax(most[0], most[1]), Simd::umax(most[2], most[3]));
+  return Simd::ulargest(magnitude) > 0x7f800000u ? NAN : Simd::largest(all);
 }
 
 // e^((x - best) / temperature) for x <= best as a power of 2, 0 below its range; relative error
@@ -190,38 +162,97 @@ inline float block_mass(const SamplingJob& job, int begin, int end, const Weighe
   int i = begin;
   for (; i + kStride <= end; i += kStride) {
     CS_UNROLL for (int j = 0; j < 4; j++) {
-      const float* x = job.logits + i + j * kLanes;
-      Simd::prefetch_l2(x + kSamplingBlock);  // the next block arrives during the sums
-      sums[j] = Simd::add(sums[j], weigh(Simd::load(x)));
+      sums[j] = Simd::add(sums[j], weigh(Simd::load(job.logits + i + j * kLanes)));
     }
   }
   visit_vectors(job.logits, i, end, [&](F x, int) { sums[0] = Simd::add(sums[0], weigh(x)); });
   return Simd::sum(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
 }
 
-// The largest logit, as above; the weights of each block, and added up. A block is weighed against
-// its own largest logit while it is at hand, and against that of all afterwards.
-inline float weigh_blocks(const SamplingJob& job, F scale, double* total) {
-  Extremes all;
-  float* maxima = job.scratch.maxima;
-  double* mass = job.scratch.block_mass;
-  int num_blocks = 0;
-  for (int begin = 0; begin < job.vocab; begin += kSamplingBlock) {
-    const int end = block_end(begin, job.vocab);
-    const Extremes block = block_extremes<false>(job, begin, end);
-    const float largest = Simd::largest(block.largest);
-    maxima[num_blocks] = largest;
-    mass[num_blocks++] = block_mass(job, begin, end, {Simd::set1(largest), scale});
-    all.add(block);
+inline bool has_top_k(const SamplingJob& job) {
+  return job.params->top_k > 0 && job.params->top_k < job.vocab;
+}
+
+// Whether the pick asks for the weights of the whole vocabulary.
+inline bool needs_mass(const SamplingJob& job) {
+  const cs_sampling& p = *job.params;
+  return !p.is_greedy && !has_top_k(job) && (p.top_p < 1 || p.min_p_margin == -INFINITY);
+}
+
+inline F scale_of(const SamplingJob& job) {
+  return Simd::set1(static_cast<float>(kLog2E / job.params->temperature));
+}
+
+// Blocks [first, last): penalties, the largest logits, and the weights against each block's own.
+void look(const SamplingJob& job, int first, int last) {
+  const int begin = first * kSamplingBlock;
+  const int end = block_end((last - 1) * kSamplingBlock, job.vocab);
+  apply_lists(job, begin, end);
+  const bool is_weighed = needs_mass(job);
+  const F scale = is_weighed ? scale_of(job) : Simd::zero();
+  for (int b = first; b < last; b++) {
+    const int from = b * kSamplingBlock, to = block_end(from, job.vocab);
+    const float largest = find_largest(job, from, to, job.blocks.maxima + b * kLanes);
+    job.blocks.largest[b] = largest;
+    if (is_weighed) {
+      job.blocks.mass[b] = block_mass(job, from, to, {Simd::set1(largest), scale});
+    }
   }
-  const float best = all.value();
-  *total = 0;
-  for (int b = 0; b < num_blocks; b++) {
-    // a block of -inf alone has mass 0
-    mass[b] *= std::exp((static_cast<double>(maxima[b]) - best) / job.params->temperature);
-    *total += mass[b];
+}
+
+// ---- what the blocks say together ----
+
+// NaN if any logit is NaN.
+inline float largest_of_all(const SamplingJob& job) {
+  float best = -INFINITY;
+  bool is_healthy = true;
+  for (int b = 0, count = num_blocks(job); b < count; b++) {
+    const float x = job.blocks.largest[b];
+    is_healthy &= x == x;
+    best = x > best ? x : best;
   }
-  return best;
+  return is_healthy ? best : NAN;
+}
+
+inline int32_t first_equal(const SamplingJob& job, float best) {
+  int b = 0;
+  while (job.blocks.largest[b] != best) b++;
+  int id = b * kSamplingBlock;
+  while (job.logits[id] != best) id++;
+  return id;
+}
+
+// Weights of blocks against the largest logit of all from now on. Returns their sum.
+inline double weigh_blocks(const SamplingJob& job, const Weigher& weigh) {
+  float* mass = job.blocks.mass;
+  double total = 0;
+  visit_vectors(job.blocks.largest, 0, num_blocks(job), [&](F largest, int first) {
+    float factors[kLanes];
+    Simd::store(factors, weigh(largest));
+    for (int lane = 0; lane < kLanes && first + lane < num_blocks(job); lane++) {
+      total += mass[first + lane] *= factors[lane];  // a block of -inf alone has mass 0
+    }
+  });
+  return total;
+}
+
+// Everything with a logit >= limit becomes a candidate; limit > -inf. Returns how many.
+inline int gather(const SamplingJob& job, float limit) {
+  const F bound = Simd::set1(limit);
+  const auto& s = job.scratch;
+  int n = 0;
+  for (int b = 0, count = num_blocks(job); b < count; b++) {
+    if (job.blocks.largest[b] < limit) continue;
+    const int begin = b * kSamplingBlock;
+    visit_vectors(job.logits, begin, block_end(begin, job.vocab), [&](F x, int first) {
+      for (uint32_t bits = Simd::not_below(x, bound); bits; bits &= bits - 1) {
+        const int id = first + __builtin_ctz(bits);
+        s.ids[n] = id;
+        s.values[n++] = job.logits[id];
+      }
+    });
+  }
+  return n;
 }
 
 // ---- candidates ----
@@ -314,12 +345,13 @@ inline int keep_largest(const SamplingJob& job, int n, float low, float high, do
 }
 
 // Candidates that top-k leaves.
-inline int gather_top_k(const SamplingJob& job, int num_maxima, float best) {
+inline int gather_top_k(const SamplingJob& job, float best) {
   const int k = job.params->top_k;
+  const int num_maxima = num_blocks(job) * kLanes;
   // at least k logits are not below the k-th largest of the maxima
   float low = -FLT_MAX;
   if (k <= num_maxima) {
-    low = find_limit(job.scratch.maxima, num_maxima, low, best, k, Count{});
+    low = find_limit(job.blocks.maxima, num_maxima, low, best, k, Count{});
   }
   const int n = gather(job, low);
   pad(job.scratch.values, n);
@@ -373,7 +405,7 @@ inline int walk(const float* weights, int n, double before, double target) {
 
 inline int32_t draw_of_all(const SamplingJob& job, double u, double all, const Weigher& weigh) {
   const double target = u * all;
-  const double* mass = job.scratch.block_mass;
+  const float* mass = job.blocks.mass;
   double before = 0, total = 0;
   int begin = 0;
   for (int b = 0; b * kSamplingBlock < job.vocab; b++) {
@@ -412,11 +444,8 @@ inline int keep_min_p(const SamplingJob& job, int n, float best) {
 inline bool is_finite(float x) { return std::fabs(x) <= FLT_MAX; }
 
 // With the weights of the whole vocabulary.
-inline int32_t sample_by_mass(const SamplingJob& job, double u, F scale) {
-  double total;
-  const float best = weigh_blocks(job, scale, &total);
-  if (!is_finite(best)) return -1;
-  const Weigher weigh = {Simd::set1(best), scale};
+inline int32_t pick_by_mass(const SamplingJob& job, double u, const Weigher& weigh, float best) {
+  const double total = weigh_blocks(job, weigh);
   if (!(job.params->top_p < 1)) return draw_of_all(job, u, total, weigh);
   int n = gather_top_p(job, best, total, weigh);
   if (job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
@@ -424,37 +453,28 @@ inline int32_t sample_by_mass(const SamplingJob& job, double u, F scale) {
 }
 
 // With the weights of the few that top-k or min-p leave.
-inline int32_t sample_by_rank(const SamplingJob& job, double u, F scale, bool has_top_k) {
-  int num_maxima;
-  const float best = find_largest(job, &num_maxima);
-  if (!is_finite(best)) return -1;
-  int n = has_top_k ? gather_top_k(job, num_maxima, best) : gather(job, min_p_limit(job, best));
-  weigh_candidates(job, n, {Simd::set1(best), scale});
-  if (has_top_k && job.params->top_p < 1) {
+inline int32_t pick_by_rank(const SamplingJob& job, double u, const Weigher& weigh, float best) {
+  const bool is_ranked = has_top_k(job);
+  int n = is_ranked ? gather_top_k(job, best) : gather(job, min_p_limit(job, best));
+  weigh_candidates(job, n, weigh);
+  if (is_ranked && job.params->top_p < 1) {
     // behind the candidates stand -inf values, so their weights do not count
     const Mass mass{job.scratch.weights};
     const double total = mass(job.scratch.values, n, -FLT_MAX);
     n = keep_largest(job, n, -FLT_MAX, best, job.params->top_p * total, mass);
   }
-  if (has_top_k && job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
+  if (is_ranked && job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
   return draw_of_candidates(job, n, u);
 }
 
-int32_t sample(const SamplingJob& job) {
+int32_t pick(const SamplingJob& job) {
   const cs_sampling& p = *job.params;
-  apply_lists(job);
-  if (p.is_greedy) {
-    int num_maxima;
-    const float best = find_largest(job, &num_maxima);
-    return is_finite(best) ? first_equal(job, best) : -1;
-  }
-  const F scale = Simd::set1(static_cast<float>(kLog2E / p.temperature));
+  const float best = largest_of_all(job);
+  if (!is_finite(best)) return -1;
+  if (p.is_greedy) return first_equal(job, best);
+  const Weigher weigh = {Simd::set1(best), scale_of(job)};
   const double u = uniform(p.stream, static_cast<uint64_t>(p.position));
-  const bool has_top_k = p.top_k > 0 && p.top_k < job.vocab;
-  if (has_top_k || (p.min_p_margin > -INFINITY && !(p.top_p < 1))) {
-    return sample_by_rank(job, u, scale, has_top_k);
-  }
-  return sample_by_mass(job, u, scale);
+  return needs_mass(job) ? pick_by_mass(job, u, weigh, best) : pick_by_rank(job, u, weigh, best);
 }
 
 }  // namespace

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from chatserve.engine.engine import Engine
+from chatserve.engine.sampler import Sampler
 from chatserve.engine.sequence import SamplingParams
 from chatserve.models.batch import Model
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
+from chatserve.models.kernel_sampler import KernelSampler
 from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.loader import load_model
@@ -195,3 +197,34 @@ def test_a_batch_that_failed_half_way_leaves_no_trace(
         model.blocks[-1] = block
     assert num_calls > 4
     assert disturbed == {name: alone[name] for name in "ab"}
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_picked_ahead_equals_picked_after(
+    house: House, monkeypatch: pytest.MonkeyPatch, speculation: bool
+) -> None:
+    if not isinstance(house.model, KernelLlama):
+        pytest.skip("only the kernels pick while they compute")
+    num_blind = 0
+    sample = KernelSampler.sample
+
+    def sample_blindly(self: KernelSampler, logits: torch.Tensor, *rest: Any) -> list[int]:
+        nonlocal num_blind
+        if not speculation:  # a draft's tokens are picked after
+            logits.zero_()
+            num_blind += 1
+        return sample(self, logits, *rest)
+
+    def answers() -> dict[str, list[int]]:
+        engine = house.build(speculation=speculation)
+        for name, params in MIXED.items():
+            params = replace(params, repetition_penalty=1.2, min_tokens=5)
+            engine.add(name, PROMPTS[name], params)
+        return run(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelSampler, "sample", sample_blindly)
+        ahead = answers()
+    monkeypatch.setattr(Sampler, "ahead", lambda self, states: None)
+    assert ahead == answers()
+    assert speculation or num_blind > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import Counter
 
@@ -18,7 +19,7 @@ token_ids = st.integers(0, VOCAB_SIZE - 1)
 
 
 def offsets_of(state: SamplerState) -> dict[int, float]:
-    assert len(set(state.offset_ids.tolist())) == len(state.offset_ids)
+    assert state.offset_ids.tolist() == sorted(set(state.offset_ids.tolist()))
     return dict(zip(state.offset_ids.tolist(), state.offsets.tolist(), strict=True))
 
 
@@ -50,12 +51,16 @@ def test_a_state_grown_by_tokens_is_what_counting_them_all_gives(
         expected[token_id] -= presence + frequency * count
     assert offsets_of(state) == pytest.approx(dict(expected), abs=1e-6)
     seen = {*prompt, *answer} if repetition != 1 else set()
-    assert sorted(state.seen_ids.tolist()) == sorted(seen)
+    assert state.seen_ids.tolist() == sorted(seen)
     assert state.position == len(prompt) + len(answer)
     record = state.record
     assert (record.num_seen, record.num_offsets) == (len(seen), len(expected))
-    for address, array in ((record.seen_ids, state.seen_ids), (record.offsets, state.offsets)):
-        assert (address or 0) == (array.ctypes.data if len(array) else 0)
+    for address, array in (
+        (record.seen_ids, state.seen_ids),
+        (record.offset_ids, state.offset_ids),
+        (record.offsets, state.offsets),
+    ):
+        assert not len(array) or ctypes.string_at(address, array.nbytes) == array.tobytes()
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 7), st.integers(0, 2**31))
