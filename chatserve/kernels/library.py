@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 5
+VERSION = 6
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -137,7 +137,7 @@ _FUNCTIONS = {
     "cs_network_set_layer": (c_int, c_void_p, c_int, POINTER(Layer)),
     "cs_network_set_ends": (c_int, c_void_p, POINTER(Ends)),
     "cs_network_set_threads": (c_int, c_void_p, c_int),
-    "cs_network_set_prefetch": (c_int, c_void_p, c_size_t),
+    "cs_network_set_prefetch": (c_int, c_void_p, c_size_t, c_size_t),
     "cs_network_set_profile": (c_int, c_void_p, c_void_p),
     "cs_network_forward": (c_int, c_void_p, c_void_p, POINTER(Step)),
     "cs_pool_create": (c_void_p, POINTER(Shape), c_int),

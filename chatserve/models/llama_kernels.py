@@ -50,11 +50,12 @@ from chatserve.models.rope import angles
 
 logger = logging.getLogger(__name__)
 
-PREFETCHES = (0, 8192)
-"""Bytes ahead that are tried."""
+PREFETCHES = (0, 2048, 8192)
+"""Bytes ahead that are tried for one row, which only waits for the weights."""
+_PREFETCH_OF_MORE = 8192  # rows, whose sums take longer; where fetching ahead helps at all
 _COMMITTED_BYTES = 512 << 20  # of the pool, at most, before anybody has asked for anything
 _KEPT_ROWS = 64  # of logits; more are rare, and given back
-_TUNING_S = 0.05  # for one setting, where a step is no longer
+_TUNING_S = 0.1  # for one setting, where a step is no longer
 
 
 class Tuning(NamedTuple):
@@ -283,8 +284,10 @@ class KernelLlama:
         self.num_threads = num_threads
 
     def set_prefetch(self, num_bytes: int) -> None:
-        """How far ahead weights are fetched; 0 leaves it to the processor. Changes no result."""
-        check(self._functions.cs_network_set_prefetch(self._network, num_bytes))
+        """How far ahead weights are fetched for a step's only row; 0 leaves it to the processor,
+        for more rows too. Changes no result."""
+        more = _PREFETCH_OF_MORE if num_bytes else 0
+        check(self._functions.cs_network_set_prefetch(self._network, num_bytes, more))
 
     def _tune(self, pool: KernelKVPool) -> Mapping[Tuning, float]:
         """Measure a one-token step with each number of threads and each prefetch, keep the fastest.
@@ -295,25 +298,27 @@ class KernelLlama:
         seconds: dict[Tuning, float] = {}
         for num_threads in self._thread_counts:
             self.set_num_threads(num_threads)
-            for prefetch in PREFETCHES:
-                self.set_prefetch(prefetch)
-                seconds[Tuning(num_threads, prefetch)] = self._time_step(pool)
+            times = self._time_prefetches(pool)
+            seconds |= {Tuning(num_threads, num_bytes): time for num_bytes, time in times.items()}
         best = min(seconds, key=seconds.__getitem__)
         self.set_num_threads(best.num_threads)
         self.set_prefetch(best.prefetch)
         return seconds
 
-    def _time_step(self, pool: KernelKVPool) -> float:
+    def _time_prefetches(self, pool: KernelKVPool) -> dict[int, float]:
+        """The shortest step of each, in turns, for a machine's speed changes with the moment."""
         batch = Batch([0], [0], [Segment(0, 1, 0, [0])], [0])
 
-        def timed() -> float:
+        def timed(num_bytes: int) -> float:
+            self.set_prefetch(num_bytes)
             start = time.perf_counter()
             self.forward(batch, pool)
             return time.perf_counter() - start
 
-        first = timed()
-        repeats = max(1, min(8, int(_TUNING_S / first)))
-        return min(timed() for _ in range(repeats))
+        first = max(timed(num_bytes) for num_bytes in PREFETCHES)
+        rounds = max(1, min(8, int(_TUNING_S / first)))
+        times = [[timed(num_bytes) for num_bytes in PREFETCHES] for _ in range(rounds)]
+        return dict(zip(PREFETCHES, map(min, zip(*times, strict=True)), strict=True))
 
     def profile(self, run: Callable[[], None]) -> Mapping[str, int]:
         """Nanoseconds that the first thread spends on each part of the steps in `run`."""

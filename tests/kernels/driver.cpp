@@ -519,7 +519,7 @@ void check_network(const char* level, Packing packing, Features features) {
     for (const Sequence& s : batched) check_against_reference(network, s, name.str());
     for (int i = 0; i < 3; i++) {
       require(cs_network_set_threads(network.handle(), 1 + i) == CS_OK, "refused threads");
-      require(cs_network_set_prefetch(network.handle(), i * 4096) == CS_OK, "refused a prefetch");
+      require(cs_network_set_prefetch(network.handle(), i * 4096, i * 2048) == CS_OK, "refused a prefetch");
       while (alone[i].num_past < lengths[i]) step(network, {&alone[i]}, {1});
       for (int row = 0; row < lengths[i]; row++) {
         require(!std::memcmp(alone[i].logits[row].data(), batched[i].logits[row].data(),

@@ -252,8 +252,8 @@ int cs_network_set_threads(cs_network* network, int num_threads) {
   return network->network.create_scores() ? CS_OK : CS_NO_MEMORY;
 }
 
-int cs_network_set_prefetch(cs_network* network, size_t ahead) {
-  network->network.set_prefetch(ahead);
+int cs_network_set_prefetch(cs_network* network, size_t one_row, size_t more_rows) {
+  network->network.set_prefetch(one_row, more_rows);
   return CS_OK;
 }
 

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 5
+#define CS_VERSION 6
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -110,8 +110,9 @@ CS_API int cs_network_set_layer(cs_network* network, int index, const cs_layer* 
 CS_API int cs_network_set_ends(cs_network* network, const cs_ends* ends);
 // Also resizes the team, which no other network may use.
 CS_API int cs_network_set_threads(cs_network* network, int num_threads);
-// A hint that changes no result: bytes by which weights are fetched ahead in a one-token step.
-CS_API int cs_network_set_prefetch(cs_network* network, size_t ahead);
+// A hint that changes no result: bytes by which weights are fetched ahead in products with one row,
+// which only wait for them, and with more rows, which compute as well.
+CS_API int cs_network_set_prefetch(cs_network* network, size_t one_row, size_t more_rows);
 // Adds the first thread's time of each part of a step to nanoseconds[CS_NUM_PARTS]; null: stop.
 CS_API int cs_network_set_profile(cs_network* network, uint64_t* nanoseconds);
 CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step);

@@ -258,7 +258,7 @@ void Network::quantise_stage(int thread, const float* x, size_t stride, const fl
 void Network::multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to) {
   const Activations a = activations(w);
   for (int begin, end; units_.claim(thread, &begin, &end);) {
-    level_.multiply(w.view(), a, num_rows, begin, end, ahead_, to);
+    level_.multiply(w.view(), a, num_rows, begin, end, ahead(num_rows), to);
   }
 }
 
@@ -404,7 +404,7 @@ void Network::head_stage(int thread) {
   const Output to = {Epilogue::store, input_.logits, input_.logits_stride, nullptr};
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     level_.multiply(head, a, input_.num_outputs, begin * kBlockPanels,
-                    std::min(end * kBlockPanels, head.panels), ahead_, to);
+                    std::min(end * kBlockPanels, head.panels), ahead(input_.num_outputs), to);
     count(thread, Part::head);
     if (input_.sampler) input_.sampler->look_ahead(begin, end);
     count(thread, Part::sample);

@@ -114,7 +114,10 @@ class Network {
   void set_ends(const EndParts& parts) { ends_ = parts; }
 
   // Bytes by which a matrix that is read once is fetched ahead: a hint, best measured.
-  void set_prefetch(size_t ahead) { ahead_ = ahead; }
+  void set_prefetch(size_t one_row, size_t more_rows) {
+    ahead_of_one_ = one_row;
+    ahead_of_more_ = more_rows;
+  }
   // From now on the first thread adds its nanoseconds to nanoseconds[kNumParts]; null: no more.
   void set_profile(uint64_t* nanoseconds) { profile_ = nanoseconds; }
 
@@ -137,6 +140,7 @@ class Network {
   Activations activations(const PackedMatrix& next) {
     return {code_stride(next.view().columns), codes_.data(), scales_.data(), corrections_.data()};
   }
+  size_t ahead(int num_rows) const { return num_rows == 1 ? ahead_of_one_ : ahead_of_more_; }
   void quantise_stage(int thread, const float* x, size_t stride, const float* norm,
                       const PackedMatrix& next);
   void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);
@@ -161,7 +165,7 @@ class Network {
   Buffer<int32_t> corrections_;
   std::vector<std::unique_ptr<Buffer<float>>> scores_;  // by thread
 
-  size_t ahead_ = 0;
+  size_t ahead_of_one_ = 0, ahead_of_more_ = 0;
   uint64_t* profile_ = nullptr;
   uint64_t profile_time_ = 0;
 
