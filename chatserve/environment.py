@@ -81,6 +81,11 @@ def hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
 
 
+def show_gpus(names: str) -> None:
+    """Let this process see only these of NVIDIA's GPUs; before PyTorch has asked for any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = names
+
+
 def is_color_wanted() -> bool:
     """False when `NO_COLOR` is set or the terminal is dumb."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -57,14 +57,18 @@ class TorchKVPool:
         """Keys and values of a layer in which something has been stored."""
         return self._layers[index]
 
-    def place(self, segments: Sequence[Segment]) -> Placement:
-        """Where the rows of `segments`, which lie side by side, are to be stored and read."""
-        spans = [self._span(segment) for segment in segments]
+    def place(self, segments: Sequence[Segment], device: torch.device | None = None) -> Placement:
+        """Where the rows of `segments`, which lie side by side, are to be stored and read.
+
+        `device`: of the layers that will, where it is not the pool's own.
+        """
+        device = device or self._device
+        spans = [self._span(segment, device) for segment in segments]
         if len(spans) == 1 and spans[0].block_ids is None:
             end = spans[0].first_slot + spans[0].num_total
             return Placement(slice(end - segments[0].num_tokens, end), spans)
         slots = [slot for segment in segments for slot in self._slots(segment)]
-        return Placement(torch.tensor(slots, device=self._device), spans)
+        return Placement(torch.tensor(slots, device=device), spans)
 
     def ensure(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make a layer's tensors, unless they are there, for rows like keys and values.
@@ -90,13 +94,13 @@ class TorchKVPool:
         keys, values = self._layers[layer]
         return _read(keys, span), _read(values, span)
 
-    def _span(self, segment: Segment) -> Span:
+    def _span(self, segment: Segment, device: torch.device) -> Span:
         num_blocks = -(-segment.num_total // self.block_size)
         block_ids = list(segment.block_ids[:num_blocks])
         first = block_ids[0]
         ids = None
         if block_ids != list(range(first, first + num_blocks)):
-            ids = torch.tensor(block_ids, device=self._device)
+            ids = torch.tensor(block_ids, device=device)
         return Span(segment.rows, segment.num_total, first * self.block_size, ids)
 
     def _slots(self, segment: Segment) -> list[int]:

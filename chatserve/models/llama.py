@@ -7,7 +7,7 @@ modeling_qwen3.py and modeling_mistral.py of transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -142,17 +142,26 @@ class Block:
 class Llama:
     """Token ids in, logits out, over a flat batch of sequences."""
 
-    def __init__(self, config: ModelConfig, policy: DevicePolicy) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: DevicePolicy,
+        *,
+        head_policy: DevicePolicy | None = None,
+        build_block: Callable[[ModelConfig, int, DevicePolicy], Block] = Block,
+    ) -> None:
+        """`head_policy`: of the head and the final norm, where they lie on another device."""
+        head_policy = head_policy or policy
         self.config = config
         self.policy = policy
         self.device = policy.device
         self.vocab_size = config.vocab_size
         size = (self.vocab_size, config.hidden_size)
-        self.head = build_matrix(*size, bias=False, policy=policy)
+        self.head = build_matrix(*size, bias=False, policy=head_policy)
         # an untied embedding is only ever looked up, row by row: it stays in the model's dtype
         self.embedding = self.head if config.is_tied else Linear(*size, bias=False, policy=policy)
-        self.blocks = [Block(config, layer, policy) for layer in range(config.num_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, policy)
+        self.blocks = [build_block(config, layer, policy) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, head_policy)
         self.rotary = RotaryTable(config.rope, config.head_dim, policy.device, policy.dtype)
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
+from chatserve.models.device_map import DeviceMap
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
 from chatserve.models.form import PlainForm, kernels_misfit, native_config, packed
 from chatserve.models.llama import Llama
@@ -26,6 +28,7 @@ from chatserve.models.llama_kernels import KernelLlama, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import plan_memory
 from chatserve.models.packing import Packing
+from chatserve.models.placed_llama import PlacedLlama
 from chatserve.models.weights import TensorInfo
 from chatserve.progress import Progress
 
@@ -41,9 +44,13 @@ def load_model(
     *,
     progress: Progress | None = None,
     max_rows: int = 512,
+    device_map: DeviceMap | None = None,
+    offload_folder: Path | None = None,
 ) -> Llama | KernelLlama | FallbackModel:
     """Load a checkpoint for `policy`; a step has at most `max_rows` tokens.
 
+    device_map: where the parts go, which has been found to fit; to one device without. Layers on
+    the disk lie in `offload_folder`.
     Raises `DoesNotFit` before anything is allocated, `ModelLoadError` naming the tensor that is
     missing, unknown or of the wrong shape.
     """
@@ -51,9 +58,13 @@ def load_model(
     if not is_native(checkpoint.config):
         return _load_fallback(checkpoint, policy, report, max_rows)
     config = native_config(checkpoint)
-    policy = without_misfits(config, policy)
-    _check_memory(checkpoint, policy, max_rows)
-    model = _build(config, policy, max_rows)
+    if device_map is not None:
+        assert offload_folder is not None
+        model: Llama | KernelLlama = PlacedLlama(config, policy, device_map, offload_folder)
+    else:
+        policy = without_misfits(config, policy)
+        _check_memory(checkpoint, policy, max_rows)
+        model = _build(config, policy, max_rows)
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
     wanted = _match(destinations, infos, checkpoint)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
+_MOST = 1 << 60
 
 
 def available_bytes(device: torch.device) -> int:
@@ -57,3 +63,10 @@ def _address_space_left() -> int:
 def in_gb(num_bytes: int) -> str:
     """Decimal gigabytes with one digit, as memory is sold: "13.5 GB"."""
     return f"{num_bytes / 1e9:.1f} GB"
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "16GB", "13GiB" or "2000000000"; None where it is no size of a memory."""
+    match = _SIZE.fullmatch(text.strip())
+    num_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    return num_bytes if 0 < num_bytes <= _MOST else None

@@ -14,6 +14,7 @@ from chatserve.errors import ModelLoadError
 from chatserve.kernels.library import BLOCK_SIZE
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
+from chatserve.models.device_map import PartBytes
 from chatserve.models.form import Form, item_bytes
 from chatserve.models.form import native_config as native_config
 from chatserve.models.kernel_limits import HEAD_PACKING, padded
@@ -151,27 +152,33 @@ def whole_blocks(num_tokens: int) -> int:
 
 def weights_bytes(config: ModelConfig, form: Form) -> int:
     """The network of `config` in the form that `form` gives it."""
+    parts = part_bytes(config, form)
+    return parts.embedding + config.num_layers * parts.block + parts.head
+
+
+def part_bytes(config: ModelConfig, form: Form) -> PartBytes:
+    """The same part by part; a tied embedding counts as the head."""
     size, hidden = item_bytes(form), config.hidden_size
+    matrices, head = _matrices(config), (config.vocab_size, hidden)
+    num_plain = config.num_parameters - hidden  # norms and biases, but for the final norm
+    num_plain -= math.prod(head) * (1 if config.is_tied else 2)
+    num_plain = num_plain // config.num_layers - sum(map(math.prod, matrices))
+    table = 0 if config.is_tied else math.prod(head)
     if form.packing is None:
-        return config.num_parameters * size
-    matrices = _matrices(config)
-    num_plain = config.num_parameters - config.num_layers * sum(
-        rows * columns for rows, columns in matrices
-    )
-    num_plain -= config.vocab_size * hidden * (1 if config.is_tied else 2)
-    table = 0 if config.is_tied else config.vocab_size * hidden
+        num_block = sum(map(math.prod, matrices)) + num_plain
+        return PartBytes(table * size, num_block * size, (math.prod(head) + hidden) * size)
     if form.on_kernels:
-        packed = sum(_packed_bytes(*shape, form.packing) for shape in matrices)
-        head = _packed_bytes(config.vocab_size, hidden, HEAD_PACKING)
+        block = sum(_packed_bytes(*shape, form.packing) for shape in matrices) + 4 * num_plain
         table *= 4 if form.dtype_name == "float32" else 2
-        return config.num_layers * packed + head + table + 4 * num_plain
-    per_row = 0 if form.packing.is_grouped else 2
-    shapes = [*matrices * config.num_layers, (config.vocab_size, hidden)]
-    packed = sum(
-        int(rows * columns * form.packing.bytes_per_weight) + rows * per_row
-        for rows, columns in shapes
-    )
-    return packed + (table + num_plain) * size
+        return PartBytes(table, block, _packed_bytes(*head, HEAD_PACKING) + 4 * hidden)
+
+    def packed(rows: int, columns: int) -> int:
+        assert form.packing is not None
+        per_row = 0 if form.packing.is_grouped else 2
+        return int(rows * columns * form.packing.bytes_per_weight) + rows * per_row
+
+    block = sum(packed(*shape) for shape in matrices) + num_plain * size
+    return PartBytes(table * size, block, packed(*head) + hidden * size)
 
 
 def context_length(config: Mapping[str, object]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from chatserve.models.checkpoint import Checkpoint
     from chatserve.models.form import PlainForm
     from chatserve.models.memory_plan import MemoryPlan
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
-_MEMORY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
-_MAX_MEMORY = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -104,9 +98,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse_memory(text: str) -> int:
-    match = _MEMORY.fullmatch(text.strip())
-    num_bytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if not 0 < num_bytes <= _MAX_MEMORY:
+    from chatserve.models.memory import parse_size
+
+    num_bytes = parse_size(text)
+    if num_bytes is None:
         raise UsageError(f"--memory {text!r} is no size of memory; write it as 16GB or 24GiB")
     return num_bytes
 
