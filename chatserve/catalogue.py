@@ -76,7 +76,7 @@ NOTES = {
         "so the reward model cannot be rebuilt from it"
     ),
     **{
-        part: f"a part, not a whole model; {chain.command} makes {chain.name} of it"
+        part: f"a part, not a whole model; `{chain.command}` makes {chain.name} of it"
         for chain in _CHAINS
         for part in chain.parts
     },

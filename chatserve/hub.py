@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIASES", "DEFAULT_NAME", "DEFAULT_REVISION", "CachedModel", "cached_models", "check_path",
-    "downloading", "find_reference", "is_path", "made_folder", "require_network",
+    "downloading", "find_local", "find_reference", "is_path", "made_folder", "require_network",
     "resolve_weights",
 ]  # fmt: skip
 
@@ -46,33 +46,41 @@ def resolve_weights(
     that nobody made yet or a damaged file, `HubError` when a download is needed and fails or is
     forbidden.
     """
-    if text is not None and is_path(text):
-        _refuse_revision(revision, text)
-        check_path(text)
-        return Path(text).expanduser()
-    if text is None or text == DEFAULT_NAME:
+    if text is None or (text == DEFAULT_NAME and not is_path(text)):
         from chatserve.default_model import SMOLLM2_135M, ensure
 
         _refuse_revision(revision, DEFAULT_NAME)
         offline = offline or environment.hub_offline()
         return ensure(SMOLLM2_135M, offline=offline, progress=progress, is_pull=is_pull)
+    found = find_local(text, revision)
+    if isinstance(found, Path):
+        return found
+    require_network(found, offline=offline)
+    from chatserve.byte_bar import ByteBar
+
+    with (
+        downloading(found, cache.models_folder()) as download,
+        ByteBar(f"downloading {found}", sys.stderr) as bar,
+    ):
+        download.prepare()
+        return download.fetch(bar if progress else _silent)
+
+
+def find_local(text: str, revision: str = DEFAULT_REVISION) -> Path | Reference:
+    """The folder or `.gguf` file that is here, else what of the hub has to come.
+
+    Of the default model it knows nothing. Raises as `resolve_weights` does; opens no socket.
+    """
+    if is_path(text):
+        _refuse_revision(revision, text)
+        check_path(text)
+        return Path(text).expanduser()
     if text in CHAINS and text not in ALIASES:
         _refuse_revision(revision, text)
     if text in CHAINS and revision == DEFAULT_REVISION and is_whole(made_folder(text)):
         return made_folder(text)
     reference = find_reference(text, revision)
-    found = find_cached(reference)
-    if found is not None:
-        return found
-    require_network(reference, offline=offline)
-    from chatserve.byte_bar import ByteBar
-
-    with (
-        downloading(reference, cache.models_folder()) as download,
-        ByteBar(f"downloading {reference}", sys.stderr) as bar,
-    ):
-        download.prepare()
-        return download.fetch(bar if progress else _silent)
+    return find_cached(reference) or reference
 
 
 def is_path(text: str) -> bool:
