@@ -42,6 +42,21 @@ class ModelOptions:
         None, "with --load-8bit: a scale per 32 weights, and 16-bit activations (CPU)",
         group="model", choices=("32",),
     )  # fmt: skip
+    num_gpus: int | None = setting(
+        None, "spread the model over so many GPUs; default: those of --gpus, else one",
+        group="model", metavar="N", ge=1, le=64,
+    )  # fmt: skip
+    gpus: str | None = setting(
+        None, "which GPUs may be used, by number, as in 0,2", group="model", metavar="A,B"
+    )
+    max_gpu_memory: str | None = setting(
+        None, "weights on each GPU take at most so much, as in 13GiB", group="model",
+        metavar="SIZE",
+    )  # fmt: skip
+    cpu_offloading: bool = setting(
+        False, "keep layers that no GPU has room for in main memory, or on the disk",
+        group="model",
+    )  # fmt: skip
     adapter: tuple[str, ...] = setting(
         (), "folder of a LoRA adapter to merge while loading; several are merged in their order",
         group="model", metavar="PATH", repeated=True,
@@ -59,6 +74,10 @@ class ModelOptions:
     )  # fmt: skip
     revision: str = setting("main", "revision of a hub id", group="model")
     offline: bool = setting(False, "never touch the network", group="model")
+    self_check: bool = setting(
+        True, "let the weights read a known text at start; refuse those that a conversion spoilt",
+        group="model",
+    )  # fmt: skip
     use_generation_config: bool = setting(
         False, "take sampling defaults from the model's generation_config.json", group="model"
     )

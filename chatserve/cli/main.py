@@ -45,6 +45,9 @@ COMMANDS = {
     "merge-adapter": CommandEntry(
         "chatserve.cli.commands.merge_adapter", "merge LoRA adapters into their base"
     ),
+    "repair": CommandEntry(
+        "chatserve.cli.commands.repair", "find what a conversion spoilt, and put it right"
+    ),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),

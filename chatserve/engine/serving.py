@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import chatserve
+from chatserve import environment
 from chatserve.config import WorkerConfig, served_names
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
@@ -24,6 +25,7 @@ from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.hub import resolve_weights
+from chatserve.models import reading
 from chatserve.models.adapter_config import merged_adapters
 from chatserve.models.chat_template import (
     TemplateChoice,
@@ -36,12 +38,26 @@ from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.fallback import FallbackModel
 from chatserve.models.fingerprint import weights_fingerprint
 from chatserve.models.form import packing_by_file
+from chatserve.models.gpus import (
+    GPUOptions,
+    choose_device_map,
+    free_for_tokens,
+    show_gpus,
+    torch_policy,
+)
 from chatserve.models.llama_kernels import num_warm_tokens
 from chatserve.models.loader import load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.merge import merge
-from chatserve.models.tokenizer import load_tokenizer
+from chatserve.models.placed_llama import PlacedLlama
+from chatserve.models.self_check import check_reading
+from chatserve.models.tokenizer import Tokenizer, load_tokenizer
+from chatserve.models.vocabulary_check import (
+    num_rows,
+    refuse_two_vocabularies,
+    warn_of_other_tokenizer,
+)
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -80,6 +96,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
+    gpu_options = GPUOptions(
+        config.num_gpus, config.gpus, config.max_gpu_memory, config.cpu_offloading
+    )
+    show_gpus(gpu_options)
     policy = choose_policy(
         config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
         quant_group=config.quant_group,
@@ -89,32 +109,48 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         checkpoint = merge(checkpoint, [Path(each).expanduser() for each in config.adapter])
         policy = check(as_the_file(policy, checkpoint, config.dtype))
         logger.info("%s", policy.describe())
+        refuse_two_vocabularies(checkpoint)
         tokenizer = load_tokenizer(path, checkpoint.metadata)
+        warn_of_other_tokenizer(checkpoint, tokenizer)
         sources = load_template_sources(path, checkpoint.metadata)
-        facts = WeightsFacts(path.name, checkpoint.config, _vocab_rows(checkpoint))
+        facts = WeightsFacts(path.name, checkpoint.config, num_rows(checkpoint))
         choice = choose_template(config.conv_template, facts, tokenizer, sources)
         logger.info("chat template %s: %s", choice.template.name, choice.reason)
+        offload_folder = environment.home() / "offload"
+        device_map = choose_device_map(
+            checkpoint, policy, gpu_options, folder=offload_folder,
+            context=config.context_length, max_rows=config.max_num_batched_tokens,
+        )  # fmt: skip
         model = load_model(
-            checkpoint, policy, progress=progress, max_rows=config.max_num_batched_tokens
-        )
+            checkpoint, torch_policy(policy) if device_map else policy, progress=progress,
+            max_rows=config.max_num_batched_tokens, device_map=device_map,
+            offload_folder=offload_folder,
+        )  # fmt: skip
         policy = model.policy
         fingerprint = _fingerprint(checkpoint, policy, choice, sources)
         plan = plan_memory(
             checkpoint, policy, context=config.context_length, concurrency=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
         )  # fmt: skip
-    limits = _Limits.of(plan, available_bytes(policy.device))
-    engine = Engine(
-        model,
-        tokenizer,
-        num_kv_tokens=limits.num_kv_tokens,
-        num_warm_tokens=num_warm_tokens(limits.context_length) if policy.kernels else None,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        seed=config.seed,
-        speculation=config.speculation and policy.has_steady_rows,
-    )
-    _try_out(engine, checkpoint.path)
+        free_bytes = available_bytes(policy.device)
+        if isinstance(model, PlacedLlama):
+            logger.info("spread: %s", model.device_map.describe())
+            free_bytes = free_for_tokens(model, plan)
+        limits = _Limits.of(plan, free_bytes)
+        engine = Engine(
+            model,
+            tokenizer,
+            num_kv_tokens=limits.num_kv_tokens,
+            num_warm_tokens=num_warm_tokens(limits.context_length) if policy.kernels else None,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            seed=config.seed,
+            speculation=config.speculation and policy.has_steady_rows,
+        )
+        _try_out(engine, checkpoint.path)
+        if config.self_check:
+            most = min(config.max_num_batched_tokens, limits.context_length)
+            _let_read(engine, checkpoint, tokenizer, most)
     prompts = PromptBuilder(
         tokenizer,
         choice.template,
@@ -143,6 +179,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "template": choice.template.name,
             "adapters": [each.get("name") for each in merged_adapters(checkpoint.config)],
             "native": not isinstance(model, FallbackModel),
+            "device_map": device_map.describe() if device_map else None,
             "kv_tokens": limits.num_kv_tokens,
             "memory": {
                 "weights_bytes": plan.weights_bytes,
@@ -219,10 +256,14 @@ def _try_out(engine: Engine, path: Path) -> None:
                 )
 
 
-def _vocab_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the embedding as stored, where it has its usual name."""
-    info = checkpoint.weights.tensors().get("model.embed_tokens.weight")
-    return info.shape[0] if info else None
+def _let_read(engine: Engine, checkpoint: Checkpoint, tokenizer: Tokenizer, most: int) -> None:
+    """Let the loaded weights read a known text of at most `most` tokens.
+
+    Raises `ModelLoadError` when a known fault of conversions explains what they make of it.
+    """
+    ids = reading.token_ids(tokenizer, reading.COUNTING, most)
+    if len(ids) >= reading.MIN_TOKENS and max(ids) < engine.model.vocab_size:
+        check_reading(checkpoint, tokenizer, reading.loss(engine.read(ids), ids))
 
 
 def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ COMPANIONS = (
 )  # fmt: skip
 """What goes along with the weights, by name; everything else in a folder stays where it is."""
 
+NOTHING_CHANGED: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 _SLICE_VALUES = 1 << 22  # read, merged and written at a time
 _TABLES = re.compile(r".*rotary_emb\.inv_freq")  # every network computes them itself
 
@@ -43,11 +45,13 @@ def save_merged(
     force: bool,
     sources: Sequence[Path],
     progress: Progress,
+    changed: Mapping[str, Mapping[str, Any]] = NOTHING_CHANGED,
 ) -> None:
     """Write `merged` to the folder `target`, with the tokenizer of `base`, which it is made of.
 
     dtype: of all floating-point tensors; None for what each has in `base`. `sources` are not
-    overwritten. Raises `ModelLoadError`, and `UsageError` and `CannotWrite` for the target.
+    overwritten. changed: JSON files of the base that become others, or are new. Raises
+    `ModelLoadError`, and `UsageError` and `CannotWrite` for the target.
     """
     infos = [
         _written(info, dtype)
@@ -58,8 +62,11 @@ def save_merged(
         target, infos, metadata={"format": "pt"}, force=force, sources=sources
     ) as writer:
         for name in sorted(os.listdir(base.path)):
-            if any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+            is_companion = any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+            if is_companion and name not in changed:
                 writer.copy_file(member(base.path, name))
+        for name, content in changed.items():
+            writer.write_json(name, content)
         writer.write_json("config.json", _config(merged.config, dtype))
         done = 0
         progress(0, writer.num_bytes)

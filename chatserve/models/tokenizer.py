@@ -6,6 +6,7 @@ from which the special tokens have been taken away, so whatever it says, it neve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from chatserve.models.tokenizer_settings import TokenizerSettings
 from chatserve.models.weight_files import member
 
 __all__ = ["Rendered", "Special", "Tokenizer", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -149,13 +152,34 @@ def load_tokenizer(path: Path, metadata: Mapping[str, Any] | None = None) -> Tok
         return Tokenizer(read_gguf_tokenizer(_metadata(path) if metadata is None else metadata))
     settings = TokenizerSettings.read(path)
     if (path / "tokenizer.json").exists():
-        return Tokenizer(read_tokenizer_json(member(path, "tokenizer.json"), settings))
-    if (path / "tokenizer.model").exists():
-        return Tokenizer(read_tokenizer_model(member(path, "tokenizer.model"), settings))
-    raise ModelLoadError(
-        f"{path}: no tokenizer: neither tokenizer.json nor tokenizer.model; "
-        "copy it from the model's own repository"
-    )
+        parts = read_tokenizer_json(member(path, "tokenizer.json"), settings)
+    elif (path / "tokenizer.model").exists():
+        parts = read_tokenizer_model(member(path, "tokenizer.model"), settings)
+    else:
+        raise ModelLoadError(
+            f"{path}: no tokenizer: neither tokenizer.json nor tokenizer.model; "
+            "copy it from the model's own repository"
+        )
+    _tell_of_blanks(path, settings, parts)
+    return Tokenizer(parts)
+
+
+def _tell_of_blanks(path: Path, settings: TokenizerSettings, parts: TokenizerParts) -> None:
+    """Names that a conversion left empty are read from the vocabulary, if it has them."""
+    blank = settings.blank_names()
+    if not blank:
+        return
+    if "eos_token" in blank and not parts.eos_ids:
+        raise ModelLoadError(
+            f"{path}: its eos_token is blank and its vocabulary names none, so no answer would end;"
+            " copy the tokenizer from the model's own repository"
+        )
+    logger.warning(
+        "%s: %s blank (a broken conversion); taken from the vocabulary: bos %s, eos %s; for good: "
+        "chatserve repair %s TARGET",
+        path, " and ".join(blank) + (" are" if len(blank) > 1 else " is"),
+        parts.bos_id, ", ".join(map(str, sorted(parts.eos_ids))), path,
+    )  # fmt: skip
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:

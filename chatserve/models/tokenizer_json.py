@@ -27,6 +27,7 @@ from chatserve.models.weight_files import read_json
 _SENTENCEPIECE_DECODERS = frozenset(
     {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "Sequence"}
 )
+_LLAMA_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}
 MAX_FILE_BYTES = 64 << 20  # 256,000 pieces and their merges take 35 MB
 MAX_DEFINITION_CHARS = 1_000_000
 MAX_NORMALIZERS = 16
@@ -63,9 +64,10 @@ def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> Tokenizer
     adds_bos = settings.adds_bos
     if adds_bos is None:
         adds_bos = first.encode("a").ids[:1] == [bos_id]
-    names = {name: settings.named_token(name) for name in TOKEN_NAMES}
-    for name, token_id in named.items():
-        names[name] = names[name] or texts.get(-1 if token_id is None else token_id)
+    names = {
+        name: texts.get(-1 if token_id is None else token_id) or settings.named_token(name)
+        for name, token_id in named.items()
+    }
     return TokenizerParts(
         first=first,
         later=later,
@@ -119,6 +121,8 @@ def _named_id(
 ) -> int | None:
     """The id of `bos_token` and its like: by its text, else as config.json has it, else LLaMA's."""
     text = settings.named_token(name)
+    if name == "bos_token" and text == "</s>" and _LLAMA_IDS.items() <= ids.items():
+        return ids["<s>"]  # the first Vicuna names </s> as bos, eos and unk at once
     if text is not None:
         token_id = ids.get(text)
         return encoder.token_to_id(text) if token_id is None else token_id

@@ -65,6 +65,18 @@ class TokenizerSettings:
                 return text
         return None
 
+    def blank_names(self) -> list[str]:
+        """`bos_token` and its like that are there and empty, as in decapoda's conversions."""
+        return [
+            name
+            for name in ("bos_token", "eos_token", "unk_token")
+            if self.named_token(name) is None
+            and any(
+                _is_blank(source.get(name))
+                for source in (self.tokenizer_config, self.special_tokens_map)
+            )
+        ]
+
     def named_id(self, name: str) -> int | None:
         """`bos_token_id` and its like from config.json, when it is a single number."""
         value = self.config.get(f"{name}_id")
@@ -113,6 +125,10 @@ def token_text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
+
+
+def _is_blank(value: Any) -> bool:
+    return value == "" or (isinstance(value, dict) and value.get("content") == "")
 
 
 def _read_optional(folder: Path, name: str) -> dict[str, Any]:
