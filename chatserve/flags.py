@@ -17,7 +17,6 @@ _GPTQ = "GPTQ checkpoints are not supported; use the original weights with --loa
 _AWQ = "AWQ checkpoints are not supported; use the original weights with --load-8bit"
 _EXLLAMA = "ExLlama is not part of chatserve; use the original weights with --load-8bit"
 _XFT = "xFasterTransformer is not part of chatserve; the CPU kernels are its own, see --load-8bit"
-_ONE_GPU = "one worker uses one GPU; choose it with the environment variable CUDA_VISIBLE_DEVICES"
 _KEYS = (
     "a secret on the command line is visible to every user of this machine; "
     "put keys into CHATSERVE_API_KEYS (a client's own key: CHATSERVE_API_KEY) or --api-key-file"
@@ -38,9 +37,6 @@ REFUSED_FLAGS = {
     "--enable-xft": _XFT,
     "--xft-max-seq-len": _XFT,
     "--xft-dtype": _XFT,
-    "--cpu-offloading": "weights are not split between GPU and CPU; --load-8bit halves them",
-    "--max-gpu-memory": "weights are not split between GPUs; --load-8bit halves them",
-    "--gpus": _ONE_GPU,
     "--judge-sent-end": "an answer ends exactly where the model ends it",
     "--trust_remote_code": "code that comes with weights is never run",
     "--trust-remote-code": "code that comes with weights is never run",
@@ -63,7 +59,6 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description)
         add_flags(self, config)
         hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        self.add_argument("--num-gpus", action=_OneGPU, **hidden)
         for name, reason in REFUSED_FLAGS.items():
             self.add_argument(name, action=_Refused, nargs="?", const=reason, **hidden)
 
@@ -119,9 +114,3 @@ class _Refused(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
-
-
-class _OneGPU(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        if values != "1":
-            raise UsageError(f"--num-gpus {values} is not supported: {_ONE_GPU}")

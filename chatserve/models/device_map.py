@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 CPU, DISK = "cpu", "disk"
-_BLOCKS_ON_THE_WAY = 2  # of those that are not on a GPU: one computes, the next is copied
+BLOCKS_ON_THE_WAY = 2
+"""Of those that lie elsewhere: one computes, the next is copied."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def map_devices(
     """
     total = parts.embedding + parts.head + num_layers * parts.block
     highest = max(gpu.limit_bytes for gpu in gpus)
-    for most in range(-(-total // len(gpus)), highest + parts.block, parts.block):
+    step = -(-parts.block // 8)
+    for most in range(-(-total // len(gpus)), highest + step, step):
         even = [GPU(gpu.name, gpu.room_bytes, min(gpu.limit_bytes, most)) for gpu in gpus]
         if counts := _fill(parts, num_layers, kv_bytes_per_block, even, is_tied, 0):
             return _resident(gpus, counts, is_tied)
@@ -136,7 +138,7 @@ def _fill(
         if index == (0 if is_tied else last):
             limit, room = limit - parts.head, room - parts.head
         if index == last and num_offloaded:
-            on_the_way = min(num_offloaded, _BLOCKS_ON_THE_WAY) * parts.block
+            on_the_way = min(num_offloaded, BLOCKS_ON_THE_WAY) * parts.block
             limit, room = limit - on_the_way, room - on_the_way - num_offloaded * kv_bytes
         if min(limit, room) < 0:
             return None

@@ -19,11 +19,13 @@ import torch
 from chatserve import environment
 from chatserve.errors import DoesNotFit, UsageError
 from chatserve.models.checkpoint import Checkpoint
+from chatserve.models.config import is_native
 from chatserve.models.device import DevicePolicy
-from chatserve.models.device_map import GPU, DeviceMap, map_devices
+from chatserve.models.device_map import BLOCKS_ON_THE_WAY, GPU, DeviceMap, map_devices
 from chatserve.models.form import native_config
 from chatserve.models.memory import available_bytes, available_host_bytes, in_gb, parse_size
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, part_bytes, plan_memory
+from chatserve.models.placed_llama import PlacedLlama
 
 _USUAL_CONTEXT = 4096  # tokens, whose keys and values a map has room for where nobody asked
 _HOST_SHARE = 0.9  # of the free main memory; the rest is the system's
@@ -104,6 +106,11 @@ def choose_device_map(
     gpus = _free_gpus(policy, options)
     if len(gpus) == 1 and options.max_gpu_memory is None and not options.cpu_offloading:
         return None
+    if not is_native(checkpoint.config):
+        raise UsageError(
+            f"{options.flag}: only the Llama family's networks are spread over devices, this one "
+            "runs through transformers; leave the flag out"
+        )
     plan = plan_memory(checkpoint, torch_policy(policy), max_rows=max_rows)
     rooms = [
         GPU(name, room, min(room, options.limit_bytes or room))
@@ -126,14 +133,15 @@ def torch_policy(policy: DevicePolicy) -> DevicePolicy:
     return dataclasses.replace(policy, network="torch", kernels=None)
 
 
-def free_for_tokens(device_map: DeviceMap, plan: MemoryPlan, block_bytes: int) -> int:
+def free_for_tokens(model: PlacedLlama, plan: MemoryPlan) -> int:
     """What one device would need free to hold as many tokens as the fullest of these can."""
-    num_blocks = len(device_map.blocks)
+    parts = model.device_map.blocks
+    num_blocks, block_bytes = len(parts), part_bytes(model.config, model.policy).block
     rooms: list[int] = []
-    for name, count in device_map.blocks_by_device.items():
-        num_carried = sum(part.is_offloaded and part.device == name for part in device_map.blocks)
+    for name, count in model.device_map.blocks_by_device.items():
+        num_carried = sum(part.is_offloaded and part.device == name for part in parts)
         room = available_bytes(torch.device(name)) - plan.working_bytes
-        room -= min(num_carried, 2) * block_bytes
+        room -= min(num_carried, BLOCKS_ON_THE_WAY) * block_bytes
         rooms.append(max(0, room) * num_blocks // count)
     return plan.working_bytes + min(rooms)
 

@@ -47,7 +47,9 @@ def test_fastchats_spellings_and_abbreviations() -> None:
     assert flags("--model-name", "w") == flags("--model-path", "w") == {"model": "w"}
     assert flags("--repetition_penalty", "1.1") == {"repetition_penalty": 1.1}
     assert flags("--max-new", "5", "--temp", "0") == {"max_new_tokens": 5, "temperature": 0.0}
-    assert flags("--num-gpus", "1") == {}
+    assert flags("--num-gpus", "2", "--gpus", "0,2", "--max-gpu-memory", "13Gib") == {
+        "num_gpus": 2, "gpus": "0,2", "max_gpu_memory": "13Gib",
+    }  # fmt: skip
 
 
 def test_an_unknown_flag_names_the_nearest() -> None:
@@ -82,10 +84,9 @@ def test_secrets_on_the_command_line_are_refused_without_repeating_them() -> Non
     assert "CHATSERVE_CONTROL_TOKEN" in refusal("--control-token=canary")
 
 
-def test_devices_and_several_gpus_are_refused_with_a_reason() -> None:
+def test_devices_without_kernels_are_refused_with_a_reason() -> None:
     assert refusal("--device", "xpu").startswith("xpu is not supported: there are no kernels")
     assert refusal("--device", "npu").startswith("npu is not supported: there are no kernels")
-    assert refusal("--num-gpus", "2").startswith("--num-gpus 2 is not supported: one worker")
 
 
 def test_other_commands_refuse_them_too() -> None:
