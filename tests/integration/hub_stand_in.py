@@ -41,6 +41,9 @@ class HubStandIn:
     extra_bytes: dict[str, bytes] = field(default_factory=dict)
     drop_after: int = 0  # bytes of a file after which the connection breaks
     num_drops: int = 0  # how often it still does so
+    hold_after: int = 0  # bytes of large files after which it waits
+    held: threading.Event = field(default_factory=threading.Event)  # it does
+    release: threading.Event = field(default_factory=threading.Event)  # it goes on
     meet: threading.Barrier | None = None  # weights are sent when as many are asked for at once
     range_status: int = 200  # answered to the rest of a file
     has_ranges: bool = True
@@ -165,4 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub.num_drops -= 1
             body = body[: hub.drop_after]
         with contextlib.suppress(ConnectionError):  # whoever asked had enough
+            if is_file and 0 < hub.hold_after < len(body):
+                self.wfile.write(body[: hub.hold_after])
+                hub.held.set()
+                hub.release.wait(timeout=60)
+                body = body[hub.hold_after :]
             self.wfile.write(body)
