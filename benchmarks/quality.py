@@ -3,8 +3,8 @@
     python -m benchmarks.quality [MODEL] [--forms fp32,bf16,int8,group32,int4] [--step 512]
 
 The reference is transformers in float32 on the CPU, on the same weights. Five kinds of text
-(`benchmarks/texts`) are read teacher-forced: every position sees the true tokens before it. One
-JSON line per form. `--step 1` takes the path of decode, larger steps that of prefill.
+(`chatserve/quality/texts`) are read teacher-forced: every position sees the true tokens before it.
+One JSON line per form. `--step 1` takes the path of decode, larger steps that of prefill.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from chatserve.models.device import choose_policy
 from chatserve.models.loader import load_model
 from chatserve.models.special_tokens import Special
 from chatserve.models.tokenizer import load_tokenizer
+from chatserve.quality.texts import SHIPPED
 
-TEXTS = Path(__file__).parent / "texts"
 BLOCK_SIZE = 32
 # form -> arguments of choose_policy
 FORMS: Mapping[str, Mapping[str, Any]] = {
@@ -102,7 +102,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, list[int]]]:
     """Name and token ids of each text; the chat's markers become special tokens."""
     tokenizer = load_tokenizer(path)
     markers = re.compile("|".join(map(re.escape, tokenizer.special_ids)) or "(?!)")
-    for file in sorted(TEXTS.glob("*.txt")):
+    for file in sorted(SHIPPED.glob("*.txt")):
         text, parts, end = file.read_text("utf-8").strip(), [], 0
         for marker in markers.finditer(text):
             parts += [text[end : marker.start()], Special(marker.group())]

@@ -51,6 +51,7 @@ from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.merge import merge
 from chatserve.models.placed_llama import PlacedLlama
+from chatserve.models.receipt import MeasuredForm, read_receipt
 from chatserve.models.self_check import check_reading
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from chatserve.models.vocabulary_check import (
@@ -128,6 +129,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         )  # fmt: skip
         policy = model.policy
         fingerprint = _fingerprint(checkpoint, policy, choice, sources)
+        quality = _quality(path, checkpoint, policy)
         plan = plan_memory(
             checkpoint, policy, context=config.context_length, concurrency=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
@@ -188,6 +190,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
                 "slack_bytes": plan.slack_bytes,
             },
             "speculation": config.speculation and policy.has_steady_rows,
+            "quality": quality,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
     )
@@ -254,6 +257,26 @@ def _try_out(engine: Engine, path: Path) -> None:
                     f"{path} loads but cannot generate ({event.error.message}); config.json or the "
                     "weights are damaged"
                 )
+
+
+def _quality(path: Path, checkpoint: Checkpoint, policy: DevicePolicy) -> dict[str, Any] | None:
+    """What `chatserve quality` has found of these weights in this form, also for the log."""
+    receipt = read_receipt(path, weights_fingerprint(checkpoint))
+    found = receipt.of_form(MeasuredForm.of(policy)) if receipt else None
+    if receipt is None or found is None:
+        return None
+    logger.info("quality of %s", found.summary())
+    return {
+        "form": found.form.name,
+        "mean_kl": found.mean_kl,
+        "p99_kl": found.p99_kl,
+        "top1_agreement": found.top1_agreement,
+        "perplexity": found.perplexity,
+        "reference_perplexity": receipt.reference_perplexity,
+        "text": receipt.text.name,
+        "num_positions": receipt.text.num_positions,
+        "measured_at": receipt.measured_at,
+    }
 
 
 def _let_read(engine: Engine, checkpoint: Checkpoint, tokenizer: Tokenizer, most: int) -> None:

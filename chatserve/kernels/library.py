@@ -140,6 +140,7 @@ _FUNCTIONS = {
     "cs_network_set_prefetch": (c_int, c_void_p, c_size_t, c_size_t),
     "cs_network_set_profile": (c_int, c_void_p, c_void_p),
     "cs_network_forward": (c_int, c_void_p, c_void_p, POINTER(Step)),
+    "cs_network_rows": (c_int, c_void_p, c_int, c_void_p),
     "cs_pool_create": (c_void_p, POINTER(Shape), c_int),
     "cs_pool_destroy": (None, c_void_p),
     "cs_pool_bytes": (c_size_t, c_void_p),

@@ -269,6 +269,12 @@ class KernelLlama:
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
         return logits
 
+    def hidden_rows(self, num_rows: int) -> torch.Tensor:
+        """(num_rows, hidden) float32: the last step's rows as its last layer has left them."""
+        rows = torch.empty(num_rows, self.config.hidden_size)
+        check(self._functions.cs_network_rows(self._network, num_rows, rows.data_ptr()))
+        return rows
+
     def _room_for(self, num_outputs: int) -> torch.Tensor:
         """(num_outputs, V) of one buffer, kept: fresh pages for 3 MB cost as much as sampling."""
         if num_outputs > _KEPT_ROWS:

@@ -67,7 +67,7 @@ def load_model(
         model = _build(config, policy, max_rows)
     destinations = model.destinations()
     infos = checkpoint.weights.tensors()
-    wanted = _match(destinations, infos, checkpoint)
+    wanted = match_tensors(destinations, infos, checkpoint)
     meter = _Meter(wanted, report)
     with torch.inference_mode():
         for info in wanted:
@@ -146,7 +146,7 @@ def _smaller_forms(checkpoint: Checkpoint, policy: DevicePolicy) -> Iterator[tup
         yield "--load-4bit", four
 
 
-def _match(
+def match_tensors(
     destinations: Mapping[str, Destination],
     infos: Mapping[str, TensorInfo],
     checkpoint: Checkpoint,

@@ -10,27 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatserve.errors import ModelLoadError
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.fingerprint import weights_fingerprint
 from chatserve.models.gguf import GGUFFile
-from chatserve.models.weight_files import read_json
-
-RECEIPT_NAME = "quality.json"
+from chatserve.models.receipt import Receipt, read_receipt
 
 
 @dataclass(frozen=True)
 class WeightsSummary:
     """`dtypes`: bytes on disk by the name of what they are stored as, most first.
 
-    `receipt`: what `chatserve quality` has measured, if it has.
+    `receipt`: what `chatserve quality` has measured of these weights, if it has.
     """
 
     architecture: str
     num_parameters: int
     dtypes: Mapping[str, int]
     fingerprint: str
-    receipt: Mapping[str, Any] | None
+    receipt: Receipt | None
 
     @property
     def dtype(self) -> str:
@@ -43,21 +40,14 @@ def summarise(path: Path) -> WeightsSummary:
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
         infos = checkpoint.weights.tensors().values()
+        fingerprint = weights_fingerprint(checkpoint)
         return WeightsSummary(
             architecture=_architecture(checkpoint.config),
             num_parameters=sum(math.prod(info.shape) for info in infos),
             dtypes=_dtypes(checkpoint),
-            fingerprint=weights_fingerprint(checkpoint),
-            receipt=read_receipt(path),
+            fingerprint=fingerprint,
+            receipt=read_receipt(path, fingerprint),
         )
-
-
-def read_receipt(path: Path) -> dict[str, Any] | None:
-    """The receipt beside the weights; None where there is none that can be read."""
-    try:
-        return read_json(path if path.is_dir() else path.parent, RECEIPT_NAME)
-    except ModelLoadError:
-        return None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

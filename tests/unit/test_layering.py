@@ -22,6 +22,7 @@ ARROWS = {
     "engine": {"models", "hub"},
     "server": {"engine", "models", "protocol", "flags", "byte_bar", "hub"},
     "cli": {"protocol"},
+    "quality": {"engine", "models", "kernels"},
     "doctor": {"server", "engine", "models", "kernels", "hub", "cache"},
 }
 LIGHT = {"cli", "protocol", "flags"} | SHARED

@@ -15,8 +15,7 @@ from chatserve.flags import CommandParser
 from chatserve.settings import setting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from chatserve.models.receipt import Receipt
     from chatserve.models.weights_summary import WeightsSummary
 
 
@@ -93,17 +92,24 @@ class _Row:
         about = self.summary
         known = {"dtype": about.dtype, **dataclasses.asdict(about)} if about else {}
         names = (
-            "architecture", "num_parameters", "dtype", "dtypes", "fingerprint", "receipt",
+            "architecture", "num_parameters", "dtype", "dtypes", "fingerprint",
         )  # fmt: skip
         return {
             **dataclasses.asdict(self.model),
             **{name: known.get(name) for name in names},
+            "receipt": about.receipt.as_json() if about and about.receipt else None,
             "fault": self.fault,
         }
 
 
-def _receipt(receipt: Mapping[str, Any] | None) -> str:
-    return "no receipt" if receipt is None else "receipt"
+def _receipt(receipt: Receipt | None) -> str:
+    """Each form and its mean KL divergence, where that still holds."""
+    if receipt is None:
+        return "no receipt"
+    if not receipt.is_current:
+        return "old receipt"
+    forms = [f"{each.form.name} KL {each.mean_kl:.4f}" for each in receipt.measurements]
+    return one_line(", ".join(forms))
 
 
 def _title(model: hub.CachedModel) -> str:

@@ -294,6 +294,14 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
   return CS_OK;
 }
 
+int cs_network_rows(const cs_network* network, int num_rows, float* out) {
+  const NetworkShape& shape = network->network.shape();
+  if (!is_count(num_rows, shape.max_rows)) return CS_BAD_ARGUMENT;
+  std::memcpy(out, network->network.rows(),
+              sizeof(float) * static_cast<size_t>(num_rows) * shape.hidden);
+  return CS_OK;
+}
+
 cs_pool* cs_pool_create(const cs_shape* s, int num_blocks) {
   if (!is_valid(*s) || !is_count(num_blocks, kMaxBlocks)) return nullptr;
   const NetworkShape shape = {s->hidden, s->num_heads,  s->num_kv_heads, s->head_dim,      s->ffn,

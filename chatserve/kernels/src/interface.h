@@ -116,6 +116,8 @@ CS_API int cs_network_set_prefetch(cs_network* network, size_t one_row, size_t m
 // Adds the first thread's time of each part of a step to nanoseconds[CS_NUM_PARTS]; null: stop.
 CS_API int cs_network_set_profile(cs_network* network, uint64_t* nanoseconds);
 CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step);
+// out[num_rows][hidden]: the first rows of the last step, as the last layer has left them.
+CS_API int cs_network_rows(const cs_network* network, int num_rows, float* out);
 
 CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);
 CS_API void cs_pool_destroy(cs_pool* pool);

@@ -127,6 +127,8 @@ class Network {
   bool is_complete() const;
   // The caller has checked `input` against the shape and the pool.
   void forward(KVPool& pool, const StepInput& input);
+  // [max_rows][hidden]: what the last layer of the last step has left.
+  const float* rows() const { return x_.data(); }
 
  private:
   struct Job {  // of one KV head of one sequence

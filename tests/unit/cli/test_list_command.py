@@ -13,8 +13,9 @@ import pytest
 
 from chatserve.cli.commands.list import main
 from chatserve.hub_download import RECORD
-from chatserve.models.weights_summary import RECEIPT_NAME, summarise
-from tests import tiny
+from chatserve.models.receipt import receipt_of, write_receipt
+from chatserve.models.weights_summary import summarise
+from tests import receipts, tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +63,28 @@ def test_json_tells_all(models: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_line_each(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (models / "org--a" / RECEIPT_NAME).write_text('{"kl": 0.1}')
+    about = summarise(models / "org--a")
+    receipt = receipts.receipt(about.fingerprint)
+    write_receipt(models / "org--a", receipt, "<svg/>")
     assert main([]) == 0
     out, hint = capsys.readouterr()
     whole, damaged, why = out.splitlines()
     assert whole.split()[0] == "org/a" and damaged.split()[0] == "org/b"
-    about = summarise(models / "org--a")
-    for text in ("float32", "LlamaForCausalLM", about.fingerprint, "  receipt "):
+    for text in ("float32", "LlamaForCausalLM", about.fingerprint, "  int8 KL 0.0059 "):
         assert text in whole
     assert "?" in damaged and why.startswith("  damaged: ")
     assert whole.index(str(models)) == damaged.index(str(models))
     assert hint == "chat with one: chatserve chat org/a\n"
-    assert rows(capsys)[0]["receipt"] == {"kl": 0.1}
+    assert receipt_of(rows(capsys)[0]["receipt"]) == receipt
+
+
+def test_an_old_receipt_is_called_old(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = summarise(models / "org--a")
+    old = receipts.receipt(about.fingerprint, version="0.0.0")
+    write_receipt(models / "org--a", old, "<svg/>")
+    assert main([]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "  old receipt " in line and "KL" not in line
 
 
 def test_names_cannot_drive_the_terminal(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

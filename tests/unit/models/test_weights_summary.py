@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from chatserve.errors import ModelLoadError
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.fingerprint import weights_fingerprint
-from chatserve.models.weights_summary import RECEIPT_NAME, read_receipt, summarise
-from tests import tiny
+from chatserve.models.receipt import write_receipt
+from chatserve.models.weights_summary import summarise
+from tests import receipts, tiny
 from tests.unit.models.vocabularies import smollm2
 
 
@@ -64,15 +65,10 @@ def test_the_largest_share_is_the_dtype(folder: Path) -> None:
     assert list(summarise(folder).dtypes) == ["bfloat16", "float32"]
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [('{"kl": 1}', {"kl": 1}), ("[]", None), ("{", None), (b"\xff", None)],
-)
-def test_receipts(folder: Path, content: str | bytes, expected: dict[str, int] | None) -> None:
-    data = content if isinstance(content, bytes) else content.encode()
-    (folder / RECEIPT_NAME).write_bytes(data)
-    assert summarise(folder).receipt == expected
-    assert read_receipt(folder / "model.gguf") == expected
+def test_its_receipt(folder: Path) -> None:
+    receipt = receipts.receipt(fingerprint(folder))
+    write_receipt(folder, receipt, "<svg/>")
+    assert summarise(folder).receipt == receipt
 
 
 def test_damaged_weights(folder: Path) -> None:
