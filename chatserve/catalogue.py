@@ -69,6 +69,8 @@ _CHAINS = (
     Chain("stackllama-7b", "LLaMA-7B", ("trl-lib/llama-7b-se-peft", "trl-lib/llama-7b-se-rl-peft")),
 )
 CHAINS = {chain.name: chain for chain in _CHAINS}
+DELTAS = frozenset(chain.parts[0] for chain in _CHAINS if chain.is_delta)
+"""Hub ids of delta weights."""
 
 NOTES = {
     "trl-lib/llama-7b-se-rm-peft": (

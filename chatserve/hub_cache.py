@@ -9,23 +9,28 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from chatserve import cache, config
-from chatserve.catalogue import ALIASES
+from chatserve.catalogue import ALIASES, DELTAS
 from chatserve.errors import ModelLoadError
 from chatserve.hub_reference import DEFAULT_REVISION, RECORD, Reference
 
+Kind = Literal["model", "delta", "adapter"]
+
+_ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in chatserve's cache; `name` is what to type for it."""
+    """A model in chatserve's cache, or a part of one; `name` is what to type for it."""
 
     name: str
     revision: str
     num_bytes: int
     path: Path
+    kind: Kind = "model"
 
 
 def cached_models() -> list[CachedModel]:
@@ -39,7 +44,8 @@ def cached_models() -> list[CachedModel]:
             name, revision = names.get(model_id, model_id), str(record.get("revision"))
             if isinstance(gguf, str):
                 name, path = f"{model_id}:{gguf.removesuffix('.gguf')}", path / gguf
-            models.append(CachedModel(name, revision, _num_bytes(path), path))
+            kind = _kind(path, model_id)
+            models.append(CachedModel(name, revision, _num_bytes(path), path, kind))
         elif path.name == config.DEFAULT_WEIGHTS:
             models += [
                 CachedModel(path.name, DEFAULT_REVISION, file.stat().st_size, file)
@@ -64,7 +70,7 @@ def is_whole(folder: Path) -> bool:
         with contextlib.suppress(ModelLoadError):
             find_weight_files(folder)
             return True
-    is_adapter = (folder / "adapter_config.json").is_file()
+    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
     return is_adapter and any((folder / name).is_file() for name in _ADAPTER_WEIGHTS)
 
 
@@ -117,6 +123,13 @@ def _find_in_hub_cache(reference: Reference) -> Path | None:
     if reference.gguf is None and is_whole(folder):
         return folder
     return _choose_gguf(sorted(folder.glob("*.gguf")), reference)
+
+
+def _kind(path: Path, model_id: str) -> Kind:
+    if model_id in DELTAS:
+        return "delta"
+    is_adapter = (path / _ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    return "adapter" if is_adapter else "model"
 
 
 def _num_bytes(path: Path) -> int:

@@ -92,7 +92,7 @@ def check_cache() -> Finding:
     folder = cache.models_folder()
     models = hub.cached_models()
     num_bytes = sum(model.num_bytes for model in models)
-    partial = [path for path in folder.glob(".partial-*") if path.is_dir()]
+    partial = [path for path in folder.glob(".*-*") if _is_half(path)]
     existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     facts = {
@@ -107,10 +107,15 @@ def check_cache() -> Finding:
         way_out = "free some space, or set CHATSERVE_HOME to a folder on another disk"
         return Finding("cache", "warn", text, way_out, facts)
     if partial:
-        names = ", ".join(path.name.removeprefix(".partial-") for path in partial)
+        names = ", ".join(sorted(path.name.partition("-")[2] for path in partial))
         way_out = "`chatserve pull` goes on where it stopped"
         return Finding("cache", "warn", f"{text}; half downloaded: {names}", way_out, facts)
     return Finding("cache", "ok", text, facts=facts)
+
+
+def _is_half(path: Path) -> bool:
+    """A download, or the making of a model of several, that was interrupted."""
+    return path.name.startswith((".partial-", ".chain-")) and path.is_dir()
 
 
 def check_hub(*, is_online: bool) -> Finding:

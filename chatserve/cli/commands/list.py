@@ -25,7 +25,7 @@ class ListConfig:
 
     json: bool = setting(
         False,
-        "print JSON: name, revision, num_bytes, path, architecture, num_parameters, dtype, "
+        "print JSON: name, revision, num_bytes, path, kind, architecture, num_parameters, dtype, "
         "dtypes, fingerprint, receipt, fault",
     )
 
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
         print("  ".join([*aligned, one_line(str(row.model.path))]))
         if row.fault:
             print(f"  damaged: {one_line(row.fault)}")
-    print(f"chat with one: chatserve chat {_argument(rows[0].model)}", file=sys.stderr)
+    if whole := [row.model for row in rows if row.model.kind == "model" and not row.fault]:
+        print(f"chat with one: chatserve chat {_argument(whole[0])}", file=sys.stderr)
     return 0
 
 
@@ -66,6 +67,8 @@ class _Row:
 
     @staticmethod
     def of(model: hub.CachedModel) -> _Row:
+        if model.kind != "model":
+            return _Row(model, None, None)
         from chatserve.models.weights_summary import summarise
 
         try:
@@ -75,6 +78,8 @@ class _Row:
 
     def cells(self) -> list[str]:
         size = f"{self.model.num_bytes / 1e6:,.1f} MB".rjust(13)
+        if self.model.kind != "model":
+            return [_title(self.model), size, self.model.kind, *["-"] * 4]
         if self.summary is None:
             return [_title(self.model), size, *["?"] * 5]
         about = self.summary

@@ -50,6 +50,7 @@ def test_json_tells_all(models: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "revision": "main",
         "num_bytes": sum(file.stat().st_size for file in (models / "org--a").iterdir()),
         "path": str(models / "org--a"),
+        "kind": "model",
         "architecture": "LlamaForCausalLM",
         "num_parameters": about.num_parameters,
         "dtype": "float32",
@@ -76,6 +77,26 @@ def test_a_line_each(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole.index(str(models)) == damaged.index(str(models))
     assert hint == "chat with one: chatserve chat org/a\n"
     assert receipt_of(rows(capsys)[0]["receipt"]) == receipt
+
+
+def test_a_part_of_a_model_is_not_called_damaged(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what to chat with is a whole model, though it comes later."""
+    for name, file in (("a--delta-v0", "config.json"), ("a--sft", "adapter_config.json")):
+        (models / name).mkdir()
+        (models / name / file).write_text("{}")
+        model_id = "lmsys/vicuna-7b-delta-v0" if "delta" in name else "a/sft"
+        record = {"id": model_id, "revision": "main"}
+        (models / name / RECORD).write_text(json.dumps(record))
+    assert main([]) == 0
+    out, hint = capsys.readouterr()
+    adapter, _, _, why, delta = out.splitlines()
+    assert adapter.split()[:5] == ["a/sft", "0.0", "MB", "adapter", "-"]
+    assert delta.split()[:5] == ["vicuna-7b-delta-v0", "0.0", "MB", "delta", "-"]
+    assert why.startswith("  damaged: ") and out.count("damaged") == 1
+    assert hint == "chat with one: chatserve chat org/a\n"
+    assert [row["kind"] for row in rows(capsys)] == ["adapter", "model", "model", "delta"]
 
 
 def test_an_old_receipt_is_called_old(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

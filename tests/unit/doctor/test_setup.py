@@ -115,9 +115,11 @@ def test_a_cache_that_is_not_there_yet(home: Path) -> None:
 
 
 def test_half_a_download(home: Path) -> None:
-    put_model(home, ".partial-org--a")
+    for name in (".partial-org--a", ".chain-vicuna-7b-v0", ".lock-org--b"):
+        put_model(home, name)
     found = check_cache()
-    assert found.status == "warn" and found.text.endswith("; half downloaded: org--a")
+    assert found.status == "warn" and found.facts["num_partial"] == 2
+    assert found.text.endswith("; half downloaded: org--a, vicuna-7b-v0")
     assert "chatserve pull" in (found.way_out or "")
 
 
