@@ -21,14 +21,13 @@ from chatserve.errors import DoesNotFit, UsageError
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import is_native
 from chatserve.models.device import DevicePolicy
-from chatserve.models.device_map import BLOCKS_ON_THE_WAY, GPU, DeviceMap, map_devices
-from chatserve.models.form import native_config
+from chatserve.models.device_map import BLOCKS_ON_THE_WAY, GPU, DeviceMap
 from chatserve.models.memory import available_bytes, available_host_bytes, in_gb, parse_size
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, part_bytes, plan_memory
 from chatserve.models.placed_llama import PlacedLlama
+from chatserve.models.spread import Room, spread
 
 _USUAL_CONTEXT = 4096  # tokens, whose keys and values a map has room for where nobody asked
-_HOST_SHARE = 0.9  # of the free main memory; the rest is the system's
 _GPU_NAME = re.compile(r"\d{1,3}|(GPU|MIG)-[0-9A-Za-z-]{4,80}")
 
 
@@ -103,26 +102,27 @@ def choose_device_map(
     """
     if options.flag is None:
         return None
-    gpus = _free_gpus(policy, options)
-    if len(gpus) == 1 and options.max_gpu_memory is None and not options.cpu_offloading:
+    free = _free_gpus(policy, options)
+    if len(free) == 1 and options.max_gpu_memory is None and not options.cpu_offloading:
         return None
     if not is_native(checkpoint.config):
         raise UsageError(
             f"{options.flag}: only the Llama family's networks are spread over devices, this one "
             "runs through transformers; leave the flag out"
         )
-    plan = plan_memory(checkpoint, torch_policy(policy), max_rows=max_rows)
-    rooms = [
-        GPU(name, room, min(room, options.limit_bytes or room))
-        for name, free in gpus.items()
-        for room in [max(0, free - plan.working_bytes)]
-    ]
+    policy = torch_policy(policy)
+    plan = plan_memory(checkpoint, policy, max_rows=max_rows)
+    room = Room(tuple(free.items()), options.limit_bytes)
+    if options.cpu_offloading:
+        room = dataclasses.replace(
+            room, host_bytes=available_host_bytes(), disk_bytes=_free_disk_bytes(folder)
+        )
     wanted = min(plan.context, context or _USUAL_CONTEXT)
-    for tokens in (wanted, min(wanted, MIN_CONTEXT)):
-        device_map = _map(checkpoint, policy, rooms, plan, tokens, options.cpu_offloading, folder)
+    for num_tokens in (wanted, min(wanted, MIN_CONTEXT)):
+        device_map = spread(checkpoint, policy, plan, room, num_tokens)
         if device_map is not None:
             return None if device_map.is_single else device_map
-    raise DoesNotFit(_too_small(checkpoint, plan, rooms, options))
+    raise DoesNotFit(_too_small(checkpoint, plan, room.for_weights(plan), options))
 
 
 def torch_policy(policy: DevicePolicy) -> DevicePolicy:
@@ -144,27 +144,6 @@ def free_for_tokens(model: PlacedLlama, plan: MemoryPlan) -> int:
         room -= min(num_carried, BLOCKS_ON_THE_WAY) * block_bytes
         rooms.append(max(0, room) * num_blocks // count)
     return plan.working_bytes + min(rooms)
-
-
-def _map(
-    checkpoint: Checkpoint,
-    policy: DevicePolicy,
-    gpus: Sequence[GPU],
-    plan: MemoryPlan,
-    num_tokens: int,
-    can_offload: bool,
-    folder: Path,
-) -> DeviceMap | None:
-    config = native_config(checkpoint)
-    return map_devices(
-        part_bytes(config, torch_policy(policy)),
-        config.num_layers,
-        num_tokens * plan.kv_bytes_per_token // config.num_layers,
-        gpus,
-        is_tied=config.is_tied,
-        host_bytes=int(available_host_bytes() * _HOST_SHARE) if can_offload else 0,
-        disk_bytes=_free_disk_bytes(folder) if can_offload else 0,
-    )
 
 
 def _free_gpus(policy: DevicePolicy, options: GPUOptions) -> Mapping[str, int]:

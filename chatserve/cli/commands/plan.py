@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from chatserve import config
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chatserve.models.checkpoint import Checkpoint
     from chatserve.models.form import PlainForm
     from chatserve.models.memory_plan import MemoryPlan
+    from chatserve.models.spread import Room
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,31 @@ class PlanConfig:
         "auto", "plan for this kind; default: all that are here",
         choices=("auto", "cpu", "cuda", "mps"),
     )  # fmt: skip
+    num_gpus: int | None = setting(
+        None, "spread the model over so many GPUs; each has what --memory says", metavar="N",
+        ge=1, le=64,
+    )  # fmt: skip
+    max_gpu_memory: str | None = setting(
+        None, "weights on each GPU take at most so much, as in 13GiB", metavar="SIZE"
+    )
+    cpu_offloading: bool = setting(
+        False, "keep layers that no GPU has room for in this machine's main memory"
+    )
     json: bool = setting(False, "print JSON: bytes of each part in each form on each device")
     revision: str = setting("main", "revision of a hub id")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Memory that a model may go into: a device that is here, or a size that somebody named."""
+    """Memory that a model may go into: a device that is here, or a size that somebody named.
+
+    `room`: of several GPUs, or of one and main memory, over which it is spread.
+    """
 
     name: str
     kind: str
     memory_bytes: int
+    room: Room | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class Row:
     plan: MemoryPlan | None
     fits: bool
     reason: str = ""
+    device_map: str = ""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.flags(argv)
     weights = flags.pop("weights", None)
     options = config.build(PlanConfig, flags)
-    sizes = [_parse_memory(text) for text in options.memory]
+    sizes = [_parse_memory("--memory", text) for text in options.memory]
 
     from chatserve import hub
     from chatserve.models.checkpoint import open_checkpoint
@@ -85,9 +101,7 @@ def main(argv: Sequence[str]) -> int:
     path = hub.resolve_weights(weights, revision=options.revision, offline=True)
     checkpoint = open_checkpoint(path, headers_only=True)
     with closing(checkpoint.weights):
-        tables = {
-            place: _rows(checkpoint, place, options) for place in _places(options.device, sizes)
-        }
+        tables = {place: _rows(checkpoint, place, options) for place in _places(options, sizes)}
         if options.json:
             print(json.dumps(_as_json(checkpoint, tables), indent=1))
         else:
@@ -97,12 +111,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse_memory(text: str) -> int:
+def _parse_memory(flag: str, text: str) -> int:
     from chatserve.models.memory import parse_size
 
     num_bytes = parse_size(text)
     if num_bytes is None:
-        raise UsageError(f"--memory {text!r} is no size of memory; write it as 16GB or 24GiB")
+        raise UsageError(f"{flag} {text!r} is no size of memory; write it as 16GB or 24GiB")
     return num_bytes
 
 
@@ -112,9 +126,12 @@ def _size(num_bytes: int) -> str:
     return in_gb(num_bytes) if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
 
 
-def _places(device: str, sizes: Sequence[int]) -> list[Place]:
+def _places(options: PlanConfig, sizes: Sequence[int]) -> list[Place]:
     from chatserve.models.hardware import gpu_kinds
 
+    device = options.device
+    if (options.num_gpus or 1) > 1 or options.max_gpu_memory or options.cpu_offloading:
+        return [_several(options, sizes)]
     if sizes:
         kind = device if device != "auto" else [*gpu_kinds(), "cpu"][0]
         return [Place(f"{_size(size)} of {kind} memory", kind, size) for size in sizes]
@@ -122,6 +139,38 @@ def _places(device: str, sizes: Sequence[int]) -> list[Place]:
     if device != "auto" and device not in here:
         raise UsageError(f"no {device} device is here; say how much it has, as in --memory 16GB")
     return [place for kind in here if device in ("auto", kind) for place in _free(kind)]
+
+
+def _several(options: PlanConfig, sizes: Sequence[int]) -> Place:
+    """The GPUs over which a worker with these flags would spread the model."""
+    from chatserve.models.hardware import gpu_kinds
+    from chatserve.models.memory import available_host_bytes
+    from chatserve.models.spread import Room
+
+    if options.device not in ("auto", "cuda"):
+        raise UsageError(f"--device {options.device}: models are spread over CUDA devices alone")
+    count = options.num_gpus or max(1, len(sizes))
+    if not sizes:
+        here = _free("cuda") if "cuda" in gpu_kinds() else []
+        sizes = [place.memory_bytes for place in here[:count]]
+    elif len(sizes) == 1:
+        sizes = [sizes[0]] * count
+    if len(sizes) < count or not sizes:
+        raise UsageError(
+            f"{count} CUDA devices are wanted and {len(sizes)} are known; say how much each has, "
+            "as in --memory 24GB"
+        )
+    limit = options.max_gpu_memory
+    host_bytes = available_host_bytes() if options.cpu_offloading else 0
+    room = Room(
+        tuple((f"cuda:{index}", size) for index, size in enumerate(sizes[:count])),
+        limit_bytes=_parse_memory("--max-gpu-memory", limit) if limit else None,
+        host_bytes=host_bytes,
+    )
+    name = f"{' + '.join(map(_size, sizes[:count]))} of cuda memory"
+    if host_bytes:
+        name += f", {_size(host_bytes)} of main memory free"
+    return Place(name, "cuda", sum(sizes[:count]) + host_bytes, room)
 
 
 def _free(kind: str) -> list[Place]:
@@ -155,8 +204,26 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
         plan = plan_memory(
             checkpoint, held, context=options.context, concurrency=options.concurrency
         )
-        rows.append(Row(form, flags, plan, plan.fits(place.memory_bytes)))
+        if place.room is None:
+            rows.append(Row(form, flags, plan, plan.fits(place.memory_bytes)))
+        else:
+            rows.append(_spread_row(checkpoint, Row(form, flags, plan, False), held, place.room))
     return rows
+
+
+def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -> Row:
+    from chatserve.models.config import is_native
+    from chatserve.models.spread import spread
+
+    assert row.plan is not None
+    if not is_native(checkpoint.config):
+        raise UsageError("only the Llama family's networks are spread over several devices")
+    taken = row.plan.process_bytes  # by the driver, on each
+    left = replace(room, gpus=tuple((name, size - taken) for name, size in room.gpus))
+    device_map = spread(checkpoint, held, row.plan, left, row.plan.num_kv_tokens)
+    if device_map is None:
+        return row
+    return replace(row, fits=True, device_map=device_map.describe())
 
 
 def _flags(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
@@ -191,9 +258,13 @@ def _use(row: Row, rows: Sequence[Row], place: Place) -> str:
     """What to do where `row` does not fit: another form, or a shorter context; else more memory."""
     fitting = next((other for other in rows if other.fits), None)
     if fitting:
-        own = row.plan.context_within(place.memory_bytes) if row.plan else 0
+        can_shrink = row.plan is not None and place.room is None
+        own = row.plan.context_within(place.memory_bytes) if can_shrink and row.plan else 0
         shorter = f" or --context-length {own}" if own else ""
         return f"use {fitting.flags or fitting.form}{shorter}"
+    if place.room is not None:
+        offloading = "" if place.room.host_bytes else "--cpu-offloading, "
+        return f"use {offloading}more GPUs or a smaller model"
     planned = [(other, other.plan) for other in rows if other.plan]
     for other, plan in planned:
         if context := plan.context_within(place.memory_bytes):
@@ -221,7 +292,9 @@ def _why(name: str, tables: dict[Place, list[Row]]) -> str:
 def _as_json(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> dict[str, Any]:
     plans = [
         {
-            **asdict(place),
+            "name": place.name,
+            "kind": place.kind,
+            "memory_bytes": place.memory_bytes,
             "forms": [_row_as_json(row, rows, place) for row in rows],
         }
         for place, rows in tables.items()
@@ -246,6 +319,7 @@ def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
         "activation_bytes": plan.activation_bytes,
         "slack_bytes": plan.slack_bytes,
         "total_bytes": plan.total_bytes,
+        **({"device_map": row.device_map} if row.device_map else {}),
     }
 
 
@@ -272,3 +346,5 @@ def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
             flags = f" ({row.flags})" if row.flags else ""
             verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(row, rows, place)}"
             print(f"  {row.form:<6} {figures}  {verdict}")
+            if row.device_map:
+                print(f"         {row.device_map}")

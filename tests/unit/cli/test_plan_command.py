@@ -253,6 +253,71 @@ def test_the_processors_flags_tell_of_bfloat16(
     assert hardware.multiplies_bfloat16() is expected
 
 
+def test_several_gpus_share_a_model_and_say_which_layers(
+    vicuna: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(vicuna), "--memory", "16GB", "--num-gpus", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "16.0 GB + 16.0 GB of cuda memory"
+    assert lines[4].endswith("30.4 GB  fits")
+    assert lines[5] == "         cuda:0 layers 0-19, cuda:1 layers 20-39"
+    forms = planned(capsys, vicuna, "--memory", "20GB,12.5GB", "--num-gpus", "2")
+    assert forms["half"]["device_map"] == "cuda:0 layers 0-24, cuda:1 layers 25-39"
+    argv = (vicuna, "--memory", "16GB", "--num-gpus", "2", "--max-gpu-memory", "12GB")
+    assert not planned(capsys, *argv)["half"]["fits"]
+
+
+def test_offloading_counts_this_machines_memory(
+    vicuna: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 20_000_000_000)
+    argv = (vicuna, "--memory", "10GB", "--cpu-offloading")
+    forms = planned(capsys, *argv)
+    assert forms["half"]["use"] == "use --load-8bit"
+    assert forms["8-bit"]["device_map"].startswith("cuda:0 layers 0-")
+    assert forms["8-bit"]["device_map"].endswith("-39") and ", cpu " in forms["8-bit"]["device_map"]
+    assert main([*map(str, argv)]) == 0
+    assert "10.0 GB of cuda memory, 20.0 GB of main memory free" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1)
+    with pytest.raises(DoesNotFit, match="use more GPUs or a smaller model"):
+        main([*map(str, argv)])
+    with pytest.raises(DoesNotFit, match="use --cpu-offloading, more GPUs or a smaller model"):
+        main([str(vicuna), "--memory", "5GB", "--num-gpus", "2"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-gpus", "2"), "2 CUDA devices are wanted and 0 are known; say how much each has"),
+        (("--num-gpus", "3", "--memory", "8GB,9GB"), "3 CUDA devices are wanted and 2 are known"),
+        (("--cpu-offloading", "--device", "cpu"), "--device cpu: models are spread over CUDA"),
+        (("--memory", "8GB", "--max-gpu-memory", "x"), "--max-gpu-memory 'x' is no size of memory"),
+    ],
+)
+def test_spreading_over_what_nobody_knows_is_refused(
+    options: tuple[str, ...], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "gpu_kinds", list)
+    with pytest.raises(UsageError, match=message):
+        main([str(folder), *options])
+
+
+def test_the_gpus_here_are_asked_before_a_model_is_spread_over_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "gpu_kinds", lambda: ["cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 6_000_000_000)
+    assert main([str(folder), "--num-gpus", "2"]) == 0
+    assert "\n6.0 GB + 6.0 GB of cuda memory\n" in capsys.readouterr().out
+
+
+def test_other_families_are_not_spread(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "neox", "gpt_neox")
+    with pytest.raises(UsageError, match="only the Llama family's networks are spread"):
+        main([str(tmp_path / "neox"), "--memory", "8GB", "--num-gpus", "2"])
+
+
 def test_it_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
     with pytest.raises(Exception, match="offline"):
