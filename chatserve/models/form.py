@@ -63,11 +63,21 @@ def item_bytes(form: Form) -> int:
 
 
 def native_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The config, tied when the checkpoint has no head of its own."""
+    """The config, tied when the checkpoint has no head of its own.
+
+    Raises `ModelLoadError` naming the file, and the key that is missing or wrong.
+    """
     has_head = "lm_head.weight" in checkpoint.weights.tensors()
     content = dict(checkpoint.config)
     content["tie_word_embeddings"] = content.get("tie_word_embeddings", False) or not has_head
-    return ModelConfig.from_hf(content)
+    try:
+        return ModelConfig.from_hf(content)
+    except ModelLoadError as error:
+        # of a .gguf file the content stands in its header
+        what = error.message.replace(
+            "config.json", "its header" if checkpoint.metadata else "config.json"
+        )
+        raise ModelLoadError(f"{checkpoint.path}: {what}") from error
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
