@@ -217,7 +217,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_shard_names_are_plain_and_nothing_outside_is_opened(tmp_path: Path, name: str) -> None:
+def test_shard_names_are_plain(tmp_path: Path, name: str) -> None:
     folder = make_folder(tmp_path / "m", "safetensors sharded")
     save_file(TENSORS, tmp_path / "x.safetensors")
     edit_index(folder, **{NAMES[0]: name})
