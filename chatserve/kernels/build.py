@@ -25,7 +25,7 @@ _FLAGS = (
     # each product is rounded where the source says so, whatever the level or the batch
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
-_COMMON = ("memory", "team", "network", "sampling", "interface")
+_COMMON = ("memory", "team", "adapter", "network", "sampling", "interface")
 _LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         # GCC 12 warns about its own headers

@@ -29,12 +29,17 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 6
+VERSION = 8
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
 PANEL_ROWS = 32
 """Output rows that are packed together."""
+SPAN_ROWS = 16
+"""Output rows that an adapter's ranks change together."""
+RANK_UNIT = 4
+MAX_RANK = 1 << 12
+"""Of one matrix in an adapter, all fused parts together."""
 BLOCK_SIZE = 32
 """Tokens of a KV block."""
 MAX_THREADS = 64
@@ -90,6 +95,15 @@ class Ends(Structure):
     )
 
 
+class LowRank(Structure):
+    """`cs_low_rank`: addresses of what an adapter adds to one matrix."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b", "scales", "spans")),
+        *((name, c_int32) for name in ("rank", "num_b")),
+    )  # fmt: skip
+
+
 class Step(Structure):
     """`cs_step`: addresses of one step's int32 arrays, and of its float32 logits."""
 
@@ -97,7 +111,7 @@ class Step(Structure):
         *((name, c_int32) for name in ("num_rows", "num_segments", "num_outputs")),
         *((name, c_void_p) for name in (
             "tokens", "positions", "segment_starts", "segment_rows", "block_tables",
-            "output_rows", "logits",
+            "adapters", "output_rows", "logits",
         )),
         ("logits_stride", c_size_t),
         ("sampler", c_void_p),
@@ -140,6 +154,8 @@ _FUNCTIONS = {
     "cs_network_set_prefetch": (c_int, c_void_p, c_size_t, c_size_t),
     "cs_network_set_profile": (c_int, c_void_p, c_void_p),
     "cs_network_forward": (c_int, c_void_p, c_void_p, POINTER(Step)),
+    "cs_adapter_create": (c_void_p, POINTER(Shape), POINTER(LowRank)),
+    "cs_adapter_destroy": (None, c_void_p),
     "cs_network_rows": (c_int, c_void_p, c_int, c_void_p),
     "cs_pool_create": (c_void_p, POINTER(Shape), c_int),
     "cs_pool_destroy": (None, c_void_p),

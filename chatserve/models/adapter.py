@@ -7,6 +7,7 @@ no device; what is done with the pairs (`merge`) is not decided here.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.adapter_config import ADAPTER_CONFIG, AdapterConfig, is_adapter, is_value_head
+from chatserve.models.adapter_places import Place, adapter_places
 from chatserve.models.config import ModelConfig
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
@@ -57,15 +59,23 @@ class Adapter:
     base: str | None = None
 
 
-def load_adapter(path: Path, config: ModelConfig, *, name: str | None = None) -> Adapter:
+def load_adapter(
+    path: Path,
+    config: ModelConfig,
+    *,
+    name: str | None = None,
+    admit: Callable[[int], None] = lambda num_values: None,
+) -> Adapter:
     """The adapter in the folder `path`, called `name` or as the folder, for a base of `config`.
 
-    Raises `ModelLoadError` when it is damaged, not LoRA alone, or does not fit the base.
+    `admit` is asked, before they are read, whether there is room for so many numbers. Raises
+    `ModelLoadError` when it is damaged, not LoRA alone, or does not fit the base.
     """
     settings = AdapterConfig.read(_folder(path))
     with closing(_open_weights(path)) as weights:
         parts = _Parts(path, settings, weights.tensors())
-        parts.check(_matrices(config), config)
+        parts.check(adapter_places(config), config)
+        admit(parts.num_values)
         pairs = {
             f"{module}.weight": LoraPair(
                 _read(path, weights, names["A"]),
@@ -134,7 +144,12 @@ class _Parts:
                 "holds no LoRA weights: early training scripts saved empty files; get another copy"
             )
 
-    def check(self, matrices: Mapping[str, tuple[int, int]], config: ModelConfig) -> None:
+    @property
+    def num_values(self) -> int:
+        names = (name for pair in self.by_module.values() for name in pair.values())
+        return sum(math.prod(self._infos[name].shape) for name in names)
+
+    def check(self, matrices: Mapping[str, Place], config: ModelConfig) -> None:
         """That every pair fits its matrix, and every target has its pair."""
         for module, names in self.by_module.items():
             if module not in matrices:
@@ -142,7 +157,8 @@ class _Parts:
             for part in "AB":
                 if part not in names:
                     raise self._bad(f"lacks lora_{part} of {module!r}; get it again")
-            self._check_pair(module, names, matrices[module])
+            place = matrices[module]
+            self._check_pair(module, names, (place.rows, place.columns))
         expected = self._settings.expected(matrices)
         if expected is None:
             return
@@ -181,29 +197,6 @@ class _Parts:
 
     def _bad(self, reason: str) -> ModelLoadError:
         return ModelLoadError(f"{self._path}: the adapter {reason}")
-
-
-def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every matrix that an adapter may change: module and (out, in)."""
-    hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    attention, keys = config.num_heads * dim, config.num_kv_heads * dim
-    block = {
-        "self_attn.q_proj": (attention, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, attention),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    matrices = {
-        f"model.layers.{layer}.{module}": shape
-        for layer in range(config.num_layers)
-        for module, shape in block.items()
-    }
-    if not config.is_tied:
-        matrices["lm_head"] = (config.vocab_size, hidden)
-    return matrices
 
 
 def _why_no_matrix(module: str, config: ModelConfig) -> str:

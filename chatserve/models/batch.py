@@ -16,18 +16,27 @@ import torch
 from chatserve.models.kernel_sampler import Ahead
 
 
+class NetworkAdapter(Protocol):
+    """A LoRA adapter in the form that one network computes with; see `Model.build_adapter`."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Segment:
     """The rows of one sequence in a flat batch, side by side, in the order of their positions.
 
     `start` and `num_tokens` are rows of the batch; `num_past` tokens are in the pool already.
-    `block_ids` has room for `num_past + num_tokens` tokens, or more.
+    `block_ids` has room for `num_past + num_tokens` tokens, or more. `adapter`, which the network
+    has built, changes what these rows are multiplied with, and no other row.
     """
 
     start: int
     num_tokens: int
     num_past: int
     block_ids: Sequence[int]
+    adapter: NetworkAdapter | None = None
 
     @property
     def num_total(self) -> int:

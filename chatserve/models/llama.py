@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from chatserve.models.adapter import Adapter
+from chatserve.models.adapter_places import MATRICES, num_matrices
 from chatserve.models.attention import attend_batch
 from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
@@ -24,18 +26,28 @@ from chatserve.models.destinations import (
 )
 from chatserve.models.device import DevicePolicy
 from chatserve.models.kv_pool import Placement, TorchKVPool
-from chatserve.models.linear import Linear, Parameter, build_matrix
+from chatserve.models.linear import Linear, Matrix, Parameter, build_matrix
 from chatserve.models.rope import RotaryTable, rotate
+from chatserve.models.torch_adapter import AdaptedRows, TorchAdapter
 
 
 @dataclass(frozen=True)
 class Step:
-    """What every layer needs to know of a batch: its angles (N, ·), and its place in the pool."""
+    """What every layer needs to know of a batch: its angles (N, ·), its place in the pool, and
+    which rows have an adapter."""
 
     cos: torch.Tensor
     sin: torch.Tensor
     pool: TorchKVPool
     placement: Placement
+    adapted: AdaptedRows | None = None
+
+    def product(self, matrix: Matrix, x: torch.Tensor, index: int) -> torch.Tensor:
+        """x times `matrix`, which is the `index`-th of those that adapters change."""
+        y = matrix(x)
+        if self.adapted is not None:
+            self.adapted.change(y, x, index)
+        return y
 
 
 class RMSNorm:
@@ -77,7 +89,9 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         cos, sin = step.cos, step.sin
-        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)  # (N, H + 2K, D)
+        first = len(MATRICES) * self._layer
+        heads = step.product(self.qkv, x, first)
+        heads = heads.view(x.shape[0], -1, self._head_dim)  # (N, H + 2K, D)
         num_heads, num_kv_heads, _ = self._heads
         values = heads[:, num_heads + num_kv_heads :]
         if self.query_norm is None or self.key_norm is None:
@@ -96,21 +110,24 @@ class Attention:
             backend=self._backend,
             window=self._window,
         )
-        return self.output(mixed)
+        return step.product(self.output, mixed, first + 1)
 
 
 class MLP:
     """down(silu(gate x) * up x) with gate and up fused."""
 
-    def __init__(self, config: ModelConfig, policy: DevicePolicy) -> None:
+    def __init__(self, config: ModelConfig, layer: int, policy: DevicePolicy) -> None:
         hidden, bias = config.hidden_size, config.has_mlp_bias
+        self._layer = layer
         self._size = config.intermediate_size
         self.gate_up = build_matrix(2 * self._size, hidden, bias=bias, policy=policy)
         self.down = build_matrix(hidden, self._size, bias=bias, policy=policy)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        both = self.gate_up(x)  # (N, 2F)
-        return self.down(F.silu(both[:, : self._size]) * both[:, self._size :])
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        first = len(MATRICES) * self._layer
+        both = step.product(self.gate_up, x, first + 2)  # (N, 2F)
+        inner = F.silu(both[:, : self._size]) * both[:, self._size :]
+        return step.product(self.down, inner, first + 3)
 
 
 class Block:
@@ -120,11 +137,11 @@ class Block:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, policy)
         self.attention = Attention(config, layer, policy)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, policy)
-        self.mlp = MLP(config, policy)
+        self.mlp = MLP(config, layer, policy)
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), step)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), step)
 
     def targets(self) -> BlockTargets:
         attention, mlp = self.attention, self.mlp
@@ -167,20 +184,29 @@ class Llama:
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
         return TorchKVPool(num_blocks, block_size, self.device)
 
+    def build_adapter(self, adapter: Adapter) -> TorchAdapter:
+        """`adapter`, which fits `config`, for segments of this network's batches."""
+        return TorchAdapter(adapter, self.config, self.policy)
+
     def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
         """Logits (R, V) of the batch's output rows, in the dtype. Stores keys and values."""
         ids = torch.tensor(batch.token_ids, device=self.device)
         positions = torch.tensor(batch.positions, device=self.device)
         num_positions = max(segment.num_total for segment in batch.segments)
         cos, sin = self.rotary.at(positions, num_positions)
-        step = Step(cos, sin, pool, pool.place(batch.segments))
+        adapted = AdaptedRows.of(batch, self.device)
+        step = Step(cos, sin, pool, pool.place(batch.segments), adapted)
         x = self.embedding.embed(ids, self.policy.dtype)
         for block in self.blocks:
             x = block(x, step)
         if not batch.output_rows:
             return x.new_empty(0, self.vocab_size)
         rows = torch.tensor(batch.output_rows, device=self.device)
-        return self.head(self.norm(x[rows]))
+        x = self.norm(x[rows])
+        logits = self.head(x)
+        if adapted is not None:
+            adapted.select(batch.output_rows).change(logits, x, num_matrices(self.config) - 1)
+        return logits
 
     def destinations(self) -> Mapping[str, Destination]:
         """Every checkpoint tensor (Hugging Face names) and where it goes."""

@@ -24,7 +24,8 @@ import torch
 from chatserve.errors import DoesNotFit
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
-from chatserve.models.batch import Batch, Segment
+from chatserve.models.adapter import Adapter
+from chatserve.models.batch import Batch, NetworkAdapter, Segment
 from chatserve.models.config import ModelConfig
 from chatserve.models.destinations import (
     BlockTargets,
@@ -34,6 +35,7 @@ from chatserve.models.destinations import (
     destinations,
 )
 from chatserve.models.device import DevicePolicy
+from chatserve.models.kernel_adapter import KernelAdapter
 from chatserve.models.kernel_limits import HEAD_PACKING, padded
 from chatserve.models.kernel_matrix import (
     DTYPES,
@@ -206,7 +208,7 @@ class KernelLlama:
         self._stride = padded(config.vocab_size)
         self._logits: list[torch.Tensor] = []  # by number of rows
         self._network = 0
-        self._num_positions = 0
+        self._num_positions = 1
 
     @property
     def num_bytes(self) -> int:
@@ -238,6 +240,13 @@ class KernelLlama:
         pool.warm(num_warm_tokens(self.config.context_length) // block_size)
         return pool
 
+    def build_adapter(self, adapter: Adapter) -> KernelAdapter:
+        """`adapter`, which fits `config`, for segments of this network's batches.
+
+        May run beside a step. Raises `ModelLoadError`, and `DoesNotFit` when there is no memory.
+        """
+        return KernelAdapter(adapter, self.config, self._kernels, self._shape())
+
     def forward(self, batch: Batch, pool: KernelKVPool) -> torch.Tensor:
         """Logits (R, V) float32 of the batch's output rows, good until the next call.
 
@@ -257,10 +266,14 @@ class KernelLlama:
         ends = accumulate(map(len, parts), initial=0)
         tokens, positions, outputs, starts, counts, *tables = (address + 4 * end for end in ends)
         pointers = array("Q", tables[:-1])
+        if any(segment.adapter is not None for segment in segments):
+            pointers.extend(_handle(segment.adapter) for segment in segments)
+        table = pointers.buffer_info()[0]
+        adapters = table + 8 * len(segments) if len(pointers) > len(segments) else None
         logits = self._room_for(len(batch.output_rows))
         step = library.Step(
             len(batch.token_ids), len(segments), len(batch.output_rows),
-            tokens, positions, starts, counts, pointers.buffer_info()[0], outputs,
+            tokens, positions, starts, counts, table, adapters, outputs,
             logits.data_ptr(), self._stride,
         )  # fmt: skip
         if batch.ahead is not None:
@@ -366,3 +379,10 @@ class KernelLlama:
         for index, block in enumerate(self._blocks):
             layer = block.layer()
             check(self._functions.cs_network_set_layer(handle, index, ctypes.byref(layer)))
+
+
+def _handle(adapter: NetworkAdapter | None) -> int:
+    if adapter is None:
+        return 0
+    assert isinstance(adapter, KernelAdapter)
+    return adapter.handle

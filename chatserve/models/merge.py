@@ -84,12 +84,7 @@ def merge(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
     adapters: list[Adapter] = []
     for path in paths:
         adapter = load_adapter(path, config)
-        if any(adapter.fingerprint == other.get("fingerprint") for other in merged):
-            raise ModelLoadError(
-                f"{path}: this adapter is in the weights already, it must not be added twice; "
-                "leave it away"
-            )
-        _warn_of_other_base(adapter, checkpoint, merged)
+        check_base(adapter, checkpoint, merged)
         merged = [*merged, _record(adapter)]
         adapters.append(adapter)
         logger.info("adapter %s: %d matrices, %s", adapter.name, len(adapter.pairs), path)
@@ -98,6 +93,21 @@ def merge(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
         config={**checkpoint.config, MERGED_KEY: merged},
         weights=MergedWeights(checkpoint.weights, adapters),
     )
+
+
+def check_base(
+    adapter: Adapter, checkpoint: Checkpoint, merged: Sequence[Mapping[str, Any]]
+) -> None:
+    """That `adapter` is none of those `merged` into the weights; warns of a base of another name.
+
+    Raises `ModelLoadError`.
+    """
+    if any(adapter.fingerprint == other.get("fingerprint") for other in merged):
+        raise ModelLoadError(
+            f"{adapter.path}: this adapter is in the weights already, it must not be added twice; "
+            "leave it away"
+        )
+    _warn_of_other_base(adapter, checkpoint, merged)
 
 
 def _record(adapter: Adapter) -> dict[str, str | None]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from chatserve.errors import ModelLoadError
+from chatserve.models.adapter import Adapter
 from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
@@ -20,6 +22,7 @@ from chatserve.models.kv_pool import TorchKVPool
 from chatserve.models.llama import Block, Llama, Step
 from chatserve.models.offload import Carrier, StoredBlock
 from chatserve.models.rope import RotaryTable
+from chatserve.models.torch_adapter import TorchAdapter
 
 
 class PlacedLlama(Llama):
@@ -53,6 +56,13 @@ class PlacedLlama(Llama):
             for device in set(self._devices)
         }
         self._present = Carrier(stored)
+
+    def build_adapter(self, adapter: Adapter) -> TorchAdapter:
+        """Raises `ModelLoadError`: an adapter lies on one device."""
+        raise ModelLoadError(
+            f"{adapter.path}: no adapters are served beside a base that is spread over several "
+            f"devices; merge it while loading: --adapter {adapter.path}"
+        )
 
     def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
         """As `Llama.forward`; the logits are where the head is."""

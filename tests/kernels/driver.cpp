@@ -195,6 +195,57 @@ Row normed(const double* x, const Floats& weight, double eps) {
   return y;
 }
 
+// What an adapter adds to one matrix: random spans of random ranks.
+struct Change {
+  std::vector<uint16_t> a, b;
+  Floats scales;
+  Ints spans;
+  int rank = 0, columns = 0;
+
+  void build(const Matrix& matrix) {
+    if (!integer(0, 3)) return;
+    columns = matrix.columns;
+    rank = 4 * integer(1, 3);
+    const int num_b = integer(rank, 40);
+    for (float value : gaussian(static_cast<size_t>(rank) * columns, 1 / std::sqrt(columns))) {
+      a.push_back(to_half(value));
+    }
+    for (float value : gaussian(static_cast<size_t>(num_b) * 16, 0.4f)) b.push_back(to_half(value));
+    scales = gaussian(rank, 0.5f);
+    for (int span = 0; span < (matrix.rows + 31) / 32 * 2; span++) {
+      const int first = integer(0, rank), count = integer(0, rank - first);
+      spans.insert(spans.end(), {first, count, integer(0, num_b - count)});
+    }
+  }
+
+  cs_low_rank view() const {
+    return {a.data(), b.data(), scales.data(), spans.data(), rank, static_cast<int>(b.size() / 16)};
+  }
+
+  // Adds to y, in the order of rows before they are packed, what belongs to x.
+  void add_to(Row& y, const Row& x, bool is_gate_up = false) const {
+    const int half = static_cast<int>(y.size()) / 2;
+    for (int row = 0; rank && row < static_cast<int>(y.size()); row++) {
+      const int at = row % half;
+      const int place = is_gate_up ? at / 16 * 32 + at % 16 + row / half * 16 : row;
+      const int* span = &spans[place / 16 * 3];
+      for (int j = 0; j < span[1]; j++) {
+        const int r = span[0] + j;
+        double sum = 0;
+        for (int k = 0; k < columns; k++) sum += from_half(a[r * columns + k]) * x[k];
+        y[row] += sum * scales[r] * from_half(b[(span[2] + j) * 16 + place % 16]);
+      }
+    }
+  }
+};
+
+// Of a whole network; `changes` in the interface's order.
+struct Adapter {
+  std::vector<Change> changes;
+  cs_adapter* handle = nullptr;
+  ~Adapter() { cs_adapter_destroy(handle); }
+};
+
 class Network {
  public:
   Network(const char* level, cs_team* team, Packing packing, Features features, int num_blocks)
@@ -243,8 +294,25 @@ class Network {
   // Of an embedding of its own; the last.
   int nan_token() const { return f_.vocab - 1; }
 
+  void build(Adapter& adapter) const {
+    std::vector<const Matrix*> matrices;
+    for (const Layer& l : layers_) {
+      matrices.insert(matrices.end(), {&l.qkv, &l.output, &l.gate_up, &l.down});
+    }
+    matrices.push_back(&head_);
+    std::vector<cs_low_rank> views;
+    adapter.changes.resize(matrices.size());
+    for (size_t i = 0; i < matrices.size(); i++) adapter.changes[i].build(*matrices[i]);
+    for (const Change& change : adapter.changes) views.push_back(change.view());
+    adapter.handle = cs_adapter_create(&shape_, views.data());
+    require(adapter.handle, "an adapter was refused");
+  }
+
   // Logits of every position, one sequence alone.
-  std::vector<Row> reference(const Ints& tokens) const {
+  std::vector<Row> reference(const Ints& tokens, const Adapter* adapter) const {
+    const auto change = [&](Row& y, const Row& x, int matrix, bool is_gate_up = false) {
+      if (adapter) adapter->changes[matrix].add_to(y, x, is_gate_up);
+    };
     std::vector<std::vector<Row>> keys(f_.num_layers), values(f_.num_layers);
     std::vector<Row> all;
     for (size_t position = 0; position < tokens.size(); position++) {
@@ -252,19 +320,25 @@ class Network {
       Row x(start, start + f_.hidden);
       for (int i = 0; i < f_.num_layers; i++) {
         const Layer& l = layers_[i];
-        Row heads = l.qkv.multiply(quantised(normed(x.data(), l.attention_norm, kEps), num_terms_),
-                                   if_any(l.qkv_bias));
+        Row input = normed(x.data(), l.attention_norm, kEps);
+        Row heads = l.qkv.multiply(quantised(input, num_terms_), if_any(l.qkv_bias));
+        change(heads, input, 4 * i);
         const Row mixed = attend(l, i ? f_.window : 0, heads, position, keys[i], values[i]);
         add(x, l.output.multiply(quantised(mixed, num_terms_), if_any(l.output_bias)));
-        const Row both = l.gate_up.multiply(quantised(normed(x.data(), l.mlp_norm, kEps), num_terms_),
-                                            if_any(l.gate_up_bias));
+        change(x, mixed, 4 * i + 1);
+        input = normed(x.data(), l.mlp_norm, kEps);
+        Row both = l.gate_up.multiply(quantised(input, num_terms_), if_any(l.gate_up_bias));
+        change(both, input, 4 * i + 2, true);
         Row inner(f_.ffn);
         for (int k = 0; k < f_.ffn; k++) {
           inner[k] = both[k] / (1 + std::exp(-both[k])) * both[f_.ffn + k];
         }
         add(x, l.down.multiply(quantised(inner, num_terms_), if_any(l.down_bias)));
+        change(x, inner, 4 * i + 3);
       }
-      all.push_back(head_.multiply(quantised(normed(x.data(), norm_, kEps), num_terms_), nullptr));
+      const Row input = normed(x.data(), norm_, kEps);
+      all.push_back(head_.multiply(quantised(input, num_terms_), nullptr));
+      change(all.back(), input, 4 * f_.num_layers);
     }
     return all;
   }
@@ -375,6 +449,7 @@ class Network {
 
 struct Sequence {
   Ints tokens, blocks;
+  const Adapter* adapter = nullptr;
   int num_past = 0;
   std::vector<Floats> logits;  // by position
 };
@@ -384,8 +459,12 @@ void step(Network& network, std::vector<Sequence*> sequences, const Ints& counts
   Ints tokens, positions, starts, rows, outputs;
   std::vector<Ints> tables;
   std::vector<const int32_t*> table_pointers;
+  std::vector<const cs_adapter*> adapters;
+  bool has_adapters = false;
   for (size_t i = 0; i < sequences.size(); i++) {
     const Sequence& s = *sequences[i];
+    adapters.push_back(s.adapter ? s.adapter->handle : nullptr);
+    has_adapters = has_adapters || s.adapter;
     starts.push_back(static_cast<int>(tokens.size()));
     rows.push_back(counts[i]);
     for (int p = s.num_past; p < s.num_past + counts[i]; p++) {
@@ -405,7 +484,8 @@ void step(Network& network, std::vector<Sequence*> sequences, const Ints& counts
   const cs_step input = {
       static_cast<int>(tokens.size()), static_cast<int>(starts.size()),
       static_cast<int>(outputs.size()), tokens.data(), positions.data(), starts.data(), rows.data(),
-      table_pointers.data(), outputs.data(), logits.data(), stride, nullptr, nullptr};
+      table_pointers.data(), has_adapters ? adapters.data() : nullptr, outputs.data(),
+      logits.data(), stride, nullptr, nullptr};
   require(cs_network_forward(network.handle(), network.pool(), &input) == CS_OK, "refused a step");
   size_t row = 0;
   for (size_t i = 0; i < sequences.size(); i++) {
@@ -433,7 +513,7 @@ void spoil(Network& network, int num_blocks) {
 }
 
 void check_against_reference(const Network& network, const Sequence& s, const std::string& where) {
-  const std::vector<Row> expected = network.reference(s.tokens);
+  const std::vector<Row> expected = network.reference(s.tokens, s.adapter);
   double worst = 0, total = 0;
   for (size_t row = 0; row < expected.size(); row++) {
     double difference = 0, size = 0;
@@ -466,7 +546,7 @@ void check_picking_ahead(const char* level, cs_team* team, Network& network,
   const int32_t* table = s.blocks.data();
   Floats logits(stride * rows);
   const cs_step input = {rows, 1, rows, s.tokens.data(), positions.data(), &start, &rows, &table,
-                         outputs.data(), logits.data(), stride, sampler, samplings.data()};
+                         nullptr, outputs.data(), logits.data(), stride, sampler, samplings.data()};
   require(cs_network_forward(network.handle(), network.pool(), &input) == CS_OK, "refused a step");
   const Floats computed = logits;
   std::fill(logits.begin(), logits.end(), 0.0f);
@@ -494,11 +574,14 @@ void check_network(const char* level, Packing packing, Features features) {
     for (int i = 0; i < kNumBlocks; i++) ids[i] = i;
     std::shuffle(ids.begin(), ids.end(), draw);
     if (!features.is_tied) spoil(network, kNumBlocks);
+    Adapter adapters[2];
+    for (Adapter& adapter : adapters) network.build(adapter);
     std::vector<Sequence> batched(3);
     const int lengths[] = {70, 33, 5};
     for (int i = 0; i < 3; i++) {
       for (int n = 0; n < lengths[i]; n++) batched[i].tokens.push_back(integer(0, features.vocab - 2));
       for (int b = 0; b < 3; b++) batched[i].blocks.push_back(ids[(i * 3 + b) % kNumBlocks]);
+      if (i) batched[i].adapter = &adapters[i - 1];
     }
     std::vector<Sequence> alone = batched;
     for (bool is_done = false; !is_done;) {

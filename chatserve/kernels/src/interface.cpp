@@ -22,6 +22,10 @@ struct cs_network {
 struct cs_pool {
   KVPool pool;
 };
+struct cs_adapter {
+  Adapter adapter;
+  cs_shape shape;
+};
 struct cs_sampler {
   Sampler sampler;
 };
@@ -75,6 +79,31 @@ bool is_valid(const cs_shape& s) {
          is_count(s.num_kv_heads, s.num_heads) && s.num_heads % s.num_kv_heads == 0 &&
          is_count(s.num_layers, kMaxLayers) && is_count(s.vocab, kMaxVocab) &&
          is_count(s.max_rows, kMaxRows) && is_count(s.max_positions, kMaxPositions);
+}
+
+// Whether every rank and row of a change lies inside what it points into.
+bool is_valid(const cs_low_rank& change, int rows) {
+  if (!is_within(change.rank, kMaxRank + 1) || change.rank % kRankUnit) return false;
+  if (!change.rank) return true;
+  if (!change.a || !change.b || !change.scales || !change.spans) return false;
+  const int panels = (rows + kPanelRows - 1) / kPanelRows;
+  for (int s = 0; s < panels * kPanelSpans; s++) {
+    const int first = change.spans[3 * s], count = change.spans[3 * s + 1];
+    const int start = change.spans[3 * s + 2];
+    if (first < 0 || count < 0 || start < 0 || count > change.rank - first ||
+        count > change.num_b - start) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether the matrices that `adapter` changes have the sizes of the network's.
+bool fits(const cs_adapter& adapter, const NetworkShape& s) {
+  const cs_shape& own = adapter.shape;
+  return own.hidden == s.hidden && own.num_heads == s.num_heads &&
+         own.num_kv_heads == s.num_kv_heads && own.head_dim == s.head_dim && own.ffn == s.ffn &&
+         own.num_layers == s.num_layers && own.vocab == s.vocab;
 }
 
 // Whether every index of a step lies inside what it points into.
@@ -269,6 +298,12 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
       !is_valid(*step, n.shape(), pool->pool)) {
     return CS_BAD_ARGUMENT;
   }
+  std::vector<const Adapter*> adapters;
+  for (int s = 0; step->adapters && s < step->num_segments; s++) {
+    const cs_adapter* handle = step->adapters[s];
+    if (handle && !fits(*handle, n.shape())) return CS_BAD_ARGUMENT;
+    adapters.push_back(handle ? &handle->adapter : nullptr);
+  }
   Sampler* sampler = step->sampler ? &step->sampler->sampler : nullptr;
   if (sampler) {
     if (&sampler->team() != &network->team || sampler->vocab() != n.shape().vocab) {
@@ -286,12 +321,13 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
     }
     if (!num_picked) sampler = nullptr;
   }
-  network->network.forward(pool->pool,
-                           {step->num_rows, step->num_segments, step->num_outputs, step->tokens,
-                            step->positions, step->segment_starts, step->segment_rows,
-                            step->block_tables, step->output_rows, step->logits,
-                            step->logits_stride, sampler});
-  return CS_OK;
+  const bool is_done = network->network.forward(
+      pool->pool,
+      {step->num_rows, step->num_segments, step->num_outputs, step->tokens, step->positions,
+       step->segment_starts, step->segment_rows, step->block_tables,
+       step->adapters ? adapters.data() : nullptr, step->output_rows, step->logits,
+       step->logits_stride, sampler});
+  return is_done ? CS_OK : CS_NO_MEMORY;
 }
 
 int cs_network_rows(const cs_network* network, int num_rows, float* out) {
@@ -301,6 +337,27 @@ int cs_network_rows(const cs_network* network, int num_rows, float* out) {
               sizeof(float) * static_cast<size_t>(num_rows) * shape.hidden);
   return CS_OK;
 }
+
+cs_adapter* cs_adapter_create(const cs_shape* s, const cs_low_rank* changes) {
+  if (!is_valid(*s)) return nullptr;
+  const int qkv = (s->num_heads + 2 * s->num_kv_heads) * s->head_dim;
+  const int rows[] = {qkv, s->hidden, 2 * s->ffn, s->hidden};
+  const int num_matrices = 4 * s->num_layers + 1;
+  for (int i = 0; i < num_matrices; i++) {
+    if (!is_valid(changes[i], i < num_matrices - 1 ? rows[i % 4] : s->vocab)) return nullptr;
+  }
+  cs_adapter* handle = new (std::nothrow) cs_adapter{{}, *s};
+  if (!handle) return nullptr;
+  static_assert(sizeof(RankSpan) == 3 * sizeof(int32_t), "spans are read as they come");
+  for (int i = 0; i < num_matrices; i++) {
+    const cs_low_rank& c = changes[i];
+    handle->adapter.changes.push_back(
+        {c.a, c.b, c.scales, reinterpret_cast<const RankSpan*>(c.spans), c.rank});
+  }
+  return handle;
+}
+
+void cs_adapter_destroy(cs_adapter* adapter) { delete adapter; }
 
 cs_pool* cs_pool_create(const cs_shape* s, int num_blocks) {
   if (!is_valid(*s) || !is_count(num_blocks, kMaxBlocks)) return nullptr;

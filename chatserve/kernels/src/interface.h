@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 6
+#define CS_VERSION 8
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -29,6 +29,7 @@ typedef struct cs_matrix cs_matrix;
 typedef struct cs_network cs_network;
 typedef struct cs_pool cs_pool;
 typedef struct cs_sampler cs_sampler;
+typedef struct cs_adapter cs_adapter;
 
 typedef struct {
   int32_t hidden, num_heads, num_kv_heads, head_dim, ffn, num_layers, vocab;
@@ -51,6 +52,18 @@ typedef struct {
   const float* norm;
   const float *cos, *sin;  // [max_positions][head_dim / 2]
 } cs_ends;
+
+// What an adapter adds to one matrix's output for a row x: b diag(scales) a x, in half precision. Its
+// output rows come 16 together, in the order in which they are packed: spans[3 s] is the first of
+// their ranks, spans[3 s + 1] how many there are, spans[3 s + 2] where their rows of b begin.
+typedef struct {
+  const uint16_t* a;     // [rank][columns]
+  const uint16_t* b;     // [num_b][16]
+  const float* scales;   // [rank]
+  const int32_t* spans;  // [rows rounded up to 32, over 16][3]
+  int32_t rank;          // a multiple of 4; 0: the matrix stays as it is
+  int32_t num_b;
+} cs_low_rank;
 
 // How one sequence's next token is picked. Lists of ids ascend.
 typedef struct {
@@ -76,6 +89,7 @@ typedef struct {
   const int32_t *tokens, *positions;
   const int32_t *segment_starts, *segment_rows;
   const int32_t* const* block_tables;
+  const cs_adapter* const* adapters;  // [num_segments] or null; each of the network's sizes, or null
   const int32_t* output_rows;
   float* logits;
   size_t logits_stride;
@@ -118,6 +132,11 @@ CS_API int cs_network_set_profile(cs_network* network, uint64_t* nanoseconds);
 CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step);
 // out[num_rows][hidden]: the first rows of the last step, as the last layer has left them.
 CS_API int cs_network_rows(const cs_network* network, int num_rows, float* out);
+
+// changes[4 num_layers + 1]: qkv, output, gate_up, down of each layer, then the head, for networks of
+// these sizes. What they point to is not copied. Null: something does not fit, or no memory.
+CS_API cs_adapter* cs_adapter_create(const cs_shape* shape, const cs_low_rank* changes);
+CS_API void cs_adapter_destroy(cs_adapter* adapter);
 
 CS_API cs_pool* cs_pool_create(const cs_shape* shape, int num_blocks);
 CS_API void cs_pool_destroy(cs_pool* pool);

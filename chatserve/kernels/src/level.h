@@ -62,11 +62,35 @@ struct Activations {
 enum class Epilogue : int { store, add, swiglu };
 
 // Where a product goes: out[M][stride]; `bias` per output row or null (for `swiglu` in panel order).
+// `deltas`, where any row has one: [M] -> [kPanelRows] or null, added like the bias; of one panel, so
+// that a call computes no other.
 struct Output {
   Epilogue epilogue;
   float* out;
   size_t stride;
   const float* bias;
+  const float* const* deltas = nullptr;
+};
+
+constexpr int kSpanRows = 16;  // output rows of a panel that one adapter's matrix changes together
+constexpr int kPanelSpans = kPanelRows / kSpanRows;
+constexpr int kRankUnit = 4;
+constexpr int kMaxRank = 1 << 12;
+
+// Which ranks change `kSpanRows` output rows: `count` from `first` on. Their part of `LowRank::b`
+// begins `start` times kSpanRows halves behind its beginning.
+struct RankSpan {
+  int32_t first, count, start;
+};
+
+// What an adapter adds to a matrix's output for a row x: b diag(scales) a x. Fused matrices have
+// ranks of their own for each part.
+struct LowRank {
+  const uint16_t* a;      // [rank][columns] halves
+  const uint16_t* b;      // by span: [count][kSpanRows] halves
+  const float* scales;    // [rank]
+  const RankSpan* spans;  // [panels][kPanelSpans]
+  int rank;               // a multiple of kRankUnit; 0: the matrix stays as it is
 };
 
 constexpr int kMaxAttentionRows = 6;
@@ -114,6 +138,9 @@ struct LevelKernels {
   // The first look at blocks [first, last) of a row's logits; then a token id, or -1. See sampling.h.
   void (*look)(const SamplingJob&, int first, int last);
   int32_t (*pick)(const SamplingJob&);
+  // One row's ranks [rank] of x [columns], and what they add to the rows of one panel [kPanelRows].
+  void (*shrink)(const LowRank&, const float* x, int columns, float* ranks);
+  void (*expand)(const LowRank&, const float* ranks, int panel, float* delta);
 };
 
 extern const LevelKernels kAvx512, kAvx2, kNeonI8mm, kNeon;

@@ -23,9 +23,14 @@ using chatserve::kMaxColumns;
 using chatserve::kMaxHeadDim;
 using chatserve::kMaxWideRows;
 using chatserve::kPanelRows;
+using chatserve::kPanelSpans;
+using chatserve::kRankUnit;
+using chatserve::kSpanRows;
 using chatserve::LevelKernels;
+using chatserve::LowRank;
 using chatserve::Matrix;
 using chatserve::Output;
+using chatserve::RankSpan;
 using chatserve::RowMap;
 using chatserve::Scaling;
 using chatserve::group_halves;
@@ -56,6 +61,7 @@ inline F exponential(F x) {
 
 }  // namespace
 
+#include "adapter_kernels.h"
 #include "attention_kernels.h"
 #include "dot_product_kernels.h"
 #include "matrix_product_kernels.h"
@@ -70,7 +76,7 @@ namespace {
 constexpr LevelKernels level_kernels(const char* name, bool (*is_supported)()) {
   return {name,     is_supported, Simd::kOffset8, Simd::kOffset4, pack,   unpack_row,
           multiply, quantise,     rotate,         store_kv,       attend, rms_norm,
-          look,     pick};
+          look,     pick,         shrink,         expand};
 }
 
 }  // namespace

@@ -29,6 +29,11 @@ size_t stride_of(const NetworkShape& shape) {
   return static_cast<size_t>(2) * kBlockSize * shape.head_dim * shape.num_kv_heads;
 }
 
+// Columns of the widest matrix.
+int widest_of(const NetworkShape& shape) {
+  return std::max({shape.hidden, shape.ffn, shape.num_heads * shape.head_dim});
+}
+
 }  // namespace
 
 // ---- matrix ----
@@ -148,7 +153,7 @@ Network::Network(const NetworkShape& shape, const LevelKernels& level, Team& tea
 
 bool Network::create() {
   const size_t rows = shape_.max_rows;
-  const int widest = std::max({shape_.hidden, shape_.ffn, shape_.num_heads * shape_.head_dim});
+  const int widest = widest_of(shape_);
   row_segments_.resize(rows);
   return create_scores() && x_.allocate(rows * shape_.hidden) &&
          qkv_.allocate(rows * qkv_stride_) &&
@@ -173,17 +178,33 @@ bool Network::is_complete() const {
                                    [](const LayerParts& layer) { return layer.qkv != nullptr; });
 }
 
-void Network::forward(KVPool& pool, const StepInput& input) {
+const PackedMatrix& Network::matrix(int index) const {
+  if (is_head(index)) return *ends_.head;
+  const LayerParts& layer = layers_[index / 4];
+  const PackedMatrix* const parts[] = {layer.qkv, layer.output, layer.gate_up, layer.down};
+  return *parts[index % 4];
+}
+
+bool Network::forward(KVPool& pool, const StepInput& input) {
   pool_ = &pool;
   input_ = input;
   is_small_ = input.num_rows <= kSmallRows;
   for (int s = 0; s < input.num_segments; s++) {
     for (int i = 0; i < input.segment_rows[s]; i++) row_segments_[input.segment_starts[s] + i] = s;
   }
+  adapted_.clear();
+  for (int s = 0; input.adapters && s < input.num_segments; s++) {
+    if (!s && !adapted_.begin(team_.num_threads(), shape_.max_rows, widest_of(shape_))) return false;
+    if (input.adapters[s] &&
+        !adapted_.add(*input.adapters[s], input.segment_starts[s], input.segment_rows[s])) {
+      return false;
+    }
+  }
   plan_jobs();
   if (profile_) profile_time_ = now_ns();
   units_.reset(input.num_rows, team_.num_threads());
   team_.run([](void* self, int thread) { static_cast<Network*>(self)->work(thread); }, this);
+  return true;
 }
 
 // Which query heads read which keys together: as many rows as an attention job holds, over the
@@ -241,24 +262,51 @@ void Network::embed(int row) {
   }
 }
 
-void Network::quantise(const float* x, const float* norm, const PackedMatrix& next, int row) {
-  level_.quantise(x, norm, shape_.eps, next.view().columns, next.offset(), next.view().num_terms,
-                  next.row_of(activations(next), row));
+void Network::prepare(int thread, const float* x, const float* norm, int next, int row) {
+  const PackedMatrix& w = matrix(next);
+  const int columns = w.view().columns;
+  level_.quantise(x, norm, shape_.eps, columns, w.offset(), w.view().num_terms,
+                  w.row_of(activations(w), row));
+  if (const LowRank* low_rank = change(next, row)) {
+    if (norm) level_.rms_norm(x, norm, shape_.eps, columns, adapted_.normed(thread));
+    level_.shrink(*low_rank, norm ? adapted_.normed(thread) : x, columns, adapted_.ranks(row));
+  }
 }
 
 // After this stage `codes_` holds the input of `next`, and the units are its panels.
 void Network::quantise_stage(int thread, const float* x, size_t stride, const float* norm,
-                             const PackedMatrix& next) {
+                             int next) {
   for (int begin, end; units_.claim(thread, &begin, &end);) {
-    for (int row = begin; row < end; row++) quantise(x + row * stride, norm, next, row);
+    for (int row = begin; row < end; row++) prepare(thread, x + row * stride, norm, next, row);
   }
-  meet(thread, Part::quantise, next.view().panels, [] {});
+  meet(thread, Part::quantise, matrix(next).view().panels, [] {});
 }
 
-void Network::multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to) {
-  const Activations a = activations(w);
+void Network::multiply_stage(int thread, int index, int num_rows, const Output& to) {
   for (int begin, end; units_.claim(thread, &begin, &end);) {
+    multiply_panels(thread, index, num_rows, begin, end, to);
+  }
+}
+
+void Network::multiply_panels(int thread, int index, int num_rows, int begin, int end, Output to) {
+  const PackedMatrix& w = matrix(index);
+  const Activations a = activations(w);
+  if (adapted_.is_empty()) {
     level_.multiply(w.view(), a, num_rows, begin, end, ahead(num_rows), to);
+    return;
+  }
+  float* deltas = adapted_.deltas(thread);
+  const float** rows = adapted_.delta_rows(thread);
+  for (int row = 0; row < num_rows; row++) {
+    rows[row] = change(index, row) ? deltas + static_cast<size_t>(row) * kPanelRows : nullptr;
+  }
+  to.deltas = rows;
+  for (int panel = begin; panel < end; panel++) {
+    for (int row = 0; row < num_rows; row++) {
+      float* delta = deltas + static_cast<size_t>(row) * kPanelRows;
+      if (rows[row]) level_.expand(*change(index, row), adapted_.ranks(row), panel, delta);
+    }
+    level_.multiply(w.view(), a, num_rows, panel, panel + 1, ahead(num_rows), to);
   }
 }
 
@@ -331,13 +379,13 @@ void Network::work(int thread) {
   // One stage's units are set by the last thread at the barrier before it. With few rows that
   // thread also quantises them, and the stage of its own is left out.
   auto meet_and_quantise = [&](Part part, const float* from, size_t stride, const float* norm,
-                               const PackedMatrix& next, int num_rows) {
+                               int next) {
     if (is_small_) {
-      meet(thread, part, next.view().panels, [&] {
-        for (int row = 0; row < num_rows; row++) quantise(from + row * stride, norm, next, row);
+      meet(thread, part, matrix(next).view().panels, [&] {
+        for (int row = 0; row < rows; row++) prepare(thread, from + row * stride, norm, next, row);
       });
     } else {
-      meet(thread, part, num_rows, [] {});
+      meet(thread, part, rows, [] {});
       quantise_stage(thread, from, stride, norm, next);
     }
   };
@@ -345,10 +393,11 @@ void Network::work(int thread) {
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     for (int row = begin; row < end; row++) embed(row);
   }
-  meet_and_quantise(Part::embed, x, hidden, layers_[0].attention_norm, *layers_[0].qkv, rows);
+  meet_and_quantise(Part::embed, x, hidden, layers_[0].attention_norm, 0);
   for (int index = 0; index < shape_.num_layers; index++) {
     const LayerParts& layer = layers_[index];
-    multiply_stage(thread, *layer.qkv, rows,
+    const int qkv = 4 * index, output = qkv + 1, gate_up = qkv + 2, down = qkv + 3;
+    multiply_stage(thread, qkv, rows,
                    {Epilogue::store, qkv_.data(), static_cast<size_t>(qkv_stride_),
                     layer.qkv_bias});
     if (is_small_) {
@@ -363,27 +412,26 @@ void Network::work(int thread) {
       meet(thread, Part::rotate, num_jobs, [] {});
     }
     attend_stage(thread, layer, index);
-    meet_and_quantise(Part::attend, mixed_.data(), heads_out, nullptr, *layer.output, rows);
-    multiply_stage(thread, *layer.output, rows,
+    meet_and_quantise(Part::attend, mixed_.data(), heads_out, nullptr, output);
+    multiply_stage(thread, output, rows,
                    {Epilogue::add, x, static_cast<size_t>(hidden), layer.output_bias});
-    meet_and_quantise(Part::output, x, hidden, layer.mlp_norm, *layer.gate_up, rows);
-    multiply_stage(thread, *layer.gate_up, rows,
+    meet_and_quantise(Part::output, x, hidden, layer.mlp_norm, gate_up);
+    multiply_stage(thread, gate_up, rows,
                    {Epilogue::swiglu, ffn_.data(), static_cast<size_t>(shape_.ffn),
                     layer.gate_up_bias});
-    meet_and_quantise(Part::gate_up, ffn_.data(), shape_.ffn, nullptr, *layer.down, rows);
-    multiply_stage(thread, *layer.down, rows,
+    meet_and_quantise(Part::gate_up, ffn_.data(), shape_.ffn, nullptr, down);
+    multiply_stage(thread, down, rows,
                    {Epilogue::add, x, static_cast<size_t>(hidden), layer.down_bias});
     if (index + 1 < shape_.num_layers) {
-      const LayerParts& next = layers_[index + 1];
-      meet_and_quantise(Part::down, x, hidden, next.attention_norm, *next.qkv, rows);
+      meet_and_quantise(Part::down, x, hidden, layers_[index + 1].attention_norm, qkv + 4);
     }
   }
-  const int num_outputs = input_.num_outputs;
+  const int num_outputs = input_.num_outputs, head = num_matrices() - 1;
   if (!num_outputs) return;
   meet(thread, Part::down, num_outputs, [] {});
   for (int begin, end; units_.claim(thread, &begin, &end);) {
     for (int i = begin; i < end; i++) {
-      quantise(x + static_cast<size_t>(input_.output_rows[i]) * hidden, ends_.norm, *ends_.head, i);
+      prepare(thread, x + static_cast<size_t>(input_.output_rows[i]) * hidden, ends_.norm, head, i);
     }
   }
   meet(thread, Part::quantise, round_up(ends_.head->view().panels, kBlockPanels) / kBlockPanels,
@@ -399,12 +447,11 @@ void Network::work(int thread) {
 
 // The logits, which the sampler sees while they are in this thread's cache.
 void Network::head_stage(int thread) {
-  const Matrix& head = ends_.head->view();
-  const Activations a = activations(*ends_.head);
+  const int head = num_matrices() - 1, panels = ends_.head->view().panels;
   const Output to = {Epilogue::store, input_.logits, input_.logits_stride, nullptr};
   for (int begin, end; units_.claim(thread, &begin, &end);) {
-    level_.multiply(head, a, input_.num_outputs, begin * kBlockPanels,
-                    std::min(end * kBlockPanels, head.panels), ahead(input_.num_outputs), to);
+    multiply_panels(thread, head, input_.num_outputs, begin * kBlockPanels,
+                    std::min(end * kBlockPanels, panels), to);
     count(thread, Part::head);
     if (input_.sampler) input_.sampler->look_ahead(begin, end);
     count(thread, Part::sample);

@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "adapter.h"
 #include "level.h"
 #include "memory.h"
 #include "sampling.h"
@@ -91,6 +92,7 @@ struct StepInput {
   const int *tokens, *positions;              // [num_rows]
   const int *segment_starts, *segment_rows;   // [num_segments]
   const int* const* block_tables;             // [num_segments]
+  const Adapter* const* adapters;             // [num_segments], or null where none has one
   const int* output_rows;                     // [num_outputs]
   float* logits;                              // [num_outputs][logits_stride]
   size_t logits_stride;                       // at least vocab, rounded up to kPanelRows
@@ -125,8 +127,9 @@ class Network {
   const LevelKernels& level() const { return level_; }
   // Whether all layers and both ends have been set.
   bool is_complete() const;
-  // The caller has checked `input` against the shape and the pool.
-  void forward(KVPool& pool, const StepInput& input);
+  // The caller has checked `input` against the shape and the pool. False when there is no memory for
+  // what its adapters need.
+  bool forward(KVPool& pool, const StepInput& input);
   // [max_rows][hidden]: what the last layer of the last step has left.
   const float* rows() const { return x_.data(); }
 
@@ -135,17 +138,27 @@ class Network {
     int segment, kv_head, first_row, first_head, num_rows;
   };
 
+  // Those that an adapter may change, in the order of `Adapter::changes`.
+  int num_matrices() const { return 4 * shape_.num_layers + 1; }
+  const PackedMatrix& matrix(int index) const;
+
   void work(int thread);
   void embed(int row);
-  void quantise(const float* x, const float* norm, const PackedMatrix& next, int row);
+  // What `next` reads of `row`: codes, and ranks where an adapter changes it.
+  void prepare(int thread, const float* x, const float* norm, int next, int row);
+  const LowRank* change(int index, int row) const {
+    return adapted_.change(index, is_head(index) ? input_.output_rows[row] : row);
+  }
+  bool is_head(int index) const { return index == num_matrices() - 1; }
   // The buffers as they hold the input of `next`.
   Activations activations(const PackedMatrix& next) {
     return {code_stride(next.view().columns), codes_.data(), scales_.data(), corrections_.data()};
   }
   size_t ahead(int num_rows) const { return num_rows == 1 ? ahead_of_one_ : ahead_of_more_; }
-  void quantise_stage(int thread, const float* x, size_t stride, const float* norm,
-                      const PackedMatrix& next);
-  void multiply_stage(int thread, const PackedMatrix& w, int num_rows, Output to);
+  void quantise_stage(int thread, const float* x, size_t stride, const float* norm, int next);
+  void multiply_stage(int thread, int index, int num_rows, const Output& to);
+  // Panels [begin, end), and what adapters add to each, in the thread that computes it.
+  void multiply_panels(int thread, int index, int num_rows, int begin, int end, Output to);
   void rotate_and_store(const LayerParts& layer, int index, int row);
   void head_stage(int thread);
   void attend_stage(int thread, const LayerParts& layer, int index);
@@ -173,6 +186,7 @@ class Network {
 
   KVPool* pool_ = nullptr;
   StepInput input_{};
+  AdapterRows adapted_;
   bool is_small_ = false;
   std::vector<int> row_segments_;
   std::vector<Job> jobs_;

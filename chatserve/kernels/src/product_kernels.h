@@ -37,6 +37,7 @@ inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activ
 }
 
 inline void finish_row(const Output& to, size_t row, int panel, const float* tile) {
+  const float* delta = to.deltas ? to.deltas[row] : nullptr;
   if (to.epilogue == Epilogue::swiglu) {
     constexpr int half = kPanelRows / 2;
     float* out = to.out + row * to.stride + panel * half;
@@ -45,6 +46,10 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
       if (to.bias) {
         gate = Simd::add(gate, Simd::load(to.bias + panel * kPanelRows + i));
         up = Simd::add(up, Simd::load(to.bias + panel * kPanelRows + half + i));
+      }
+      if (delta) {
+        gate = Simd::add(gate, Simd::load(delta + i));
+        up = Simd::add(up, Simd::load(delta + half + i));
       }
       F divisor = Simd::add(Simd::set1(1.0f), exponential(Simd::sub(Simd::zero(), gate)));
       Simd::store(out + i, Simd::mul(Simd::div(gate, divisor), up));
@@ -55,6 +60,7 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
   for (int i = 0; i < kPanelRows; i += kLanes) {
     F v = Simd::load(tile + i);
     if (to.bias) v = Simd::add(v, Simd::load(to.bias + panel * kPanelRows + i));
+    if (delta) v = Simd::add(v, Simd::load(delta + i));
     if (to.epilogue == Epilogue::add) v = Simd::add(v, Simd::load(out + i));
     Simd::store(out + i, v);
   }

@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from chatserve.errors import ModelLoadError
+from chatserve.models.adapter import Adapter
 from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
 from chatserve.models.kv_pool import TorchKVPool
 from chatserve.models.llama import Attention, Llama
+from chatserve.models.torch_adapter import TorchAdapter
 from chatserve.models.triton.attention_decode import attend_rows, num_splits_for
 from chatserve.models.triton.attention_prefill import attend_runs
 from chatserve.models.triton.graphs import CudaGraphs, DecodeGraphs, GraphBackend
@@ -47,6 +50,13 @@ class TritonLlama(Llama):
         self._backend = graphs
         self._pool: TorchKVPool | None = None
         self._graphs: DecodeGraphs | None = None
+
+    def build_adapter(self, adapter: Adapter) -> TorchAdapter:
+        """Raises `ModelLoadError`: captured graphs and fused kernels have no place for it."""
+        raise ModelLoadError(
+            f"{adapter.path}: the CUDA kernels take no adapters beside the base; merge it while "
+            f"loading: --adapter {adapter.path}"
+        )
 
     def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
         """Logits (R, V) of the batch's output rows. Valid until the next call."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
-from chatserve.models.batch import Batch, Segment
+from chatserve.models.adapter import Adapter, LoraPair
+from chatserve.models.adapter_places import adapter_places
+from chatserve.models.batch import Batch, NetworkAdapter, Segment
 from chatserve.models.config import ModelConfig, RopeConfig
 from chatserve.models.device import choose_policy
 from chatserve.models.kernel_limits import HEAD_PACKING
@@ -72,6 +75,25 @@ def random_network(
     network = build(kernels, packing, config, **sizes)
     load(network, random_state(network))
     return network
+
+
+def random_adapter(
+    config: ModelConfig,
+    seed: int,
+    *,
+    rank: int = 4,
+    targets: tuple[str, ...] = ("",),
+    size: float = 0.5,
+) -> Adapter:
+    """Changes every matrix whose module ends in one of `targets`, by about `size` of itself."""
+    draw = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for module, place in adapter_places(config).items():
+        if module.endswith(targets):
+            a = torch.randn(rank, place.columns, generator=draw) / place.columns**0.5
+            b = torch.randn(place.rows, rank, generator=draw) * size / rank**0.5
+            pairs[f"{module}.weight"] = LoraPair(a, b, scale=1.5)
+    return Adapter(f"adapter-{seed}", Path("adapter"), f"ad_{seed}", pairs)
 
 
 def as_packed(kernels: Kernels, packing: Packing, state: State) -> State:
@@ -147,11 +169,17 @@ class Reference(Llama):
 
 
 class Prompt:
-    """One sequence's tokens, how many of them are in the pool, and its block table."""
+    """One sequence's tokens, how many of them are in the pool, its block table and adapter."""
 
-    def __init__(self, token_ids: Iterable[int], block_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        token_ids: Iterable[int],
+        block_ids: Sequence[int],
+        adapter: NetworkAdapter | None = None,
+    ) -> None:
         self.token_ids = list(token_ids)
         self.block_ids = block_ids
+        self.adapter = adapter
         self.num_past = 0
         assert len(self.token_ids) <= len(block_ids) * BLOCK_SIZE
 
@@ -163,7 +191,7 @@ def step(network: Any, pool: Any, parts: Sequence[tuple[Prompt, int]]) -> list[t
     segments = []
     for sequence, count in parts:
         past = sequence.num_past
-        segments.append(Segment(len(ids), count, past, sequence.block_ids))
+        segments.append(Segment(len(ids), count, past, sequence.block_ids, sequence.adapter))
         ids += sequence.token_ids[past : past + count]
         positions += range(past, past + count)
         sequence.num_past += count
@@ -172,10 +200,11 @@ def step(network: Any, pool: Any, parts: Sequence[tuple[Prompt, int]]) -> list[t
 
 
 def whole(
-    network: Any, pool: Any, token_ids: Iterable[int], block_ids: Sequence[int]
-) -> torch.Tensor:
+    network: Any, pool: Any, token_ids: Iterable[int], block_ids: Sequence[int],
+    adapter: NetworkAdapter | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Logits (T, V) of a prompt in one piece."""
-    sequence = Prompt(token_ids, block_ids)
+    sequence = Prompt(token_ids, block_ids, adapter)
     return step(network, pool, [(sequence, len(sequence.token_ids))])[0]
 
 
