@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ DEFAULT_PORT = 8000
 DEFAULT_WEIGHTS = "smollm2-135m"
 MAX_NAME_LEN = 200
 INT64 = 2**63
+MAX_ADAPTERS = 64  # beside one base: every heartbeat names them all
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -58,8 +62,13 @@ class ModelOptions:
         group="model",
     )  # fmt: skip
     adapter: tuple[str, ...] = setting(
-        (), "folder of a LoRA adapter to merge while loading; several are merged in their order",
-        group="model", metavar="PATH", repeated=True,
+        (), "folder of a LoRA adapter to merge while loading, several in their order; with a name "
+        "it is served beside the base, as BASE:NAME",
+        group="model", metavar="[NAME=]PATH", repeated=True,
+    )  # fmt: skip
+    adapter_root: str | None = setting(
+        None, "folder below which /v1/load_lora_adapter may load adapters; none without it",
+        group="model", metavar="FOLDER",
     )  # fmt: skip
     conv_template: str | None = setting(
         None, "chat template by name (`chatserve template` lists them)", group="model",
@@ -257,6 +266,39 @@ def sources(
     table = read_toml(file, COMMAND_CONFIGS.values()) if file else {}
     environ = environment.variables() if environ is None else environ
     return resolve(config, flags, file=file, table=table, environ=environ)
+
+
+def split_adapters(values: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
+    """`--adapter`: folders to merge, in their order; and folders by name, to serve beside the base.
+
+    A path with `=` in its first part is written with `./` before it. Raises `UsageError`.
+    """
+    merged: list[Path] = []
+    named: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name or os.sep in name:
+            merged.append(Path(value).expanduser())
+            continue
+        if not ADAPTER_NAME.fullmatch(name) or not path:
+            raise UsageError(
+                f"--adapter {value[:100]}: NAME=PATH wants a name of up to 64 letters, digits, "
+                "'.', '_' and '-', and a folder; write ./ before a path that has = in it"
+            )
+        if name in named:
+            raise UsageError(f"--adapter: two adapters would be called {name}; name one otherwise")
+        named[name] = Path(path).expanduser()
+    if len(named) > MAX_ADAPTERS:
+        raise UsageError(
+            f"--adapter: {len(named)} adapters have a name, the limit is {MAX_ADAPTERS}; merge "
+            "some, or serve them by another worker"
+        )
+    return merged, named
+
+
+def adapted_name(base: str, adapter: str) -> str:
+    """The name in the API of a base with an adapter."""
+    return f"{base}:{adapter}"
 
 
 def served_names(weights: str, model_names: Sequence[str] = ()) -> tuple[str, ...]:

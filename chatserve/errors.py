@@ -3,7 +3,8 @@
     ChatserveError
     ├─ InvalidRequest
     │  ├─ ContextLengthExceeded
-    │  └─ UnsupportedParameter
+    │  ├─ UnsupportedParameter
+    │  └─ AdapterRefused
     ├─ InvalidAPIKey
     ├─ ModelNotFound
     ├─ RouteNotFound
@@ -68,6 +69,12 @@ class UnsupportedParameter(InvalidRequest):
     """A field or value that chatserve does not implement; nothing is dropped in silence."""
 
     code = "unsupported_parameter"
+
+
+class AdapterRefused(InvalidRequest):
+    """An adapter that cannot be loaded beside the base; whatever was there goes on serving."""
+
+    code = "adapter_refused"
 
 
 class InvalidAPIKey(ChatserveError):

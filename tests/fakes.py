@@ -8,8 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatserve.engine.sequence import SamplingParams, TokenEvent
-from chatserve.errors import ChatserveError, ContextLengthExceeded, GenerationFailed
+from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.errors import (
+    ChatserveError,
+    ContextLengthExceeded,
+    GenerationFailed,
+    ModelNotFound,
+)
 
 WAIT_S = 20.0
 ANSWER = ("Hello", ", ", "wörld", " 🙂", "!")
@@ -25,6 +30,7 @@ class Submitted:
     choice: int
     strip_leading_space: bool
     salt: bytes
+    adapter: LoadedAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class FakeEngine:
         *,
         choice: int = 0,
         salt: bytes = b"",
+        adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
     ) -> FakeStream:
         if self.refusal is not None:
@@ -148,7 +155,9 @@ class FakeEngine:
         seq_id = f"{request_id}-{choice}"
         with self._changed:
             self.submitted.append(
-                Submitted(seq_id, tuple(prompt_ids), params, choice, strip_leading_space, salt)
+                Submitted(
+                    seq_id, tuple(prompt_ids), params, choice, strip_leading_space, salt, adapter
+                )
             )
             self.running.add(seq_id)
             self._changed.notify_all()
@@ -216,6 +225,38 @@ class FakePrompts:
         return rest if asked is None else asked
 
 
+class FakeAdapters:
+    """Adapters without numbers; `refusal` is raised by `load_below`."""
+
+    def __init__(self, *names: str, refusal: ChatserveError | None = None) -> None:
+        self.refusal = refusal
+        self.paths: list[str] = []
+        self._loaded = {name: fake_adapter(name) for name in names}
+
+    def loaded(self) -> Mapping[str, LoadedAdapter]:
+        return self._loaded
+
+    def load_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter:
+        if self.refusal is not None:
+            raise self.refusal
+        self.paths.append(path)
+        self._loaded = {**self._loaded, name: fake_adapter(name)}
+        return self._loaded[name]
+
+    def unload(self, name: str) -> None:
+        if name not in self._loaded:
+            raise ModelNotFound(f"there is no adapter {name}", param="lora_name")
+        self._loaded = {key: value for key, value in self._loaded.items() if key != name}
+
+
+class _FakeNetwork:
+    num_bytes = 0
+
+
+def fake_adapter(name: str) -> LoadedAdapter:
+    return LoadedAdapter(name, f"ad_{name}", _FakeNetwork(), "trained/on")
+
+
 @dataclass(frozen=True)
 class FakeModel:
     """A model that exists only in the answers about it."""
@@ -229,6 +270,7 @@ class FakeModel:
     fingerprint: str = "fp_fake"
     description: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu"})
     defaults: Mapping[str, float] = field(default_factory=dict)
+    adapters: FakeAdapters = field(default_factory=lambda: FakeAdapters())
 
     @property
     def prompts(self) -> FakePrompts:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TypeVarTuple
 
 from chatserve.engine.engine import Engine
-from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.errors import ChatserveError, GenerationFailed, Overloaded
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ class AsyncEngine:
         *,
         choice: int = 0,
         salt: bytes = b"",
+        adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
     ) -> TokenStream:
         """Start a sequence; iterate over its events and `aclose` the stream in a `finally`.
@@ -181,6 +182,7 @@ class AsyncEngine:
                     choice=choice,
                     group=request_id,
                     salt=salt,
+                    adapter=adapter,
                     strip_leading_space=strip_leading_space,
                 )
             except ChatserveError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 from collections.abc import Sequence as Rows
@@ -16,7 +17,13 @@ from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import build_sampler
 from chatserve.engine.sampler_state import SamplerState
 from chatserve.engine.scheduler import Scheduled, Scheduler
-from chatserve.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from chatserve.engine.sequence import (
+    FinishReason,
+    LoadedAdapter,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+)
 from chatserve.engine.speculation import Drafter
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.batch import Model
@@ -150,12 +157,13 @@ class Engine:
         choice: int = 0,
         group: str | None = None,
         salt: bytes = b"",
+        adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
     ) -> None:
         """Queue a sequence. `choice` tells the n answers of one request apart.
 
         The prompt is computed once for all of a `group` that have the same; prompts that begin
-        alike share that beginning's keys and values if their `salt` is the same.
+        alike share that beginning's keys and values if their `salt` and `adapter` are the same.
         `strip_leading_space` drops the space that a word-start mark puts before an answer.
 
         Raises what `check` raises.
@@ -165,9 +173,12 @@ class Engine:
         seed = params.seed
         if seed is None:
             seed = self._seed if self._seed is not None else secrets.randbits(63)
+        if adapter is not None:
+            salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
         sequence = Sequence(
-            seq_id, tuple(prompt_ids), params, seed, choice, group, BlockTable(salt)
-        )
+            seq_id, tuple(prompt_ids), params, seed, choice, group, BlockTable(salt),
+            adapter=adapter,
+        )  # fmt: skip
         if self._speculation:
             sequence.drafter = Drafter(sequence.token_ids)
         self._scheduler.add(sequence)

@@ -62,6 +62,7 @@ class Runner(Generic[Pool]):
                 token_ids += item.draft_ids
                 end += len(item.draft_ids)
             positions += range(first, end)
-            segments.append(Segment(start, end - first, first, sequence.table.block_ids))
+            adapter = sequence.adapter.network if sequence.adapter is not None else None
+            segments.append(Segment(start, end - first, first, sequence.table.block_ids, adapter))
         batch = Batch(token_ids, positions, segments, output_rows, ahead)
         return self._model.forward(batch, self._pool)

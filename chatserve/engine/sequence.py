@@ -5,14 +5,31 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from chatserve.engine.block_manager import BlockTable
 from chatserve.engine.speculation import Drafter
 from chatserve.errors import ChatserveError
 
+if TYPE_CHECKING:
+    from chatserve.models.batch import NetworkAdapter
+
 FinishReason = Literal["stop", "length", "abort"]
 """`stop` and `length` go over the wire, `abort` stays in logs."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """A LoRA adapter beside the base, ready for the network; it lives as long as who uses it.
+
+    fingerprint: of its numbers. network: the form that the model has built. base: the model that it
+    was trained on, in its author's words.
+    """
+
+    name: str
+    fingerprint: str
+    network: NetworkAdapter
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,8 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0
     """How many of the prompt needed no computing when it was first admitted."""
+    adapter: LoadedAdapter | None = None
+    """What changes the base for this sequence; no other may share its keys and values."""
     drafter: Drafter | None = None
     """Guesses how `token_ids` goes on, where speculation is wanted."""
 

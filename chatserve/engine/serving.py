@@ -18,7 +18,8 @@ from typing import Any
 
 import chatserve
 from chatserve import environment
-from chatserve.config import WorkerConfig, served_names
+from chatserve.config import WorkerConfig, served_names, split_adapters
+from chatserve.engine.adapters import AdaptableNetwork, Adapters
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
@@ -45,7 +46,8 @@ from chatserve.models.gpus import (
     show_gpus,
     torch_policy,
 )
-from chatserve.models.llama_kernels import num_warm_tokens
+from chatserve.models.llama import Llama
+from chatserve.models.llama_kernels import KernelLlama, num_warm_tokens
 from chatserve.models.loader import load_model
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
@@ -87,6 +89,7 @@ class ServedModel:
     fingerprint: str
     description: Mapping[str, Any]
     defaults: Mapping[str, float]
+    adapters: Adapters
 
 
 def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncEngine, ServedModel]:
@@ -96,6 +99,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     """
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
+    merged, named = split_adapters(config.adapter)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
     gpu_options = GPUOptions(
         config.num_gpus, config.gpus, config.max_gpu_memory, config.cpu_offloading
@@ -107,7 +111,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     )  # fmt: skip
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):
-        checkpoint = merge(checkpoint, [Path(each).expanduser() for each in config.adapter])
+        checkpoint = merge(checkpoint, merged)
         policy = check(as_the_file(policy, checkpoint, config.dtype))
         logger.info("%s", policy.describe())
         refuse_two_vocabularies(checkpoint)
@@ -153,6 +157,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         if config.self_check:
             most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
+        root = Path(config.adapter_root).expanduser() if config.adapter_root is not None else None
+        adapters = Adapters(checkpoint, _adaptable(model), root)
+        for name, folder in named.items():
+            adapters.load(name, folder)
     prompts = PromptBuilder(
         tokenizer,
         choice.template,
@@ -193,6 +201,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "quality": quality,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
+        adapters=adapters,
     )
     elapsed = time.perf_counter() - start
     logger.info("%s loaded in %.1f s, context %d tokens", names[0], elapsed, served.context_length)
@@ -200,6 +209,11 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
     )
     return async_engine, served
+
+
+def _adaptable(model: object) -> AdaptableNetwork | None:
+    """The model, if it takes adapters beside the base."""
+    return model if isinstance(model, KernelLlama | Llama) else None
 
 
 def as_the_file(policy: DevicePolicy, checkpoint: Checkpoint, dtype: str) -> DevicePolicy:

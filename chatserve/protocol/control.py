@@ -20,6 +20,8 @@ HEARTBEAT_PATH = "/control/heartbeat"
 LEAVE_PATH = "/control/leave"
 NONCE_HEADER = "X-Chatserve-Nonce"
 MAX_NONCE_LEN = 64
+MAX_CARDS = 1000
+"""Of one worker: its names, each alone and with each of its adapters."""
 
 WorkerState = Literal["loading", "ready", "draining"]
 
@@ -39,10 +41,14 @@ class ControlMessage(BaseModel):
 
 
 class ModelCard(ControlMessage):
-    """One entry of `/v1/models`. `description` says device, dtype, 8 bits and the reasons."""
+    """One entry of `/v1/models`. `description` says device, dtype, 8 bits and the reasons.
+
+    `parent`: of a base with an adapter, the base.
+    """
 
     name: ModelName
     created: Count
+    parent: ModelName | None = None
     context_length: Count | None = None
     description: Annotated[dict[str, JsonValue], Field(max_length=50)] = Field(default_factory=dict)
 
@@ -52,6 +58,8 @@ class ModelCard(ControlMessage):
             "object": "model",
             "created": self.created,
             "owned_by": "chatserve",
+            "root": self.parent or self.name,
+            "parent": self.parent,
             "chatserve": {"context_length": self.context_length, **self.description},
         }
 
@@ -64,7 +72,7 @@ class WorkerStatus(ControlMessage):
     """
 
     state: WorkerState
-    models: Annotated[list[ModelCard], Field(min_length=1, max_length=50)]
+    models: Annotated[list[ModelCard], Field(min_length=1, max_length=MAX_CARDS)]
     fingerprint: Text = ""
     tick: Count = 0
     last_token_age_s: Seconds = 0.0

@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatserve import environment, hub
-from chatserve.config import DEFAULT_WEIGHTS, ControllerConfig, ServeConfig, WorkerConfig, build
+from chatserve.config import (
+    DEFAULT_WEIGHTS,
+    ControllerConfig,
+    ServeConfig,
+    WorkerConfig,
+    build,
+    split_adapters,
+)
 from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 
@@ -45,8 +52,9 @@ def serve(
                 f"--adapter is for one WEIGHTS, not for {len(weights)}; serve the others by "
                 "`chatserve worker`, or write the merge with `chatserve merge-adapter`"
             )
-        for folder in config.adapter:
-            hub.check_path(folder)
+        merged, named = split_adapters(config.adapter)
+        for folder in (*merged, *named.values()):
+            hub.check_path(str(folder))
         if worker_command is None:
             # what another command calls WEIGHTS need not be a path
             for path in weights:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
-from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 
 
 class TokenStream(Protocol):
@@ -53,6 +53,7 @@ class Engine(Protocol):
         *,
         choice: int = 0,
         salt: bytes = b"",
+        adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
     ) -> TokenStream: ...
 
@@ -68,13 +69,25 @@ class Prompts(Protocol):
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int: ...
 
 
+class Adapters(Protocol):
+    """`chatserve.engine.adapters.Adapters`, as the server uses it.
+
+    `load_below` and `unload` may be called from any thread; `load_below` takes its time.
+    """
+
+    def loaded(self) -> Mapping[str, LoadedAdapter]: ...
+    def load_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter: ...
+    def unload(self, name: str) -> None: ...
+
+
 class ServedModel(Protocol):
     """What the server knows of the model behind the engine.
 
-    `names` are its names in the API. `stop` are the chat template's own stop strings,
-    `stop_token_ids` ids beside the end-of-sequence ids. `strip_leading_space`: an answer in a chat
-    begins with a space that belongs to the template (LLaMA's tokenizer). `defaults` are values for
-    fields that a request leaves out (`--use-generation-config`), by their OpenAI names.
+    `names` are its names in the API, `adapters` what is served beside it under `NAME:ADAPTER`.
+    `stop` are the chat template's own stop strings, `stop_token_ids` ids beside the end-of-sequence
+    ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
+    (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
+    (`--use-generation-config`), by their OpenAI names.
     `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
     """
 
@@ -98,3 +111,5 @@ class ServedModel(Protocol):
     def description(self) -> Mapping[str, JsonValue]: ...
     @property
     def defaults(self) -> Mapping[str, float]: ...
+    @property
+    def adapters(self) -> Adapters: ...

@@ -7,6 +7,7 @@ Holds no model, no template, no torch. The process around it is `controller_proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import secrets
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from chatserve.errors import ModelNotFound, RegistrationRefused
+from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
 from chatserve.protocol.control import (
     HEARTBEAT_PATH,
     LEAVE_PATH,
@@ -34,6 +36,7 @@ from chatserve.protocol.control import (
     proof_of,
 )
 from chatserve.protocol.openai import model_of
+from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
@@ -81,18 +84,23 @@ class ControllerRoutes:
         self._heartbeat_interval_s = heartbeat_interval_s
         self._session: aiohttp.ClientSession
         self._relay: Relay
+        self._adapters: AdapterDispatch
 
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         async with open_session() as self._session:
             self._relay = Relay(self._registry, self._session, self._token)
-            yield
+            self._adapters = AdapterDispatch(self._registry, self._session, self._token)
+            async with contextlib.aclosing(self._adapters):
+                yield
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
         app.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        app.add_api_route(LOAD_PATH, self.load_adapter, methods=["POST"])
+        app.add_api_route(UNLOAD_PATH, self.unload_adapter, methods=["POST"])
         app.add_api_route("/health/live", self.live)
         app.add_api_route("/health/ready", self.ready)
         app.add_api_route("/health/decode", self.decode)
@@ -124,6 +132,12 @@ class ControllerRoutes:
                 f"{', '.join(cards) or 'none yet'}"
             )
         return json_response(cards[name].to_openai())
+
+    async def load_adapter(self, request: Request) -> Response:
+        return await self._adapters.load(request)
+
+    async def unload_adapter(self, request: Request) -> Response:
+        return await self._adapters.unload(request)
 
     async def live(self) -> Response:
         return json_response({"status": "live"})
@@ -157,11 +171,13 @@ class ControllerRoutes:
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{message.port}"
         await self._call_back(base_url)
         self._registry.register(message.worker_id, base_url, message.status)
+        self._adapters.restore(message.worker_id)
         return control_response(Registered(heartbeat_interval_s=self._heartbeat_interval_s))
 
     async def heartbeat(self, request: Request) -> Response:
         message = parse(Heartbeat, await request.body())
         is_known = self._registry.heartbeat(message.worker_id, message.status)
+        self._adapters.restore(message.worker_id)
         await self._probe(message.worker_id)
         return control_response(HeartbeatReply(is_known=is_known))
 

@@ -27,12 +27,19 @@ from chatserve.errors import (
     UnsupportedMediaType,
     UsageError,
 )
+from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
 from chatserve.protocol.openai import MAX_BODY_BYTES
 from chatserve.server.error_response import error_response
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
+KEYED_PATHS = frozenset({LOAD_PATH, UNLOAD_PATH})
+"""They change what a server serves: open to nobody without a key, whatever else is open."""
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_KEYED = (
+    " (a key of CHATSERVE_API_KEYS or --api-key-file, or CHATSERVE_CONTROL_TOKEN; a server without "
+    "either loads no adapters)"
+)
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 BODY_TIMEOUT_S = 30.0
 
@@ -99,6 +106,8 @@ class AccessPolicy:
             return
         if path.startswith(CONTROL_PREFIX):
             _check_key(headers, self.control_keys)
+        elif path in KEYED_PATHS:
+            _check_key(headers, (*(self.api_keys or ()), *self.control_keys), _KEYED)
         elif self.api_keys is not None:
             _check_key(headers, self.api_keys)
 
@@ -121,7 +130,7 @@ def _check_host(headers: list[tuple[bytes, bytes]], allowed: frozenset[str]) -> 
     )
 
 
-def _check_key(headers: list[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> None:
+def _check_key(headers: list[tuple[bytes, bytes]], keys: tuple[bytes, ...], hint: str = "") -> None:
     values = _values(headers, b"authorization")
     scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     # latin-1 is how the header was read: these are the bytes the client sent
@@ -129,7 +138,9 @@ def _check_key(headers: list[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> N
     # every key is compared, so that time tells nothing about which one was near
     matches = [hmac.compare_digest(given, key) for key in keys]
     if scheme.lower() != "bearer" or not any(matches):
-        raise InvalidAPIKey("the API key is missing or wrong; send `Authorization: Bearer KEY`")
+        raise InvalidAPIKey(
+            "the API key is missing or wrong; send `Authorization: Bearer KEY`" + hint
+        )
 
 
 class Edge:

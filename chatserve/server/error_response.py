@@ -23,6 +23,7 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
     errors.ContextLengthExceeded: (400, "invalid_request_error"),
     errors.UnsupportedParameter: (400, "invalid_request_error"),
+    errors.AdapterRefused: (400, "invalid_request_error"),
     errors.InvalidAPIKey: (401, "invalid_request_error"),
     errors.HostNotAllowed: (403, "invalid_request_error"),
     errors.RegistrationRefused: (403, "invalid_request_error"),

@@ -53,6 +53,7 @@ class Generation:
                         prompt.params,
                         choice=choice,
                         salt=salt,
+                        adapter=prepared.adapter,
                         strip_leading_space=prepared.strip_leading_space,
                     )
                     generation._streams.append(stream)

@@ -6,6 +6,7 @@ Knows the controller's URL and a function that tells the worker's status; no eng
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -64,10 +65,19 @@ class HeartbeatSender:
         self._status = status
         self._jitter = jitter
         self._has_news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     def announce(self) -> None:
         """Beat now: the status has changed in a way that should not wait."""
         self._has_news.set()
+
+    async def deliver(self) -> None:
+        """`announce`, and wait until the controller has heard it, or cannot be reached."""
+        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(heard)
+        self.announce()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(heard, TIMEOUT_S)
 
     async def run(self) -> None:
         """Register, then beat until cancelled; says goodbye at the end.
@@ -136,6 +146,22 @@ class HeartbeatSender:
         kind: type[Reply],
     ) -> Reply:
         """Raises `Unreachable` or, when the controller says no, `RegistrationFailed`."""
+        # what is asked for from now on is not in this message
+        waiting, self._waiting = self._waiting, []
+        try:
+            return await self._send(session, path, message, kind)
+        finally:
+            for heard in waiting:
+                if not heard.done():
+                    heard.set_result(None)
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        message: ControlMessage,
+        kind: type[Reply],
+    ) -> Reply:
         try:
             async with session.post(
                 self._controller + path,

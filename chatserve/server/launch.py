@@ -83,7 +83,8 @@ class _Server:
         self._models = named(weights, config.model_names)
         self._worker_command = tuple(worker_command)
         self._policy = policy
-        self._token = secrets.token_urlsafe(32)
+        # whoever started us may want to use it, too
+        self._token = environment.control_token() or secrets.token_urlsafe(32)
         self._stop = StopSignals()
         self._has_changed = asyncio.Event()
         self._registry = WorkerRegistry(

@@ -6,8 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from chatserve.config import adapted_name
+from chatserve.engine.sequence import LoadedAdapter
 from chatserve.errors import NoWorkerAvailable
 from chatserve.protocol.control import ModelCard, WorkerState, WorkerStatus
+from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel
 
 
@@ -62,15 +65,32 @@ class ModelSlot:
         return self._served
 
     def cards(self) -> list[ModelCard]:
-        model = self._served[1] if self._served else None
-        return [
-            ModelCard(
+        """The base under each of its names, then each with each adapter."""
+        if self._served is None:
+            return [ModelCard(name=name, created=self.created) for name in self.names]
+        model = self._served[1]
+
+        def card(name: str, parent: str | None, adapter: LoadedAdapter | None) -> ModelCard:
+            description = (
+                dict(model.description)
+                if adapter is None
+                else {"trained_on": (adapter.base or "")[:200]}
+            )
+            return ModelCard(
                 name=name,
                 created=self.created,
-                context_length=model.context_length if model else None,
-                description=dict(model.description) if model else {},
+                parent=parent,
+                context_length=model.context_length,
+                description={**description, "fingerprint": fingerprint_of(model, adapter)},
             )
-            for name in self.names
+
+        return [
+            *(card(name, None, None) for name in self.names),
+            *(
+                card(adapted_name(base, name), base, adapter)
+                for base in self.names
+                for name, adapter in model.adapters.loaded().items()
+            ),
         ]
 
     def status(self) -> WorkerStatus:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chatserve.engine.sequence import SamplingParams
-from chatserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from chatserve.engine.sequence import LoadedAdapter, SamplingParams
+from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.protocol.openai import (
     ChatRequest,
     CompletionRequest,
@@ -17,6 +17,7 @@ from chatserve.protocol.openai import (
     parse_chat,
     parse_completion,
 )
+from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
 
 MAX_BYTES_PER_TOKEN = 16
@@ -42,6 +43,7 @@ class Prepared:
     is_stream: bool
     includes_usage: bool
     strip_leading_space: bool
+    adapter: LoadedAdapter | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -54,17 +56,18 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
     Raises `InvalidRequest` and its children, `ModelNotFound`.
     """
     request = parse_chat(body)
-    _check_common(request, model)
+    adapter = _check_common(request, model)
     _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
     ids = model.prompts.chat(request.messages)
     prompt = _prompt(ids, request, model, stop=(*request.stop, *model.stop), unlimited=True)
-    return _prepared(request, [prompt], is_chat=True, strip=model.strip_leading_space)
+    strip = model.strip_leading_space
+    return _prepared(request, [prompt], adapter, is_chat=True, strip=strip)
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
     """Validate a text completion request and encode its prompts. Raises as `prepare_chat` does."""
     request = parse_completion(body)
-    _check_common(request, model)
+    adapter = _check_common(request, model)
     prompts = []
     for prompt in request.prompt:
         _check_prompt(prompt, model)
@@ -72,11 +75,16 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
         if not ids:
             raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
         prompts.append(_prompt(ids, request, model, stop=request.stop, unlimited=False))
-    return _prepared(request, prompts, is_chat=False, strip=False)
+    return _prepared(request, prompts, adapter, is_chat=False, strip=False)
 
 
 def _prepared(
-    request: ChatRequest | CompletionRequest, prompts: list[Prompt], *, is_chat: bool, strip: bool
+    request: ChatRequest | CompletionRequest,
+    prompts: list[Prompt],
+    adapter: LoadedAdapter | None,
+    *,
+    is_chat: bool,
+    strip: bool,
 ) -> Prepared:
     return Prepared(
         model=request.model,
@@ -86,21 +94,20 @@ def _prepared(
         is_stream=request.is_stream,
         includes_usage=request.includes_usage,
         strip_leading_space=strip,
+        adapter=adapter,
     )
 
 
-def _check_common(request: SamplingRequest, model: ServedModel) -> None:
-    if request.model not in model.names:
-        raise ModelNotFound(
-            f"model {request.model[:100]!r} is not served here; there is {', '.join(model.names)}",
-            param="model",
-        )
+def _check_common(request: SamplingRequest, model: ServedModel) -> LoadedAdapter | None:
+    """What all requests must obey; the adapter that this one names."""
+    adapter = find_adapter(model, request.model)
     for token_id in request.logit_bias:
         if token_id >= model.vocab_size:
             raise InvalidRequest(
                 f"logit_bias: there is no token {token_id}, the vocabulary has {model.vocab_size}",
                 param=f"logit_bias.{token_id}",
             )
+    return adapter
 
 
 def _check_prompt(prompt: str | list[int], model: ServedModel) -> None:

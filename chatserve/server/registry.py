@@ -142,8 +142,9 @@ class WorkerRegistry:
         if is_idle or status.tick != worker.status.tick:
             worker.moved_at = now
         has_changed = status.state != worker.status.state
-        worker.seen_at, worker.status = now, status
+        before, worker.seen_at, worker.status = worker.status, now, status
         self._remember(status)
+        self._forget_unless_served(before.models)
         if has_changed:
             self.on_change()
         return True
@@ -153,10 +154,7 @@ class WorkerRegistry:
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return
-        for card in worker.status.models:
-            is_wanted = card.name in self._expected
-            if not is_wanted and not any(w.serves(card.name) for w in self._workers.values()):
-                self._cards.pop(card.name, None)
+        self._forget_unless_served(worker.status.models)
         self.on_change()
 
     def remove(self, worker_id: str) -> None:
@@ -215,6 +213,17 @@ class WorkerRegistry:
         worker.last_pick = next(self._picks)
         return Lease(worker)
 
+    def ready(self, model: str) -> list[Worker]:
+        """All that can serve `model` now."""
+        self._expire()
+        serving = [worker for worker in self._workers.values() if worker.serves(model)]
+        return [worker for worker in serving if self._state(worker) == "ready"]
+
+    def forget(self, model: str) -> None:
+        """Name `model` no more, unless somebody serves it."""
+        if not any(worker.serves(model) for worker in self._workers.values()):
+            self._cards.pop(model, None)
+
     def cards(self) -> list[ModelCard]:
         """The models of `/v1/models`: those served, also while their worker restarts.
 
@@ -265,6 +274,11 @@ class WorkerRegistry:
     def _remember(self, status: WorkerStatus) -> None:
         if status.state == "ready":
             self._cards.update((card.name, card) for card in status.models)
+
+    def _forget_unless_served(self, cards: Iterable[ModelCard]) -> None:
+        for card in cards:
+            if card.name not in self._expected:
+                self.forget(card.name)
 
     def _expire(self) -> None:
         """Drop the silent ones; called by every question, so no timer is needed."""

@@ -22,6 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from chatserve.errors import ModelNotFound
 from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
+from chatserve.server.adapted import fingerprint_of
+from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_tell
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.disconnect import until_disconnect
@@ -66,14 +68,19 @@ def create_slot_app(
     policy: AccessPolicy | None = None,
     control_token: str | None = None,
     ping_interval_s: float = PING_INTERVAL_S,
+    on_change: OnChange = nobody_to_tell,
 ) -> Edge:
-    """The same for a slot that may still be empty: requests get 503 until it is filled."""
+    """The same for a slot that may still be empty: requests get 503 until it is filled.
+
+    `on_change` is awaited when there is another model name, or one less.
+    """
     worker = WorkerRoutes(slot, control_token, ping_interval_s)
     app = FastAPI(
         lifespan=worker.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
     worker.add_to(app)
+    AdapterRoutes(slot, on_change).add_to(app)
     install_error_handlers(app)
     return Edge(app, policy or AccessPolicy())
 
@@ -138,7 +145,7 @@ class WorkerRoutes:
         for card in self._slot.cards():
             if card.name == name:
                 return json_response(card.to_openai())
-        names = ", ".join(self._slot.names)
+        names = ", ".join(card.name for card in self._slot.cards())
         raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}")
 
     async def live(self, request: Request) -> Response:
@@ -186,8 +193,9 @@ class WorkerRoutes:
         prepared = await loop.run_in_executor(self._pool, prepare, body, model)
         request_id = prefix + uuid.uuid4().hex
         head = ReplyHead(
-            request_id, int(time.time()), prepared.model, model.fingerprint, prepared.is_chat
-        )
+            request_id, int(time.time()), prepared.model,
+            fingerprint_of(model, prepared.adapter), prepared.is_chat,
+        )  # fmt: skip
         salt = salt_of(request.headers, self._control_token)
         generation = await Generation.submit(engine, request_id, prepared, salt)
         if prepared.is_stream:

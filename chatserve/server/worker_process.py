@@ -22,6 +22,7 @@ from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
 from chatserve.errors import GenerationFailed
 from chatserve.progress import Progress
+from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
@@ -89,14 +90,17 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     slot = ModelSlot(served_names(config.weights, config.model_names))
     token = shared_token() if config.controller and not config.no_register else None
     policy = _policy(config, token)
-    edge = create_slot_app(slot, policy=policy, control_token=token)
     sock = bind(config.host, config.port)
+    heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
+    edge = create_slot_app(
+        slot, policy=policy, control_token=token,
+        on_change=heartbeat.deliver if heartbeat is not None else nobody_to_tell,
+    )  # fmt: skip
     listener = Listener(edge, sock)
     with stop.installed():
         await listener.start()
         url = url_of(config.host, sock)
         logger.info("listening on %s", url)
-        heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
         jobs = [_fill(slot, config, load, on_ready=partial(_announce, heartbeat, slot, url))]
         if heartbeat is not None:
             jobs.append(heartbeat.run())

@@ -143,7 +143,9 @@ def test_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["fake", "alias/with/slash"]
     model = client.models.retrieve("alias/with/slash")
-    assert model.to_dict()["chatserve"] == {"context_length": 1000, "device": "cpu"}
+    assert model.to_dict()["chatserve"] == {
+        "context_length": 1000, "device": "cpu", "fingerprint": "fp_fake",
+    }  # fmt: skip
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 

@@ -54,7 +54,7 @@ def test_round_trip() -> None:
         ({"status": {**STATUS, "state": "happy"}}, "status.state"),
         ({"status": {**STATUS, "tick": -1}}, "status.tick"),
         ({"status": {**STATUS, "models": []}}, "status.models"),
-        ({"status": {**STATUS, "models": [CARD] * 51}}, "status.models"),
+        ({"status": {**STATUS, "models": [CARD] * 1001}}, "status.models"),
         ({"status": {**STATUS, "models": [{**CARD, "name": "a\x1b[2J"}]}}, "status.models.0.name"),
         ({"status": {**STATUS, "models": [{**CARD, "name": "a\nb"}]}}, "status.models.0.name"),
         ({"status": {**STATUS, "models": [{**CARD, "name": ""}]}}, "status.models.0.name"),
@@ -86,8 +86,12 @@ def test_card_as_openai_lists_it() -> None:
         "object": "model",
         "created": 5,
         "owned_by": "chatserve",
+        "root": "m",
+        "parent": None,
         "chatserve": {"context_length": 10, "device": "cpu"},
     }
+    card = ModelCard(name="m:sql", parent="m", created=5)
+    assert (card.to_openai()["root"], card.to_openai()["parent"]) == ("m", "m")
 
 
 def test_proof_depends_on_token_and_nonce() -> None:

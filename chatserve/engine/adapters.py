@@ -1,0 +1,145 @@
+"""The adapters beside one base model: loaded, replaced and taken away while it serves.
+
+Knows files and the network's form of them; no HTTP, no sequences. A sequence holds its adapter
+itself, so what is taken away lives until its last sequence ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from chatserve.config import ADAPTER_NAME, MAX_ADAPTERS
+from chatserve.engine.sequence import LoadedAdapter
+from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, ModelNotFound
+from chatserve.models.adapter import Adapter, load_adapter
+from chatserve.models.adapter_config import merged_adapters
+from chatserve.models.batch import NetworkAdapter
+from chatserve.models.checkpoint import Checkpoint
+from chatserve.models.config import ModelConfig
+from chatserve.models.device import DevicePolicy
+from chatserve.models.memory import available_bytes, in_gb
+from chatserve.models.merge import check_base
+
+logger = logging.getLogger(__name__)
+
+_FILE_BYTES = 4  # of a number while it is read
+
+
+class AdaptableNetwork(Protocol):
+    """A network that computes rows with and without adapters in one step."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def policy(self) -> DevicePolicy: ...
+    def build_adapter(self, adapter: Adapter) -> NetworkAdapter: ...
+
+
+class Adapters:
+    """Adapters by name. Loading and unloading may be called from any thread, one at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, network: AdaptableNetwork | None, root: Path | None = None
+    ) -> None:
+        """`network`: None where it can take none. `root`: the folder below which `load_below` may
+        look, None for nowhere."""
+        self._checkpoint = checkpoint
+        self._network = network
+        self._root = root
+        self._lock = threading.Lock()
+        # replaced as a whole: whoever reads it needs no lock
+        self._loaded: Mapping[str, LoadedAdapter] = {}
+
+    def loaded(self) -> Mapping[str, LoadedAdapter]:
+        return self._loaded
+
+    def load_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter:
+        """`load` for a caller who may not name any folder of this machine, but one below the root.
+
+        A relative path begins at the root. Raises `AdapterRefused` for another one.
+        """
+        if self._root is None:
+            raise AdapterRefused(
+                "this server loads no adapters by request; start it with --adapter-root FOLDER, "
+                "below which they lie",
+                param="lora_path",
+            )
+        root = self._root.resolve()
+        try:
+            folder = (root / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a null byte
+            raise AdapterRefused(f"{path[:200]!r} is no path: {error}", param="lora_path") from None
+        if not folder.is_relative_to(root) or folder == root:
+            raise AdapterRefused(
+                f"{path[:200]!r} does not lie below the folder of --adapter-root; copy the adapter "
+                "there",
+                param="lora_path",
+            )
+        return self.load(name, folder, replace=replace)
+
+    def load(self, name: str, path: Path, *, replace: bool = False) -> LoadedAdapter:
+        """Read the adapter in the folder `path` and serve it as `name`; `replace` one of that name.
+
+        Whatever fails changes nothing. Raises `AdapterRefused` for a name that cannot be used,
+        `ModelLoadError` for an adapter that cannot, `DoesNotFit`.
+        """
+        if not ADAPTER_NAME.fullmatch(name):
+            raise AdapterRefused(
+                f"{name[:80]!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and "
+                "'-'",
+                param="lora_name",
+            )
+        with self._lock:
+            if name in self._loaded and not replace:
+                raise AdapterRefused(
+                    f"there is an adapter {name} already; unload it first, or send load_inplace: "
+                    "true to put another one in its place",
+                    param="lora_name",
+                )
+            if name not in self._loaded and len(self._loaded) >= MAX_ADAPTERS:
+                raise AdapterRefused(
+                    f"{len(self._loaded)} adapters are loaded, the limit is {MAX_ADAPTERS}; unload "
+                    "one first"
+                )
+            loaded = self._read(name, path)
+            self._loaded = {**self._loaded, name: loaded}
+        logger.info("adapter %s loaded from %s (%s)", name, path, loaded.fingerprint)
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """Serve `name` no more; sequences that use it go on. Raises `ModelNotFound`."""
+        with self._lock:
+            if name not in self._loaded:
+                there = ", ".join(self._loaded) or "none"
+                raise ModelNotFound(
+                    f"there is no adapter {name[:80]!r}; loaded are: {there}", param="lora_name"
+                )
+            self._loaded = {key: value for key, value in self._loaded.items() if key != name}
+        logger.info("adapter %s unloaded", name)
+
+    def _read(self, name: str, path: Path) -> LoadedAdapter:
+        network = self._network
+        if network is None:
+            raise ModelLoadError(
+                f"{path}: adapters are served beside networks of the Llama family; this model runs "
+                "through transformers: merge it with peft's merge_and_unload, and serve the result"
+            )
+
+        def admit(num_values: int) -> None:
+            needed = num_values * (_FILE_BYTES + network.policy.dtype.itemsize)
+            free = available_bytes(network.policy.device)
+            if needed > free:
+                raise DoesNotFit(
+                    f"{path}: the adapter needs {in_gb(needed)}, {network.policy.device.type} has "
+                    f"{in_gb(free)} free; unload another one, or train it with a smaller rank"
+                )
+
+        adapter = load_adapter(path, network.config, name=name, admit=admit)
+        check_base(adapter, self._checkpoint, merged_adapters(self._checkpoint.config))
+        return LoadedAdapter(
+            name, adapter.fingerprint, network.build_adapter(adapter), adapter.base
+        )

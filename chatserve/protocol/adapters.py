@@ -1,0 +1,51 @@
+"""The bodies of /v1/load_lora_adapter and /v1/unload_lora_adapter, which vLLM has too.
+
+JSON only. Knows no folder and no engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chatserve.errors import InvalidRequest
+
+LOAD_PATH = "/v1/load_lora_adapter"
+UNLOAD_PATH = "/v1/unload_lora_adapter"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self.model_dump(mode="json"))
+
+
+class LoadAdapter(_Body):
+    """`lora_name`: NAME, or BASE:NAME where several models are served. `lora_path`: a folder on the
+    worker's machine. `load_inplace`: put it in the place of one that has the name already."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadAdapter(_Body):
+    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+
+
+Body = TypeVar("Body", bound=_Body)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Raises `InvalidRequest` naming the field at fault."""
+    try:
+        return kind.model_validate(orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from error

@@ -1,0 +1,220 @@
+"""Adapters beside a base: what is loaded, replaced and refused, and from where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatserve.config import MAX_ADAPTERS
+from chatserve.engine import adapters as module
+from chatserve.engine.adapters import Adapters
+from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError
+from chatserve.models.checkpoint import Checkpoint, open_checkpoint
+from chatserve.models.config import ModelConfig
+from chatserve.models.device import choose_policy
+from chatserve.models.device_map import DeviceMap, Part
+from chatserve.models.llama import Llama
+from chatserve.models.loader import load_model
+from chatserve.models.merge import merge
+from chatserve.models.placed_llama import PlacedLlama
+from tests import adapters, tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tiny.save_model(folder, tokenizer=False)
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint.weights):
+        yield checkpoint
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint: Checkpoint) -> Any:
+    return load_model(checkpoint, choose_policy("cpu", "float32", load_8bit=False))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    adapters.write(tmp_path / "root" / "sql")
+    adapters.write(tmp_path / "root" / "law", adapters.random_pairs(adapters.tiny_shapes(), seed=1))
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def table(checkpoint: Checkpoint, network: Any, root: Path) -> Adapters:
+    return Adapters(checkpoint, network, root)
+
+
+def test_loaded_by_name(table: Adapters, root: Path) -> None:
+    sql = table.load("sql", root / "sql")
+    law = table.load_below("law-2", "law")
+    assert table.loaded() == {"sql": sql, "law-2": law}
+    assert sql.fingerprint.startswith("ad_") and sql.fingerprint != law.fingerprint
+    # rank 4 of q (64, 64) and v (32, 64) in two layers, in float32
+    assert sql.network.num_bytes == 2 * 4 * 4 * (64 + 64 + 32 + 64)
+    table.unload("sql")
+    assert table.loaded() == {"law-2": law}
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:b", "a/b", ".hidden", "a\n", "ü", "x" * 65])
+def test_names_that_no_request_could_carry(table: Adapters, root: Path, name: str) -> None:
+    with pytest.raises(AdapterRefused, match="no name for an adapter"):
+        table.load(name, root / "sql")
+    assert not table.loaded()
+
+
+def test_a_name_that_is_taken(table: Adapters, root: Path) -> None:
+    old = table.load("sql", root / "sql")
+    with pytest.raises(AdapterRefused, match=r"there is an adapter sql already; .*load_inplace"):
+        table.load("sql", root / "law")
+    assert table.loaded() == {"sql": old}
+    new = table.load("sql", root / "law", replace=True)
+    assert table.loaded() == {"sql": new} and new.fingerprint != old.fingerprint
+
+
+def test_the_limit(table: Adapters, root: Path) -> None:
+    for index in range(MAX_ADAPTERS):
+        table.load(f"a{index}", root / "sql")
+    with pytest.raises(AdapterRefused, match="64 adapters are loaded, the limit is 64"):
+        table.load("one-more", root / "sql")
+    table.load("a0", root / "law", replace=True)
+    table.unload("a1")
+    table.load("one-more", root / "sql")
+
+
+def wrong_rank(folder: Path) -> None:
+    adapters.write(folder, r=5)
+
+
+def wrong_base(folder: Path) -> None:
+    shapes = {name: (rows, 2 * columns) for name, (rows, columns) in adapters.tiny_shapes().items()}
+    adapters.write(folder, adapters.random_pairs(shapes))
+
+
+def missing_file(folder: Path) -> None:
+    (adapters.write(folder) / "adapter_model.safetensors").unlink()
+
+
+def half_a_file(folder: Path) -> None:
+    path = adapters.write(folder) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_numbers(folder: Path) -> None:
+    tensors = adapters.random_pairs(adapters.tiny_shapes())
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    adapters.write(folder, tensors)
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+FAULTS = {
+    wrong_rank: "in rank 4 and 4, adapter_config.json says 5",
+    wrong_base: "it belongs to another base",
+    missing_file: "has adapter_config.json but no weights",
+    half_a_file: "adapter_model.safetensors",
+    no_numbers: "are no numbers",
+    nothing: "no such folder",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_failed_load_leaves_the_old_one(table: Adapters, root: Path, fault: Any) -> None:
+    old = table.load("sql", root / "sql")
+    fault(root / "new")
+    for name, replace in (("sql", True), ("other", False)):
+        with pytest.raises(ModelLoadError, match=FAULTS[fault]):
+            table.load(name, root / "new", replace=replace)
+    assert table.loaded() == {"sql": old}
+
+
+def test_no_memory_is_said_before_it_is_taken(
+    table: Adapters, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_values = 2 * 4 * (64 + 64 + 32 + 64)
+    # as it is read, and as the network keeps it
+    monkeypatch.setattr(module, "available_bytes", lambda device: 8 * num_values)
+    table.load("sql", root / "sql")
+    monkeypatch.setattr(module, "available_bytes", lambda device: 8 * num_values - 1)
+    (root / "law" / "adapter_model.safetensors").rename(root / "aside")
+    tensors = adapters.random_pairs(adapters.tiny_shapes())
+    next(iter(tensors.values()))[0, 0] = torch.inf  # would be found if it were read
+    adapters.write(root / "law", tensors)
+    with pytest.raises(DoesNotFit, match=r"needs 0\.0 GB, cpu has 0\.0 GB free; unload another"):
+        table.load("law", root / "law")
+    assert list(table.loaded()) == ["sql"]
+
+
+def test_an_adapter_that_is_in_the_weights_already(checkpoint: Checkpoint, root: Path) -> None:
+    merged = merge(open_checkpoint(checkpoint.path), [root / "sql"])
+    with closing(merged.weights):
+        model = load_model(merged, choose_policy("cpu", "float32", load_8bit=False))
+    assert isinstance(model, Llama)
+    table = Adapters(merged, model)
+    with pytest.raises(ModelLoadError, match="in the weights already"):
+        table.load("sql", root / "sql")
+    table.load("law", root / "law")
+
+
+def test_a_model_of_another_family(checkpoint: Checkpoint, root: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"runs through transformers: merge it with peft's"):
+        Adapters(checkpoint, None).load("sql", root / "sql")
+
+
+def test_a_base_over_several_devices(
+    checkpoint: Checkpoint, network: Any, root: Path, tmp_path: Path
+) -> None:
+    config: ModelConfig = network.config
+    here = Part("cpu", "cpu")
+    device_map = DeviceMap(here, (here,) * config.num_layers, here)
+    placed = PlacedLlama(config, network.policy, device_map, tmp_path)
+    with pytest.raises(ModelLoadError, match="spread over several devices; merge it"):
+        Adapters(checkpoint, placed).load("sql", root / "sql")
+
+
+# ---- which folders a request may name ----
+
+
+def test_nothing_is_loaded_by_request_without_a_root(
+    checkpoint: Checkpoint, network: Any, root: Path
+) -> None:
+    with pytest.raises(AdapterRefused, match="start it with --adapter-root") as caught:
+        Adapters(checkpoint, network).load_below("sql", str(root / "sql"))
+    assert caught.value.param == "lora_path"
+
+
+def test_folders_below_the_root(table: Adapters, root: Path) -> None:
+    os.symlink(root / "sql", root / "alias")
+    for index, path in enumerate(("sql", "./sql", "law/../sql", str(root / "sql"), "alias")):
+        assert table.load_below(f"a{index}", path).fingerprint
+
+
+@pytest.mark.parametrize(
+    "path", ["..", "../outside", "/etc", ".", "sql/../..", "link", "a\0b", "~", "loop"]
+)
+def test_folders_elsewhere(table: Adapters, root: Path, path: str) -> None:
+    adapters.write(root.parent / "outside")
+    os.symlink(root.parent / "outside", root / "link")
+    os.symlink(root / "loop", root / "loop")
+    with pytest.raises((AdapterRefused, ModelLoadError)) as caught:
+        table.load_below("sql", path)
+    # "~" is a name like any other, and "loop" leads nowhere
+    assert isinstance(caught.value, AdapterRefused) or path in ("~", "loop")
+    assert not table.loaded()
+
+
+def test_a_root_that_is_a_link_is_followed(
+    checkpoint: Checkpoint, network: Any, root: Path, tmp_path: Path
+) -> None:
+    os.symlink(root, tmp_path / "way")
+    table = Adapters(checkpoint, network, tmp_path / "way")
+    table.load_below("sql", str(tmp_path / "way" / "sql"))
