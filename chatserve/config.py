@@ -46,6 +46,10 @@ class ModelOptions:
         None, "with --load-8bit: a scale per 32 weights, and 16-bit activations (CPU)",
         group="model", choices=("32",),
     )  # fmt: skip
+    quant_backend: str = setting(
+        "native", "whose products take compressed weights on CUDA", group="model",
+        choices=("native", "bitsandbytes"),
+    )  # fmt: skip
     num_gpus: int | None = setting(
         None, "spread the model over so many GPUs; default: those of --gpus, else one",
         group="model", metavar="N", ge=1, le=64,

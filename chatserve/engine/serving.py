@@ -107,7 +107,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     show_gpus(gpu_options)
     policy = choose_policy(
         config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
-        quant_group=config.quant_group,
+        quant_group=config.quant_group, quant_backend=config.quant_backend,
     )  # fmt: skip
     checkpoint = open_checkpoint(path)
     with closing(checkpoint.weights):

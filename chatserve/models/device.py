@@ -18,6 +18,7 @@ import torch
 from chatserve.errors import StartupError, UsageError
 from chatserve.kernels.library import Kernels
 from chatserve.models.attention import AttentionBackend, attend
+from chatserve.models.bitsandbytes_linear import multiplies_rightly, require_package
 from chatserve.models.form import choose_kernels
 from chatserve.models.hardware import multiplies_bfloat16
 from chatserve.models.packing import FINE, Packing
@@ -101,24 +102,31 @@ def choose_policy(
     load_8bit: bool = False,
     load_4bit: bool = False,
     quant_group: str | None = None,
+    quant_backend: str = "native",
 ) -> DevicePolicy:
     """Choose for `--device`, `--dtype` and the compression asked for.
 
+    quant_backend: whose products take compressed weights on CUDA, `native` or `bitsandbytes`.
     Raises `UsageError` when the device is asked for but not there, or cannot compress so.
     """
     packing = _choose_packing(load_8bit, load_4bit, quant_group)
     kind, device_reason = _choose_device(device)
+    if quant_backend == "bitsandbytes":
+        _check_bitsandbytes(packing, kind)
     torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
     attention, attention_reason = _choose_attention(kind)
     network: Network = "torch"
-    if kind == "cuda":
+    if kind == "cuda" and quant_backend == "native":
         network, attention_reason = _choose_network(torch_dtype)
     reasons = [device_reason, dtype_reason, attention_reason]
     int8: Int8Backend | None = None
     kernels: Kernels | None = None
     if packing is not None:
         int8, int8_reason = _choose_int8(kind, network)
-        if kind == "cpu":
+        if quant_backend == "bitsandbytes":
+            int8 = "bitsandbytes"
+            int8_reason = "NF4 of bitsandbytes" if packing.bits == 4 else "LLM.int8 of bitsandbytes"
+        elif kind == "cpu":
             kernels, kernels_reason = choose_kernels(packing)
             int8_reason = kernels_reason if kernels else f"{kernels_reason}; {int8_reason}"
         elif packing != Packing() and (packing.bits == 8 or network == "torch"):
@@ -139,6 +147,18 @@ def _choose_packing(load_8bit: bool, load_4bit: bool, quant_group: str | None) -
     if not load_8bit:
         return None
     return Packing() if quant_group is None else FINE
+
+
+def _check_bitsandbytes(packing: Packing | None, kind: str) -> None:
+    flag = "--quant-backend bitsandbytes"
+    if packing is None:
+        raise UsageError(f"{flag} is a way to compress; give --load-8bit or --load-4bit")
+    if packing == FINE:
+        raise UsageError(f"{flag} has no such form as --quant-group; leave one of them out")
+    if kind != "cuda":
+        way_out = "the CPU has kernels of its own" if kind == "cpu" else "Metal has its own product"
+        raise UsageError(f"{flag}: no CUDA device; leave it out: {way_out}")
+    require_package()
 
 
 def policy_for(kind: str, dtype: torch.dtype, *, load_8bit: bool) -> DevicePolicy:
@@ -169,6 +189,11 @@ def check(policy: DevicePolicy) -> DevicePolicy:
         if policy.packing != Packing():
             raise StartupError(f"{reason}; use --load-8bit alone, which can do without them")
         policy = dataclasses.replace(policy, kernels=None, reasons=(*policy.reasons, reason))
+    if policy.int8 == "bitsandbytes" and not _int8_agrees(policy):
+        raise StartupError(
+            f"bitsandbytes computes wrong products on {policy.device.type}, or none; leave "
+            "--quant-backend out"
+        )
     if policy.int8 not in (None, "dequantise") and not _int8_agrees(policy):
         reason = f"{policy.int8} failed its self-test, dequantise instead"
         policy = dataclasses.replace(policy, int8="dequantise", reasons=(*policy.reasons, reason))
@@ -285,6 +310,8 @@ def _int8_agrees(policy: DevicePolicy) -> bool:
     if policy.int8 is None:
         return True
     try:
+        if policy.int8 == "bitsandbytes":
+            return multiplies_rightly(policy.packing or Packing(), policy.device, policy.dtype)
         return _int8_is_close(policy, MATMULS[policy.int8])
     except RuntimeError:
         return False

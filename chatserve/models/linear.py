@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from chatserve.models import bitsandbytes_linear
 from chatserve.models.device import DevicePolicy
-from chatserve.models.packing import GROUP
+from chatserve.models.packing import GROUP, Packing
 from chatserve.models.quantize import (
     MATMULS,
     Int8Backend,
@@ -123,13 +124,36 @@ class Int4Linear:
         return dequantise_int4(self.packed[ids], self.scales[ids]).to(dtype)
 
 
-Matrix = Linear | Int8Linear | Int4Linear
+class BitsAndBytesLinear:
+    """The same product in LLM.int8 or NF4."""
+
+    def __init__(
+        self, rows: int, columns: int, *, bias: bool, policy: DevicePolicy, packing: Packing
+    ) -> None:
+        self.packed = bitsandbytes_linear.build(rows, columns, packing, policy.device)
+        self.bias = Parameter(rows, policy.device, policy.dtype) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.packed.multiply(x)
+        return y if self.bias is None else y + self.bias.weight
+
+    def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        self.packed.load_rows(start, rows)
+
+    def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.packed.dequantise(ids, dtype)
+
+
+Matrix = Linear | Int8Linear | Int4Linear | BitsAndBytesLinear
 
 
 def build_matrix(rows: int, columns: int, *, bias: bool, policy: DevicePolicy) -> Matrix:
     """A matrix (rows, columns) in the form that the policy asks for; its content is not set."""
     if policy.int8 is None:
         return Linear(rows, columns, bias=bias, policy=policy)
+    if policy.int8 == "bitsandbytes":
+        packing = policy.packing or Packing()
+        return BitsAndBytesLinear(rows, columns, bias=bias, policy=policy, packing=packing)
     if policy.packing is not None and policy.packing.bits == 4:
         return Int4Linear(rows, columns, bias=bias, policy=policy)
     return Int8Linear(rows, columns, bias=bias, policy=policy, backend=policy.int8)

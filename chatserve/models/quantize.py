@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from chatserve.models.packing import GROUP
 
-Int8Backend = Literal["cpu", "int8pack", "triton", "dequantise"]
+Int8Backend = Literal["cpu", "int8pack", "triton", "dequantise", "bitsandbytes"]
 Int8Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _ROWS_AT_ONCE = 1024  # rows whose float copy exists at one moment
@@ -160,3 +160,4 @@ MATMULS: Mapping[Int8Backend, Int8Matmul] = {
     "triton": matmul_triton,
     "dequantise": matmul_dequantise,
 }
+"""All but that of bitsandbytes, which has codes and scales of its own."""
