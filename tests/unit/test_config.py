@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from chatserve import environment
-from chatserve.config import COMMAND_CONFIGS, ControllerConfig, ServeConfig, build, sources
+from chatserve.config import (
+    COMMAND_CONFIGS,
+    ControllerConfig,
+    ServeConfig,
+    adapted_name,
+    build,
+    sources,
+    split_adapters,
+)
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 from chatserve.settings import fields_of
@@ -180,3 +188,27 @@ def test_a_worker_limits_spinning_unless_the_user_has(before: str | None, after:
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == after
+
+
+def test_adapters_with_a_name_are_served_beside_the_base(tmp_path: Path) -> None:
+    values = ("sft", "sql=a/b", "./x=y", "/abs/x=y", "~/rl", "v1.2_b-c=rel")
+    assert split_adapters(values) == (
+        [Path("sft"), Path("./x=y"), Path("/abs/x=y"), Path.home() / "rl"],
+        {"sql": Path("a/b"), "v1.2_b-c": Path("rel")},
+    )
+    assert adapted_name("base", "sql") == "base:sql"
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (["a b=x"], "--adapter a b=x: NAME=PATH wants a name"), (["=x"], "wants a name"),
+        (["a:b=x"], "wants a name"), (["sql="], "and a folder"), (["x" * 65 + "=y"], "wants a name"),
+        (["sql=a", "sql=b"], "two adapters would be called sql"),
+        ([f"a{i}=x" for i in range(65)], "65 adapters have a name, the limit is 64"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adapters_that_cannot_be_named(values: list[str], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        split_adapters(values)

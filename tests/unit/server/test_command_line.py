@@ -83,6 +83,12 @@ def test_adapters_are_for_one_model_and_must_be_there(
     assert not served
     assert command_line.serve([base, "--adapter", adapter]) == 0
     assert served[0][0].adapter == (adapter,)
+    assert command_line.serve([base, "--adapter", f"sql={adapter}/x"]) == 3
+    assert f"{adapter}/x: no such folder" in capsys.readouterr().err
+    assert command_line.serve([base, "--adapter", f"sql={adapter}"]) == 0
+    assert served[-1][0].adapter == (f"sql={adapter}",)
+    assert command_line.serve([base, "--adapter", f"a b={adapter}"]) == 2
+    assert "NAME=PATH wants a name" in capsys.readouterr().err
 
 
 def test_nothing_named_is_the_embedded_model(served: list[tuple[ServeConfig, list[str]]]) -> None:
