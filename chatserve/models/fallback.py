@@ -18,7 +18,7 @@ from chatserve.models.batch import Batch, Segment
 from chatserve.models.config import architectures, refuse_quantized
 from chatserve.models.device import DevicePolicy
 from chatserve.models.kv_pool import Placement, TorchKVPool
-from chatserve.models.linear import Int8Linear
+from chatserve.models.linear import build_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class FallbackModel:
 
 
 def load_fallback(
-    config: Mapping[str, Any], state: Mapping[str, torch.Tensor], policy: DevicePolicy
+    config: Mapping[str, Any], state: dict[str, torch.Tensor], policy: DevicePolicy
 ) -> FallbackModel:
-    """Build the transformers model of `config` and fill it from `state`.
+    """Build the transformers model of `config` around the tensors of `state`, which is emptied.
 
     Raises `ModelLoadError` when transformers does not know the architecture, or names and shapes of
     the weights do not match it.
@@ -87,11 +87,12 @@ def load_fallback(
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].from_pretrained(
             None,
             config=hf_config,
-            state_dict=dict(state),
+            state_dict=state,
             dtype=policy.dtype,
             attn_implementation="eager" if policy.attention == "plain" else None,
             output_loading_info=True,
         )
+    state.clear()  # a matrix that is packed leaves nothing behind
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelLoadError(
@@ -164,15 +165,12 @@ def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _PackedLinear(nn.Module):
-    """`Int8Linear` in the place of an `nn.Linear`, for inputs of any leading shape."""
+    """A packed matrix in the place of an `nn.Linear`, for inputs of any leading shape."""
 
     def __init__(self, linear: nn.Linear, policy: DevicePolicy) -> None:
         super().__init__()
-        assert policy.int8 is not None
         rows, columns = linear.weight.shape
-        self._packed = Int8Linear(
-            rows, columns, bias=linear.bias is not None, policy=policy, backend=policy.int8
-        )
+        self._packed = build_matrix(rows, columns, bias=linear.bias is not None, policy=policy)
         self._packed.load_rows(0, linear.weight)
         if self._packed.bias is not None:
             self._packed.bias.load_rows(0, linear.bias)
@@ -185,13 +183,16 @@ def _compress(model: nn.Module, policy: DevicePolicy) -> int:
     """Replace every `nn.Linear` but a head that shares the embedding's matrix."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     tied = {id(embedding.weight) for embedding in embeddings}
-    count = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and id(child.weight) not in tied:
-                setattr(module, name, _PackedLinear(child, policy))
-                count += 1
-    return count
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in tied
+    ]
+    for name in names:  # not the modules: each would keep its half precision until the last
+        parent, _, own = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, own, _PackedLinear(getattr(module, own), policy))
+    return len(names)
 
 
 def _span(segment: Segment) -> range:

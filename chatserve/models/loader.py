@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from chatserve.errors import DoesNotFit, ModelLoadError
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
@@ -201,6 +201,11 @@ def _load_fallback(
     checkpoint: Checkpoint, policy: DevicePolicy, report: Progress, max_rows: int
 ) -> FallbackModel:
     read_hf_config(checkpoint.config)
+    if policy.packing not in (None, Packing()) and policy.int8 != "bitsandbytes":
+        raise UsageError(
+            f"{checkpoint.path}: only the Llama family's weights become {policy.packing}, this "
+            "model runs through transformers; use --load-8bit alone"
+        )
     _check_memory(checkpoint, policy, max_rows)
     infos = list(checkpoint.weights.tensors().values())
     logger.warning(

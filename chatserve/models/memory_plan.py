@@ -271,10 +271,10 @@ def _activation_bytes(
 
 
 def _fallback_weights_bytes(checkpoint: Checkpoint, form: Form) -> int:
-    """At the peak: they come whole in half precision, and 8 bits are packed beside them."""
+    """At the peak: they come whole in half precision, and are packed one by one after that."""
     infos = checkpoint.weights.tensors().values()
     num_weights = sum(math.prod(info.shape) for info in infos)
-    return num_weights * (item_bytes(form) + (form.packing is not None))
+    return num_weights * item_bytes(form)
 
 
 def _fallback_activation_bytes(checkpoint: Checkpoint, form: Form, max_rows: int) -> int:

@@ -113,6 +113,21 @@ def test_a_network_is_loaded_and_about_as_exact_as_in_our_own_form(
         assert torch.equal(logits(placed, ids), found)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_other_families_are_packed_so_too(form: str, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "neox", "gpt_neox", intermediate_size=128)
+    checkpoint = open_checkpoint(tmp_path / "neox")
+    ids = torch.arange(40)
+    with closing(checkpoint.weights), torch.inference_mode():
+        expected = logits(load_model(checkpoint, choose_policy("cpu", "float32")), ids)
+        model = load_model(checkpoint, policy_of(form))
+        assert type(model._model.gpt_neox.layers[0].mlp.dense_h_to_4h._packed).__name__ == (
+            "BitsAndBytesLinear"
+        )
+        most = 0.05 if form == "LLM.int8" else 0.5
+        assert (logits(model, ids) - expected).norm() < most * expected.norm()
+
+
 def test_no_matrix_is_whole_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

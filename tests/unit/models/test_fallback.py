@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from chatserve.errors import ModelLoadError
+from chatserve.models import fallback as fallback_module
 from chatserve.models.batch import Batch, Segment
-from chatserve.models.device import choose_policy
+from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import load_fallback, read_hf_config
 from tests import tiny
 
@@ -57,6 +59,24 @@ def test_logits_equal_transformers_in_prefill_step_by_step_and_batched(
     assert (logits[:20] - expected[:20]).abs().max() < tolerance * scale
     assert (logits[20] - expected[29]).abs().max() < tolerance * scale
     assert (logits[21:] - expected[20:]).abs().max() < tolerance * scale
+
+
+def test_half_precision_goes_as_8_bits_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a matrix is packed, those before it are gone, and the state that they came in, too."""
+    hf_model = tiny.build_hf_model("gpt_neox")
+    state, config = state_of(hf_model), hf_model.config.to_dict()
+    before: list[weakref.ref[torch.Tensor]] = []
+    real = fallback_module._PackedLinear.__init__
+
+    def packed(self: Any, linear: torch.nn.Linear, policy: DevicePolicy) -> None:
+        assert not state
+        assert not any(weight() is not None for weight in before)
+        before.append(weakref.ref(linear.weight))
+        real(self, linear, policy)
+
+    monkeypatch.setattr(fallback_module._PackedLinear, "__init__", packed)
+    load_fallback(config, state, choose_policy("cpu", "float32", load_8bit=True))
+    assert len(before) == 2 * 4 + 1  # of two layers, and the head
 
 
 def test_a_step_without_sampled_rows_gives_no_logits() -> None:

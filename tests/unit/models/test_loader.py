@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatserve.errors import DoesNotFit, ModelLoadError
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.models import loader
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
@@ -175,6 +175,18 @@ def test_8_bits_are_named_as_the_way_out_when_they_fit(
     with pytest.raises(DoesNotFit, match=r"needs 0\.0 GB .*; use --load-8bit \(0\.0 GB\)"):
         load(tmp_path, FLOAT32)
     assert load(tmp_path, choose_policy("cpu", "float32", load_8bit=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "form"), [({"load_4bit": True}, "int4/32"), ({"quant_group": "32"}, "int8/32")]
+)
+def test_other_families_do_not_become_8_bits_where_something_else_was_asked_for(
+    options: dict[str, Any], form: str, tmp_path: Path
+) -> None:
+    tiny.save_model(tmp_path, "gpt_neox")
+    asked = {"load_8bit": "load_4bit" not in options, **options}
+    with pytest.raises(UsageError, match=f"only the Llama family's weights become {form},"):
+        load(tmp_path, choose_policy("cpu", "float32", **asked))
 
 
 def test_4_bits_are_named_where_8_are_too_many(
