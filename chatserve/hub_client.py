@@ -222,7 +222,7 @@ class _Busy(Exception):
     def wait_s(self, num_stalls: int) -> float:
         """Seconds until the next try: what the hub asks for, else twice as long each time."""
         asked = self._retry_after or ""
-        wait_s = float(asked) if asked.isascii() and asked.isdecimal() else 0.0
+        wait_s = float(asked) if asked.isdecimal() else 0.0
         return min(max(wait_s, _FIRST_WAIT_S * float(1 << (num_stalls - 1))), _MAX_WAIT_S)
 
 

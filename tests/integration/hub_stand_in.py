@@ -33,7 +33,7 @@ class HubStandIn:
     commit: str = "a" * 40
     revision: str = "main"
     status: int = 200
-    statuses: dict[str, list[int]] = field(default_factory=dict)  # next answers for a file
+    statuses: dict[str, list[int]] = field(default_factory=dict)  # of a file, the next ones first
     headers: dict[str, str] = field(default_factory=dict)  # of an answer that is not 200
     absent: set[str] = field(default_factory=set)  # listed, but not there
     listing: Any = None  # answered instead of the true listing
@@ -130,8 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, model_id: str, name: str) -> None:
         hub = self.hub
-        if statuses := hub.statuses.get(name):
-            self._answer(statuses.pop(0), b"no", hub.headers)
+        statuses = hub.statuses.get(name)
+        if statuses and (status := statuses.pop(0)) != 200:
+            self._answer(status, b"no", hub.headers)
             return
         if hub.meet is not None and name.endswith(".safetensors"):
             hub.meet.wait(timeout=20)

@@ -16,7 +16,6 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import quote
 
 import pytest
 import torch
@@ -194,6 +193,13 @@ def test_a_dropped_connection_goes_on_where_it_stopped(hub: HubStandIn) -> None:
     assert hub.ranges("model.safetensors") == [None, "bytes=9000-", "bytes=18000-"]
 
 
+def without_checksums(hub: HubStandIn) -> None:
+    """Some mirrors list none."""
+    hub.listing = hub.true_listing()
+    for entry in hub.listing["siblings"]:
+        entry.pop("lfs", None), entry.pop("blobId")
+
+
 def interrupt(hub: HubStandIn, home: Path) -> None:
     """Let a download break off 9000 bytes into the weights."""
     hub.drop_after, hub.num_drops, hub.range_status = 9000, 1, 503
@@ -225,6 +231,8 @@ def test_a_hub_that_ignores_ranges_sends_the_file_again(hub: HubStandIn, home: P
 
 
 def test_a_part_longer_than_the_file_is_begun_again(hub: HubStandIn, home: Path) -> None:
+    """Also where no checksum would find it."""
+    without_checksums(hub)
     interrupt(hub, home)
     part = home / "models" / ".partial-org--tiny" / "model.safetensors.part"
     assert part.stat().st_size == 9000
@@ -252,21 +260,21 @@ def test_a_connection_that_brings_nothing_ends_the_download(
 
 
 def test_bytes_that_come_make_the_patience_new(hub: HubStandIn, waits: list[float]) -> None:
-    hub.statuses["model.safetensors"] = [503, 502, 500, 429]
+    hub.statuses["model.safetensors"] = [503, 502, 500, 429, 200, 503, 502]
     hub.drop_after, hub.num_drops = 9000, 1
     resolve_weights(ID)
-    assert waits == [1, 2, 4, 8]
-    assert hub.ranges("model.safetensors") == [None] * 5 + ["bytes=9000-"]
+    assert waits == [1, 2, 4, 8, 1, 2]
+    assert hub.ranges("model.safetensors") == [None] * 5 + ["bytes=9000-"] * 3
 
 
 @pytest.mark.parametrize(
-    ("asked", "waited"), [("7", 7), ("100000", 60), ("-5", 1), ("Wed, 21 Oct 2026", 1), ("٣", 1)]
+    ("asked", "waited"), [("7", 7), ("100000", 60), ("-5", 1), ("Wed, 21 Oct 2026", 1)]
 )
 def test_a_busy_hub_is_asked_again_when_it_says(
     hub: HubStandIn, waits: list[float], asked: str, waited: float
 ) -> None:
     hub.statuses = {"listing": [429], "model.safetensors": [503]}
-    hub.headers = {"Retry-After": quote(asked, safe=", ")}
+    hub.headers = {"Retry-After": asked}
     resolve_weights(ID)
     assert waits == [waited, waited]
 
@@ -346,9 +354,7 @@ def test_a_beginning_that_was_damaged_is_fetched_again(hub: HubStandIn, home: Pa
 
 
 def test_a_hub_without_checksums_is_believed_the_sizes(hub: HubStandIn) -> None:
-    hub.listing = hub.true_listing()
-    for entry in hub.listing["siblings"]:
-        entry.pop("lfs", None), entry.pop("blobId")
+    without_checksums(hub)
     resolve_weights(ID)
 
 
