@@ -21,7 +21,7 @@ from chatserve.models.attention import AttentionBackend, attend
 from chatserve.models.bitsandbytes_linear import multiplies_rightly, require_package
 from chatserve.models.form import choose_kernels
 from chatserve.models.hardware import multiplies_bfloat16
-from chatserve.models.packing import FINE, Packing
+from chatserve.models.packing import FINE, FOUR_BITS, Packing, four_bits
 from chatserve.models.quantize import (
     MATMULS,
     Int8Backend,
@@ -109,8 +109,8 @@ def choose_policy(
     quant_backend: whose products take compressed weights on CUDA, `native` or `bitsandbytes`.
     Raises `UsageError` when the device is asked for but not there, or cannot compress so.
     """
-    packing = _choose_packing(load_8bit, load_4bit, quant_group)
     kind, device_reason = _choose_device(device)
+    packing = _choose_packing(kind, load_8bit, load_4bit, quant_group)
     if quant_backend == "bitsandbytes":
         _check_bitsandbytes(packing, kind)
     torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
@@ -137,11 +137,13 @@ def choose_policy(
     )
 
 
-def _choose_packing(load_8bit: bool, load_4bit: bool, quant_group: str | None) -> Packing | None:
+def _choose_packing(
+    kind: str, load_8bit: bool, load_4bit: bool, quant_group: str | None
+) -> Packing | None:
     if load_8bit and load_4bit:
         raise UsageError("--load-8bit and --load-4bit exclude each other; choose one")
     if load_4bit:
-        return Packing(bits=4, is_grouped=True)
+        return four_bits(kind)
     if quant_group is not None and not load_8bit:
         raise UsageError("--quant-group is a finer form of --load-8bit; give both")
     if not load_8bit:
@@ -337,7 +339,7 @@ def _kernels_agree(kernels: Kernels) -> bool:
 
     generator = torch.Generator().manual_seed(0)
     team = Team(kernels, 1)
-    for packing in (Packing(), FINE, Packing(bits=4, is_grouped=True)):
+    for packing in (Packing(), FINE, FOUR_BITS):
         matrix = KernelMatrix(kernels, team, 96, 128, packing)
         matrix.load_rows(0, torch.randn(96, 128, generator=generator))
         weight = torch.stack([matrix.row(index) for index in range(96)])

@@ -41,7 +41,7 @@ class KernelMatrix:
         self.shape = (rows, columns)
         handle = self._functions.cs_matrix_create(
             kernels.level_name, rows, columns, packing.bits,
-            packing.is_grouped + packing.has_minima,
+            packing.is_grouped + packing.has_minima + (packing.scale_bits == 8),
             packing.activation_bits // 8,
         )  # fmt: skip
         if not handle:

@@ -27,7 +27,7 @@ from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama, thread_counts
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import plan_memory
-from chatserve.models.packing import Packing
+from chatserve.models.packing import Packing, four_bits
 from chatserve.models.placed_llama import PlacedLlama
 from chatserve.models.weights import TensorInfo
 from chatserve.progress import Progress
@@ -141,7 +141,7 @@ def _smaller_forms(checkpoint: Checkpoint, policy: DevicePolicy) -> Iterator[tup
         return
     if bits > 8:
         yield "--load-8bit", packed(checkpoint, policy, Packing())
-    four = packed(checkpoint, policy, Packing(bits=4, is_grouped=True))
+    four = packed(checkpoint, policy, four_bits(policy.kind))
     if bits > 4 and (four.on_kernels or policy.network == "triton"):
         yield "--load-4bit", four
 

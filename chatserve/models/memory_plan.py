@@ -236,9 +236,11 @@ def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def _packed_bytes(rows: int, columns: int, packing: Packing) -> int:
-    """In the kernels' layout: whole panels; one float32 scale a row where they are not grouped."""
+    """In the kernels' layout: whole panels; one float32 scale a row where there are such."""
     rows = padded(rows)
-    return int(rows * columns * packing.bytes_per_weight) + (0 if packing.is_grouped else 4 * rows)
+    return int(rows * columns * packing.bytes_per_weight) + (
+        4 * rows if packing.has_row_scales else 0
+    )
 
 
 def _page_ends(config: ModelConfig, form: Form) -> int:

@@ -561,7 +561,7 @@ void check_picking_ahead(const char* level, cs_team* team, Network& network,
 
 void check_network(const char* level, Packing packing, Features features) {
   std::ostringstream name;
-  name << level << ", " << packing.bits << " bits" << (packing.scaling == 2 ? " affine" : packing.scaling ? " grouped" : "")
+  name << level << ", " << packing.bits << " bits" << (packing.scaling == 3 ? " centred" : packing.scaling == 2 ? " affine" : packing.scaling ? " grouped" : "")
        << (packing.num_terms == 2 ? " fine" : "") << ", "
        << features.num_heads << " heads on " << features.num_kv_heads << " of "
        << features.head_dim;
@@ -692,7 +692,7 @@ int main(int num_words, char** words) {
       {2, 1, 80, 32, 160, 2, 64, 0, true, true, false},
       {14, 2, 32, 64, 32, 2, 50, 33, true, false, true},
   };
-  const Packing packings[] = {{8, 0, 1}, {8, 1, 1}, {8, 1, 2}, {4, 1, 1}, {4, 2, 1}};
+  const Packing packings[] = {{8, 0, 1}, {8, 1, 1}, {8, 1, 2}, {4, 1, 1}, {4, 2, 1}, {4, 3, 1}};
   for (const Packing packing : packings) check_products(levels, packing);
   for (const std::string& level : levels) {
     for (const Packing packing : packings) {

@@ -244,9 +244,9 @@ def _form(checkpoint: Checkpoint, kind: str, form: str) -> PlainForm:
     """
     from chatserve.models.config import is_native
     from chatserve.models.form import form_on_cpu, form_on_gpu
-    from chatserve.models.packing import Packing
+    from chatserve.models.packing import Packing, four_bits
 
-    packing = {"8-bit": Packing(), "4-bit": Packing(bits=4, is_grouped=True)}.get(form)
+    packing = {"8-bit": Packing(), "4-bit": four_bits(kind)}.get(form)
     if form == "4-bit" and not is_native(checkpoint.config):
         raise UsageError("only the Llama family's weights are packed in 4 bits")
     if kind == "cpu":

@@ -16,14 +16,19 @@ inline void keep_order() { asm volatile("" ::: "memory"); }
 
 constexpr bool is_grouped(Scaling scaling) { return scaling != Scaling::row; }
 
+// Whether codes count from 0, and what they count from enters by the sum of the activations.
+constexpr bool has_floor(Scaling scaling) {
+  return scaling == Scaling::affine || scaling == Scaling::centred;
+}
+
 // What the sums of a group start with.
 template <Scaling SCALING>
 inline int32_t start_of(int32_t correction) {
-  return SCALING == Scaling::affine ? 0 : correction;
+  return has_floor(SCALING) ? 0 : correction;
 }
 
-// What one activation row gives to a group: the scale of its codes, and their scaled sum, which the
-// minima are multiplied with.
+// What one activation row gives to a group: the scale of its codes, and their sum, which minima or
+// zero points are multiplied with: scaled for the ones, in steps of the others.
 template <Scaling SCALING>
 struct RowFactors {
   F scale, sum;
@@ -32,14 +37,21 @@ struct RowFactors {
     constexpr float kPerCode = -1.0f / Simd::kOffset4;
     if (SCALING == Scaling::affine) {
       sum = Simd::set1(row_scale * (static_cast<float>(correction) * kPerCode));
+    } else if (SCALING == Scaling::centred) {
+      sum = Simd::set1(static_cast<float>(correction) * (-kPerCode / kZeroSteps));
     }
   }
 };
 
 // A group's exact sums added to those of the groups before. `halves`: scales of the output rows where
-// weights are grouped, then their minima. Tiles of every kind use it: a row has the same bits in all.
+// weights are grouped, then their minima, or with their zero points. Tiles of every kind use it: a row has the same bits in all.
 template <Scaling SCALING>
 inline F add_group(F total, I sum, const RowFactors<SCALING>& row, const uint16_t* halves) {
+  if (SCALING == Scaling::centred) {
+    F scale, zero;
+    Simd::load_bytes(halves, &scale, &zero);
+    return Simd::fma(Simd::fma(zero, row.sum, Simd::to_float(sum)), Simd::mul(row.scale, scale), total);
+  }
   F scale = is_grouped(SCALING) ? Simd::mul(row.scale, Simd::load_half(halves)) : row.scale;
   total = Simd::fma(Simd::to_float(sum), scale, total);
   if (SCALING != Scaling::affine) return total;
@@ -121,7 +133,7 @@ inline void multiply_tile(const Matrix& w, int panel, int part, const Activation
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       F sum = sums[m][v];
-      if (!is_grouped(SCALING)) {
+      if (has_row_scales(SCALING)) {
         sum = Simd::mul(sum, Simd::load(w.row_scales + panel * kPanelRows + first + v * kLanes));
       }
       Simd::store(tile[m] + first + v * kLanes, sum);

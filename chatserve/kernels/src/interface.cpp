@@ -70,7 +70,7 @@ bool is_width(long size) { return size > 0 && size % kGroup == 0 && size <= kMax
 bool is_count(int value, int limit) { return value > 0 && value <= limit; }
 
 bool is_form(int bits, Scaling scaling) {
-  return bits == 8 ? scaling != Scaling::affine : bits == 4 && scaling != Scaling::row;
+  return bits == 8 ? scaling <= Scaling::group : bits == 4 && scaling != Scaling::row;
 }
 
 bool is_valid(const cs_shape& s) {
@@ -185,7 +185,7 @@ cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, 
                             int num_terms) {
   const LevelKernels* kernels = find_level(level);
   if (!kernels || !is_count(rows, kMaxVocab) || !is_width(columns) ||
-      !is_within(scaling, 3) || !is_form(bits, static_cast<Scaling>(scaling)) ||
+      !is_within(scaling, 4) || !is_form(bits, static_cast<Scaling>(scaling)) ||
       !is_count(num_terms, kMaxTerms)) {
     return nullptr;
   }

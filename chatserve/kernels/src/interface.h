@@ -104,7 +104,8 @@ CS_API const char* cs_levels(void);
 CS_API cs_team* cs_team_create(int num_threads);
 CS_API void cs_team_destroy(cs_team* team);
 
-// bits 8 or 4; scaling 0: a scale per row (8 bits), 1: per 32 columns, 2: and a minimum (4 bits);
+// bits 8 or 4; scaling 0: a scale per row (8 bits), 1: per 32 columns, 2: and a minimum (4 bits), 3:
+// a scale and a zero point of 8 bits (4 bits);
 // num_terms: 1 quantises activations to 8 bits, 2 to 16. Null: bad size, or no memory.
 CS_API cs_matrix* cs_matrix_create(const char* level, int rows, int columns, int bits, int scaling,
                                    int num_terms);

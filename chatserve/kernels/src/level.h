@@ -28,8 +28,16 @@ enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 enum class RowMap : int { plain = 0, gate = 1, up = 2 };
 
 // How a weight comes from its code: times a scale per output row, times one per 32 columns, or that
-// and plus a minimum per 32 columns.
-enum class Scaling : int { row = 0, group = 1, affine = 2 };
+// and plus a minimum per 32 columns. `centred`: less a zero point and times a scale per 32 columns,
+// each of 8 bits, then times a scale per output row.
+enum class Scaling : int { row = 0, group = 1, affine = 2, centred = 3 };
+
+// Steps of a zero point in one code.
+constexpr int kZeroSteps = 16;
+
+constexpr bool has_row_scales(Scaling scaling) {
+  return scaling == Scaling::row || scaling == Scaling::centred;
+}
 
 // Halves of one group of one panel.
 constexpr int group_halves(Scaling scaling) {
@@ -38,14 +46,16 @@ constexpr int group_halves(Scaling scaling) {
 
 // A packed weight (rows, columns). Codes: [panel][columns / 4][32 rows][4 columns] bytes for 8 bits,
 // [panel][columns / 8][32 rows][4] for 4 bits, where a byte's low half is column j and its high half
-// column j + 4. Codes are stored with the level's offset added, those of `affine` as they are.
+// column j + 4. Codes are stored with the level's offset added, those of `affine` and `centred` as they are.
 struct Matrix {
   int rows, columns, panels, groups, bits;
   Scaling scaling;
   int num_terms;           // rows of 8-bit codes that stand for one activation row, 1 or 2
   size_t panel_bytes;
   uint8_t* codes;
-  uint16_t* group_scales;  // [panel][group][32 rows] halves; `affine`: each followed by 32 minima
+  // [panel][group][32 rows] halves; `affine`: each followed by 32 minima; `centred`: scales in the
+  // low byte, zero points in the high one
+  uint16_t* group_scales;
   float* row_scales;       // [panel][32 rows]
 };
 

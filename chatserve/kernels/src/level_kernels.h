@@ -3,6 +3,7 @@
 // Everything is in an anonymous namespace: the same template compiled for two levels must never be
 // merged by the linker.
 #pragma once
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -26,6 +27,7 @@ using chatserve::kPanelRows;
 using chatserve::kPanelSpans;
 using chatserve::kRankUnit;
 using chatserve::kSpanRows;
+using chatserve::kZeroSteps;
 using chatserve::LevelKernels;
 using chatserve::LowRank;
 using chatserve::Matrix;
@@ -34,6 +36,7 @@ using chatserve::RankSpan;
 using chatserve::RowMap;
 using chatserve::Scaling;
 using chatserve::group_halves;
+using chatserve::has_row_scales;
 
 using F = Simd::F;
 using I = Simd::I;

@@ -77,7 +77,7 @@ inline void multiply_pairs(const Matrix& w, int panel, int part, const Activatio
   CS_UNROLL for (int m = 0; m < M; m++) {
     CS_UNROLL for (int v = 0; v < kVectors; v++) {
       F sum = sums[m][v];
-      if (!is_grouped(SCALING)) {
+      if (has_row_scales(SCALING)) {
         sum = S::mul(sum, S::load(w.row_scales + panel * kPanelRows + first + v * kLanes));
       }
       S::store(tile[m] + first + v * kLanes, sum);

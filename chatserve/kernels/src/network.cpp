@@ -47,9 +47,8 @@ bool PackedMatrix::create(const LevelKernels& level, int rows, int columns, int 
   if (!codes_.allocate(panel_bytes * panels)) return false;
   const size_t num_rows = static_cast<size_t>(panels) * kPanelRows;
   const size_t halves = static_cast<size_t>(panels) * groups * group_halves(scaling);
-  if (scaling == Scaling::row ? !row_scales_.allocate(num_rows) : !group_scales_.allocate(halves)) {
-    return false;
-  }
+  if (scaling != Scaling::row && !group_scales_.allocate(halves)) return false;
+  if (has_row_scales(scaling) && !row_scales_.allocate(num_rows)) return false;
   view_ = {rows,           columns,     panels,         groups,
            bits,           scaling,     num_terms,      panel_bytes,
            codes_.data(),  group_scales_.data(), row_scales_.data()};

@@ -132,6 +132,137 @@ inline Affine round_affine4(const float* x, int8_t* codes) {
   return affine;
 }
 
+// How far the ends of a group are drawn in before codes are fitted: what little lies outside is
+// rounded to the ends, and the steps for all others are finer.
+constexpr float kReaches[] = {1.0f, 0.93f, 0.86f, 0.79f};
+constexpr int kNumReaches = sizeof(kReaches) / sizeof(*kReaches);
+constexpr int kFits = 2;  // of scale and minimum to the codes, and of the codes to them
+constexpr int kMaxGroups = kMaxColumns / kGroup;
+constexpr float kLeastRow = FLT_MIN * 65536;  // below it the steps would be subnormal
+
+// What fits groups best: the scale of their 4-bit codes, and the means of these and of the weights,
+// by which a line through the codes is given for any other scale. Room for lanes beyond the last.
+struct Fits {
+  float scale[kMaxGroups + kLanes], mean_code[kMaxGroups + kLanes], mean[kMaxGroups + kLanes];
+};
+
+// Least squares for kLanes groups side by side: x[column][lane]. The best of several reaches.
+inline void fit_lanes(const float (*x)[kLanes], float* scales, float* mean_codes, float* means) {
+  const F top = Simd::set1(15.0f), none = Simd::zero(), count = Simd::set1(kGroup);
+  const F share = Simd::set1(1.0f / kGroup);
+  F least = none, most = none, total = none;  // a zero point lies among the codes
+  for (int k = 0; k < kGroup; k++) {
+    const F v = Simd::load(x[k]);
+    least = Simd::min(v, least);
+    most = Simd::max(v, most);
+    total = Simd::add(total, v);
+  }
+  Simd::store(means, Simd::mul(total, share));
+  const F range = Simd::sub(most, least), middle = Simd::fma(range, Simd::set1(0.5f), least);
+  F sum = none, squares = none;
+  for (int k = 0; k < kGroup; k++) {
+    const F v = Simd::sub(Simd::load(x[k]), middle);
+    sum = Simd::add(sum, v);
+    squares = Simd::fma(v, v, squares);
+  }
+  alignas(64) float errors[kNumReaches][kLanes], fitted[kNumReaches][kLanes];
+  alignas(64) float codes[kNumReaches][kLanes];
+  for (int r = 0; r < kNumReaches; r++) {
+    // a code is v * inverse + shift, rounded
+    F inverse = Simd::div(top, Simd::mul(range, Simd::set1(kReaches[r]))), shift = Simd::set1(7.5f);
+    F scale = none, code_sum = none, products = none;
+    for (int fit = 0; fit < kFits; fit++) {
+      F code_squares = none;
+      code_sum = products = none;
+      for (int k = 0; k < kGroup; k++) {
+        const F v = Simd::sub(Simd::load(x[k]), middle);
+        const F place = Simd::min(top, Simd::max(none, Simd::fma(v, inverse, shift)));
+        const F code = Simd::to_float(Simd::to_int(place));
+        code_sum = Simd::add(code_sum, code);
+        code_squares = Simd::fma(code, code, code_squares);
+        products = Simd::fma(code, v, products);
+      }
+      const F spread = Simd::sub(Simd::mul(count, code_squares), Simd::mul(code_sum, code_sum));
+      const F slope = Simd::sub(Simd::mul(count, products), Simd::mul(code_sum, sum));
+      scale = Simd::div(slope, spread);
+      inverse = Simd::div(spread, slope);
+      // the line passes through the means
+      shift = Simd::mul(Simd::sub(code_sum, Simd::mul(sum, inverse)), share);
+    }
+    const F minimum = Simd::mul(Simd::sub(sum, Simd::mul(scale, code_sum)), share);
+    const F explained = Simd::fma(minimum, sum, Simd::mul(scale, products));
+    Simd::store(errors[r], Simd::sub(squares, explained));
+    Simd::store(fitted[r], scale);
+    Simd::store(codes[r], Simd::mul(code_sum, share));
+  }
+  alignas(64) float low[kLanes], high[kLanes];
+  Simd::store(low, least);
+  Simd::store(high, most);
+  for (int lane = 0; lane < kLanes; lane++) {
+    // of a group of one value, which no line fits
+    scales[lane] = (high[lane] - low[lane]) / 15;
+    mean_codes[lane] = high[lane] > 0 ? 15.0f : 0.0f;
+    float error = FLT_MAX;
+    for (int r = 0; r < kNumReaches; r++) {
+      if (errors[r][lane] < error && fitted[r][lane] > 0) {
+        error = errors[r][lane];
+        scales[lane] = fitted[r][lane];
+        mean_codes[lane] = codes[r][lane];
+      }
+    }
+  }
+}
+
+// All groups of one row, whose values are between -1 and 1.
+inline void fit_groups(const float* x, int groups, Fits* fits) {
+  alignas(64) float columns[kGroup][kLanes];
+  for (int first = 0; first < groups; first += kLanes) {
+    for (int lane = 0; lane < kLanes; lane++) {
+      // lanes beyond the last group repeat it
+      const int g = first + lane < groups ? first + lane : groups - 1;
+      const float* group = x + static_cast<size_t>(g) * kGroup;
+      for (int k = 0; k < kGroup; k++) columns[k][lane] = group[k];
+    }
+    fit_lanes(columns, fits->scale + first, fits->mean_code + first, fits->mean + first);
+  }
+}
+
+// A row's 4-bit codes 0..15; scales and zero points go to `halves`, a panel's rows apart. Changes x.
+// Returns the row's scale.
+inline float round_centred4(float* x, int columns, int8_t* codes, uint16_t* halves) {
+  static thread_local Fits fits;
+  const int groups = columns / kGroup;
+  const float largest = largest_magnitude(x, columns);
+  if (!std::isfinite(largest) || largest < kLeastRow) {
+    std::memset(codes, 0, columns);
+    for (int g = 0; g < groups; g++) halves[static_cast<size_t>(g) * kPanelRows] = 0;
+    return std::isfinite(largest) ? 0 : NAN;
+  }
+  const F inverse = Simd::set1(1.0f / largest);
+  for (int k = 0; k < columns; k += kLanes) {
+    Simd::store(x + k, Simd::mul(Simd::load(x + k), inverse));
+  }
+  fit_groups(x, groups, &fits);
+  float widest = 0;
+  for (int g = 0; g < groups; g++) widest = fits.scale[g] > widest ? fits.scale[g] : widest;
+  const float unit = widest / 255;
+  for (int g = 0; g < groups; g++, x += kGroup, codes += kGroup, halves += kPanelRows) {
+    const long scale_code = fits.scale[g] > 0 ? std::max(1L, std::lrintf(fits.scale[g] / unit)) : 0;
+    const float scale = static_cast<float>(scale_code) * unit;
+    const float per_code = scale > 0 ? 1.0f / scale : 0.0f;
+    const float zero = kZeroSteps * (fits.mean_code[g] - fits.mean[g] * per_code);
+    const long zero_code = std::lrintf(zero < 0.0f ? 0.0f : zero > 255.0f ? 255.0f : zero);
+    *halves = static_cast<uint16_t>(zero_code << 8 | scale_code);
+    const F step = Simd::set1(per_code), top = Simd::set1(15.0f);
+    const F shift = Simd::set1(static_cast<float>(zero_code) / kZeroSteps);
+    for (int k = 0; k < kGroup; k += kLanes) {
+      const F place = Simd::fma(Simd::load(x + k), step, shift);
+      Simd::store_codes(codes + k, Simd::to_int(Simd::min(top, Simd::max(Simd::zero(), place))));
+    }
+  }
+  return unit * largest;
+}
+
 struct Lane {
   int panel, lane;
 };
@@ -154,12 +285,15 @@ inline void put_row(const Matrix& w, Lane at, const int8_t* codes) {
     }
     return;
   }
-  const int offset = w.scaling == Scaling::affine ? 0 : Simd::kOffset4;
+  // adding 8 to a half byte flips its top bit
+  static_assert(Simd::kOffset4 == 8);
+  const uint32_t flip = has_floor(w.scaling) ? 0 : 0x08080808u, half_bytes = 0x0f0f0f0fu;
   for (int k = 0; k < w.columns; k += 8, panel += 4 * kPanelRows) {
-    for (int j = 0; j < 4; j++) {
-      int low = codes[k + j] + offset, high = codes[k + 4 + j] + offset;
-      panel[j] = static_cast<uint8_t>(low | high << 4);
-    }
+    uint32_t low, high;
+    std::memcpy(&low, codes + k, 4);
+    std::memcpy(&high, codes + k + 4, 4);
+    const uint32_t word = ((low & half_bytes) ^ flip) | ((high & half_bytes) ^ flip) << 4;
+    std::memcpy(panel, &word, 4);
   }
 }
 
@@ -169,7 +303,11 @@ void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtyp
   for (int i = 0; i < num_rows; i++) {
     Lane at = place_of(start + i, map);
     row_to_float(rows, dtype, static_cast<size_t>(i) * w.columns, w.columns, x);
-    if (w.scaling != Scaling::row) {
+    if (w.scaling == Scaling::centred) {
+      uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
+      w.row_scales[at.panel * kPanelRows + at.lane] =
+          round_centred4(x, w.columns, codes, halves + at.lane);
+    } else if (w.scaling != Scaling::row) {
       const int stride = group_halves(w.scaling);
       uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride;
       for (int g = 0; g < w.groups; g++, halves += stride) {
@@ -203,11 +341,19 @@ void unpack_row(const Matrix& w, int row, float* out) {
   const uint16_t* halves =
       w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride + at.lane;
   const bool is_affine = w.scaling == Scaling::affine;
-  const int offset = is_affine ? 0 : Simd::kOffset4;
-  float scale = w.scaling == Scaling::row ? w.row_scales[at.panel * kPanelRows + at.lane] : 0;
+  const int offset = has_floor(w.scaling) ? 0 : Simd::kOffset4;
+  const float row_scale =
+      has_row_scales(w.scaling) ? w.row_scales[at.panel * kPanelRows + at.lane] : 0;
+  float scale = row_scale;
   for (int g = 0; g < w.groups; g++, halves += stride) {
-    if (w.scaling != Scaling::row) scale = half_to_float(*halves);
-    const float minimum = is_affine ? half_to_float(halves[kPanelRows]) : 0;
+    float minimum = 0;
+    if (w.scaling == Scaling::centred) {
+      scale = row_scale * static_cast<float>(*halves & 0xff);
+      minimum = -scale * (static_cast<float>(*halves >> 8) / kZeroSteps);
+    } else if (w.scaling != Scaling::row) {
+      scale = half_to_float(*halves);
+      if (is_affine) minimum = half_to_float(halves[kPanelRows]);
+    }
     float* x = out + g * kGroup;
     if (w.bits == 8) {
       for (int k = 0; k < kGroup; k += 4, panel += 4 * kPanelRows) {

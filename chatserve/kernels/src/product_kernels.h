@@ -109,6 +109,8 @@ void multiply(const Matrix& w, const Activations& a, int num_rows, int first_pan
               size_t ahead, const Output& to) {
   if (w.scaling == Scaling::affine) {
     multiply_range<4, Scaling::affine>(w, a, num_rows, first_panel, last_panel, ahead, to);
+  } else if (w.scaling == Scaling::centred) {
+    multiply_range<4, Scaling::centred>(w, a, num_rows, first_panel, last_panel, ahead, to);
   } else if (w.bits == 4) {
     multiply_range<4, Scaling::group>(w, a, num_rows, first_panel, last_panel, ahead, to);
   } else if (w.scaling == Scaling::group) {

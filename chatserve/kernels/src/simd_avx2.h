@@ -84,6 +84,11 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static void load_bytes(const uint16_t* p, F* low, F* high) {
+    const I both = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    *low = to_float(_mm256_and_si256(both, iset1(0xff)));
+    *high = to_float(_mm256_srli_epi32(both, 8));
+  }
   static void store_half(uint16_t* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
   }

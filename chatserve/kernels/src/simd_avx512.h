@@ -68,6 +68,12 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // The low bytes of halves, and their high ones.
+  static void load_bytes(const uint16_t* p, F* low, F* high) {
+    const I both = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    *low = to_float(_mm512_and_si512(both, iset1(0xff)));
+    *high = to_float(_mm512_srli_epi32(both, 8));
+  }
   static void store_half(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
   }

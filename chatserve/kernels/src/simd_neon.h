@@ -73,6 +73,11 @@ struct NeonSimd {
     __builtin_memcpy(p, codes, 4);
   }
   static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void load_bytes(const uint16_t* p, F* low, F* high) {
+    const uint32x4_t both = vmovl_u16(vld1_u16(p));
+    *low = vcvtq_f32_u32(vandq_u32(both, vdupq_n_u32(0xff)));
+    *high = vcvtq_f32_u32(vshrq_n_u32(both, 8));
+  }
   static void store_half(uint16_t* p, F v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
   static I load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }

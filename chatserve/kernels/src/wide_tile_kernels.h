@@ -111,7 +111,7 @@ inline void multiply_wide(const Matrix& w, int panel, const Activations& a, size
     }
     codes += kGroup * BITS / 8 * kPanelRows;
   }
-  if (is_grouped(SCALING)) return;
+  if (!has_row_scales(SCALING)) return;
   for (int v = 0; v < kPanelRows; v += kLanes) {
     F scale = Simd::load(w.row_scales + panel * kPanelRows + v);
     for (int m = 0; m < M; m++) Simd::store(tile[m] + v, Simd::mul(Simd::load(tile[m] + v), scale));

@@ -211,7 +211,7 @@ def test_forms_that_a_worker_refuses_are_refused_with_its_words(
     monkeypatch.setattr(forms_of_workers, "load_kernels", unavailable)
     assert main([str(folder), *size, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "4-bit   int4/32 weights need the CPU kernels, but not built" in out
+    assert "4-bit   int4/32+min/8 weights need the CPU kernels, but not built" in out
 
 
 @pytest.mark.parametrize("options", [[], ["--device", "cuda", "--memory", "24GB"]])

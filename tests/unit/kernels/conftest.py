@@ -7,7 +7,7 @@ import pytest
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels, KernelsUnavailable
 from chatserve.models.kernel_matrix import Team
-from chatserve.models.packing import FINE, Packing
+from chatserve.models.packing import FINE, FOUR_BITS, Packing
 
 
 def _levels() -> list[object]:
@@ -25,6 +25,7 @@ PACKINGS = {
     "8 bits fine": FINE,
     "4 bits": Packing(4, is_grouped=True),
     "4 bits and minima": Packing(4, is_grouped=True, has_minima=True),
+    "4 bits and zero points": FOUR_BITS,
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chatserve.kernels import library
 from chatserve.kernels.library import Kernels
 from chatserve.models.kernel_matrix import GateUpRows, KernelMatrix, Team
-from chatserve.models.packing import FINE, Packing
+from chatserve.models.packing import FINE, FOUR_BITS, Packing
 from tests.unit.kernels.networks import quantised
 
 GROUP = library.GROUP
@@ -57,6 +57,8 @@ def allowed_error(values: np.ndarray, packing: Packing) -> np.ndarray:
         # a row whose scale would be subnormal is zero
         return np.where(most < 127 * NORMAL, most, most / 254) * (1 + 1e-5) * np.ones_like(values)
     groups = values.reshape(len(values), -1, GROUP)
+    if packing.scale_bits == 8:
+        return allowed_by_steps_of_the_row(values)
     if packing.has_minima:
         least = groups.min(axis=2, keepdims=True)
         scale = (groups.max(axis=2, keepdims=True) - least) / 15
@@ -73,6 +75,22 @@ def allowed_error(values: np.ndarray, packing: Packing) -> np.ndarray:
     extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[..., None], axis=2)
     beyond = -groups * np.sign(extreme) - 7.5 * most / 8
     return (scale / 2 * (1 + 1e-5) + np.maximum(beyond, 0)).reshape(values.shape)
+
+
+def allowed_by_steps_of_the_row(values: np.ndarray) -> np.ndarray:
+    """For scales and zero points of 8 bits: the ends are drawn in by a tenth of the range at most.
+
+    A fit moves them by some more; a scale is a step of the row too small, a zero point half a
+    sixteenth of a code off.
+    """
+    most = np.abs(values).max(axis=1, keepdims=True)
+    groups = values.reshape(len(values), -1, GROUP)
+    reach = np.maximum(groups.max(axis=2, keepdims=True), 0)
+    reach = reach - np.minimum(groups.min(axis=2, keepdims=True), 0)
+    step_of_row = reach.max(axis=1, keepdims=True) / 15 / 255 * 1.2
+    error = reach * (0.105 + 0.06) + 15 * step_of_row
+    allowed = (error * np.ones_like(groups)).reshape(values.shape)
+    return np.where(most < 65536 * NORMAL, most, allowed)
 
 
 @settings(max_examples=25)
@@ -103,6 +121,50 @@ def test_weights_of_a_q4_1_file_come_back_to_the_bit(
     weight = torch.from_numpy(values.reshape(rows, columns))
     packing = Packing(4, is_grouped=True, has_minima=True)
     assert torch.equal(unpacked(packed(kernels, team, weight, packing)), weight)
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from((1e-30, 1e-3, 1.0, 1e30)))
+def test_zero_points_fit_weights_of_any_kind_better_than_what_takes_the_same_room(
+    kernels: Kernels, team: Team, seed: int, size: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    kinds = {  # how much is left of the error
+        "normal": (draw.standard_normal((96, 512)), 0.75),
+        "long tails": (draw.standard_t(5, (96, 512)), 0.68),
+        "shifted": (draw.standard_normal((96, 512)) + 0.5, 0.75),
+        "groups of many sizes": (
+            draw.standard_normal((96, 512)) * 2.0 ** draw.integers(-4, 1, (96, 16)).repeat(32, 1),
+            0.75,
+        ),
+    }
+    for name, (values, share) in kinds.items():
+        plain = torch.from_numpy(values).float()
+
+        def error(packing: Packing, factor: float, plain: torch.Tensor = plain) -> float:
+            near = unpacked(packed(kernels, team, plain * factor, packing)) / factor
+            return float((near - plain).double().square().mean())
+
+        symmetric = error(Packing(4, is_grouped=True), 1.0)
+        assert error(FOUR_BITS, size) < share * symmetric, name
+
+
+@settings(max_examples=10)
+@given(row_counts, column_counts, seeds)
+def test_zero_points_are_nearly_exact_for_weights_that_have_four_bits_already(
+    kernels: Kernels, team: Team, rows: int, columns: int, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    shape = (rows, columns // GROUP, 1)
+    scale = draw.uniform(0.3, 1, shape)
+    codes = draw.integers(0, 16, (rows, columns // GROUP, GROUP))
+    codes[..., 5], codes[..., 17] = 0, 15
+    values = (codes - draw.uniform(0, 15, shape)) * scale
+    weight = torch.from_numpy(values.reshape(rows, columns)).float()
+    error = (unpacked(packed(kernels, team, weight, FOUR_BITS)) - weight).abs()
+    steps = torch.from_numpy((scale * np.ones(codes.shape)).reshape(rows, columns)).float()
+    # half a sixteenth of a code, and at its far end a scale of 1 in 255
+    assert (error <= steps * (1 / 32 + 15 / 2 / 255 / 0.3 + 1e-3)).all()
 
 
 @settings(max_examples=10)
