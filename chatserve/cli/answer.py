@@ -18,7 +18,7 @@ class ChatDelta:
 class ModelInfo:
     """One entry of `/v1/models`; what the server does not say is None.
 
-    weight_bits: of a compressed model.
+    weight_bits: of a compressed model. parent: of a base with an adapter, the base.
     """
 
     name: str
@@ -27,6 +27,7 @@ class ModelInfo:
     weight_bits: int | None = None
     context_length: int | None = None
     template_name: str | None = None
+    parent: str | None = None
 
 
 @dataclass(frozen=True)

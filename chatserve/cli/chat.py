@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +35,12 @@ class Server(Protocol):
 
     def model(self) -> ModelInfo:
         """The model that answers; only when ready."""
+
+    def models(self) -> Sequence[ModelInfo]:
+        """All that it serves; only when ready. Raises `ChatserveError`."""
+
+    def choose(self, model: ModelInfo) -> None:
+        """Let `model` answer from now on; only when ready."""
 
     def stream(
         self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
@@ -154,6 +160,7 @@ class Chat:
             "reset": self._reset,
             "remove": self._remove,
             "regen": self._regen,
+            "model": self._model,
             "system": self._system,
             "save": self._save,
             "load": self._load,
@@ -239,6 +246,24 @@ class Chat:
             self._display.note("no question to ask again")
         else:
             self._ask(question)
+
+    def _model(self, name: str) -> None:
+        if (progress := self._server.progress()) is not None:
+            self._display.error(progress_text(progress))
+            return
+        try:
+            models = {model.name: model for model in self._server.models()}
+        except ChatserveError as error:
+            self._display.error(error.message)
+            return
+        there = ", ".join(one_line(each) for each in models)
+        if not name:
+            self._display.note(f"{one_line(self._server.model().name)} answers; there is {there}")
+        elif name in models:
+            self._server.choose(models[name])
+            self._display.note(f"{one_line(name)} answers from now on")
+        else:
+            self._display.error(f"{one_line(name)} is not served; there is {there}")
 
     def _system(self, text: str) -> None:
         if text:

@@ -231,6 +231,7 @@ def _model_info(entry: dict[str, Any]) -> ModelInfo:
         value = extra.get(key)
         return value if isinstance(value, str) else None
 
+    parent = entry.get("parent")
     context_length, bits = extra.get("context_length"), extra.get("weight_bits")
     return ModelInfo(
         name=str(entry.get("id", "")),
@@ -239,6 +240,7 @@ def _model_info(entry: dict[str, Any]) -> ModelInfo:
         weight_bits=bits if type(bits) is int else None,
         context_length=context_length if isinstance(context_length, int) else None,
         template_name=text("template"),
+        parent=parent if isinstance(parent, str) else None,
     )
 
 

@@ -27,6 +27,12 @@ class JoinedServer:
     def model(self) -> ModelInfo:
         return self._model
 
+    def models(self) -> list[ModelInfo]:
+        return self._client.models()
+
+    def choose(self, model: ModelInfo) -> None:
+        self._model = model
+
     def stream(
         self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
     ) -> Generator[ChatDelta, None, None]:
@@ -37,14 +43,15 @@ class JoinedServer:
 
 
 def _choose(client: ChatClient, model_name: str | None) -> ModelInfo:
-    """The model of that name; without a name the only one there is."""
+    """The model of that name; without a name the only one there is, adapters left aside."""
     models = client.models()
     if model_name is not None:
         # a server may serve names that it does not list: aliases, adapters
         return next((m for m in models if m.name == model_name), ModelInfo(model_name))
     if not models:
         raise NoWorkerAvailable(f"{client.base_url} serves no model now; try again soon")
-    if len(models) > 1:
+    bases = [model for model in models if model.parent is None]
+    if len(bases) != 1:
         names = ", ".join(model.name for model in models)
         raise UsageError(f"{client.base_url} serves {names}; choose one with --model NAME")
-    return models[0]
+    return bases[0]

@@ -42,6 +42,7 @@ COMMANDS = (
     CommandHelp("reset", "", "start over with an empty conversation", ("clear",)),
     CommandHelp("remove", "", "take the last question and its answer back", ("undo",)),
     CommandHelp("regen", "", "ask the last question again"),
+    CommandHelp("model", "[NAME]", "let another model or adapter answer; without NAME: list them"),
     CommandHelp("system", "[TEXT]", "set the system message; without TEXT: show it"),
     CommandHelp("save", "FILE", "write the conversation to FILE.json"),
     CommandHelp("load", "FILE", "go on with a saved conversation"),

@@ -71,6 +71,16 @@ class PrivateServer:
         assert self._ready is not None
         return self._ready[1]
 
+    def models(self) -> list[ModelInfo]:
+        """The model and what is served beside it; only when ready. Raises `ChatserveError`."""
+        assert self._ready is not None
+        return self._ready[0].models()
+
+    def choose(self, model: ModelInfo) -> None:
+        """Ask `model` from now on; only when ready."""
+        assert self._ready is not None
+        self._ready = self._ready[0], model
+
     def stream(
         self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
     ) -> Generator[ChatDelta, None, None]:

@@ -323,7 +323,15 @@ def test_joining_chooses_the_only_model_or_the_named_one(server: FakeOpenAI) -> 
     assert joined.model().name == "fake-1b"
     deltas = joined.stream([{"role": "user", "content": "hello"}], {"temperature": 0})
     assert text_of(list(deltas)) == "Hello there."
+    assert [model.name for model in joined.models()] == ["fake-1b"]
+    joined.choose(ModelInfo("other"))
+    assert joined.model().name == "other"
     joined.close()
+    server.models = b'{"data": [{"id": "a:sql", "parent": "a"}, {"id": "a", "parent": null}]}'
+    beside = JoinedServer(ChatClient(server.url), None)
+    assert beside.model() == ModelInfo("a")
+    assert beside.models()[0] == ModelInfo("a:sql", parent="a")
+    beside.close()
     alias = JoinedServer(ChatClient(server.url), "an alias")
     assert alias.model() == ModelInfo("an alias")
     alias.close()

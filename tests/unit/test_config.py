@@ -203,7 +203,7 @@ def test_adapters_with_a_name_are_served_beside_the_base(tmp_path: Path) -> None
     ("values", "match"),
     [
         (["a b=x"], "--adapter a b=x: NAME=PATH wants a name"), (["=x"], "wants a name"),
-        (["a:b=x"], "wants a name"), (["sql="], "and a folder"), (["x" * 65 + "=y"], "wants a name"),
+        (["a:b=x"], "wants a name"), (["x" * 65 + "=y"], "wants a name"), (["sql="], "a folder"),
         (["sql=a", "sql=b"], "two adapters would be called sql"),
         ([f"a{i}=x" for i in range(65)], "65 adapters have a name, the limit is 64"),
     ],

@@ -18,6 +18,7 @@ from chatserve.cli.lines import ProgramLines
 from chatserve.cli.render import Display, PlainDrawer
 from chatserve.cli.transcript import Transcript
 from chatserve.errors import (
+    ChatserveError,
     ContextLengthExceeded,
     ModelLoadError,
     NoWorkerAvailable,
@@ -28,6 +29,7 @@ from chatserve.errors import (
 Piece = str | ChatDelta | BaseException
 CTRL_C = KeyboardInterrupt()
 MODEL = ModelInfo("fake-1b", "cpu", "float32", 8, 2048, "vicuna_v1.1")
+ADAPTED = ModelInfo("fake-1b:sql", parent="fake-1b")
 
 
 class ScriptedServer:
@@ -37,6 +39,8 @@ class ScriptedServer:
         self._answers = list(answers)
         self._loading = list(loading)
         self.failure: StartupError | None = None
+        self.chosen = MODEL
+        self.listed: list[ModelInfo] | ChatserveError = [MODEL, ADAPTED]
         self.requests: list[list[dict[str, str]]] = []
         self.sampling: list[Mapping[str, Any]] = []
         self.num_closed = 0
@@ -50,7 +54,15 @@ class ScriptedServer:
         assert timeout_s > 0
 
     def model(self) -> ModelInfo:
-        return MODEL
+        return self.chosen
+
+    def models(self) -> list[ModelInfo]:
+        if isinstance(self.listed, ChatserveError):
+            raise self.listed
+        return self.listed
+
+    def choose(self, model: ModelInfo) -> None:
+        self.chosen = model
 
     def stream(
         self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
@@ -247,6 +259,28 @@ def test_commands_reset_remove_and_regen_in_both_spellings() -> None:
     assert contents(session.server.requests[2]) == ["a", "1", "b"]
     assert contents(session.server.requests[3]) == ["a", "1", "c"]
     assert contents(session.server.requests[4]) == ["d"]
+
+
+def test_model_lists_and_chooses_who_answers() -> None:
+    session = Session(ScriptedServer(["1"], ["2"]))
+    assert session.type("/model", "/model fake-1b:sql", "a", "/model", "/model x") == (
+        "> /model\nfake-1b answers; there is fake-1b, fake-1b:sql\n"
+        "> /model fake-1b:sql\nfake-1b:sql answers from now on\n"
+        "> a\n1\n"
+        "> /model\nfake-1b:sql answers; there is fake-1b, fake-1b:sql\n"
+        "> /model x\nerror: x is not served; there is fake-1b, fake-1b:sql\n"
+        "> ^D\n"
+    )
+    assert session.server.model() == ADAPTED
+
+
+def test_model_of_a_server_that_loads_or_cannot_be_asked() -> None:
+    loading = Progress(name="fake-1b", state="loading", loaded_bytes=1, total_bytes=4)
+    session = Session(ScriptedServer(loading=[loading]))
+    session.server.listed = NoWorkerAvailable("the server is gone")
+    screen = session.type("/model", "/model")
+    assert "loading" in screen and "the server is gone" in screen
+    assert session.server.model() == MODEL
 
 
 def test_system_message_is_set_shown_and_sent() -> None:
