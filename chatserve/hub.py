@@ -7,7 +7,9 @@ to be looked up or fetched. Knows no tensor.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,22 +118,28 @@ def find_reference(text: str, revision: str = DEFAULT_REVISION) -> Reference:
     Raises `UsageError` for an unknown alias and two revisions, `ModelLoadError` for a chain that is
     to be made first.
     """
-    alias, at, rest = text.partition("@")
-    reference = parse(ALIASES.get(alias, alias) + at + rest)
+    alias = re.split("[@:]", text, maxsplit=1)[0]
+    rest = text[len(alias) :]
+    reference = parse(ALIASES.get(alias, alias) + rest)
     if reference is None and alias in CHAINS:
         chain = CHAINS[alias]
+        if rest:
+            raise UsageError(f"{alias} has no revisions, it is made of {chain.recipe}")
         raise ModelLoadError(
             f"{alias} is made on your machine, of {chain.recipe}, and is not there yet; make it "
             f"once: `{chain.command}`"
         )
     if reference is None:
+        names = list(dict.fromkeys([DEFAULT_NAME, *ALIASES, *CHAINS]))
+        nearest = difflib.get_close_matches(alias, names, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise UsageError(
-            f"unknown model {text!r}; name a folder, a .gguf file, a hub id (ORG/NAME), or one of "
-            f"{', '.join([DEFAULT_NAME, *ALIASES, *(CHAINS.keys() - ALIASES.keys())])}"
+            f"unknown model {text!r}; {hint}name a folder, a .gguf file, a hub id (ORG/NAME), or "
+            f"one of {', '.join(names)}"
         )
     if revision == DEFAULT_REVISION:
         return reference
-    if at and reference.revision != revision:
+    if "@" in rest and reference.revision != revision:
         raise UsageError(f"--revision {revision} and {text} name two revisions; give one")
     return dataclasses.replace(reference, revision=checked_revision(revision))
 
@@ -151,13 +159,18 @@ def downloading(reference: Reference, parent: Path, *, command: str | None = Non
 
     Raises `UsageError` when HF_ENDPOINT is no URL.
     """
+    import httpx
     from huggingface_hub import constants, get_token
 
     from chatserve.hub_download import Download
 
     endpoint = (environment.hub_endpoint() or constants.ENDPOINT).rstrip("/")
-    if not endpoint.startswith(("http://", "https://")):
-        raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an http or https URL")
+    try:
+        is_url = httpx.URL(endpoint).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        is_url = False
+    if not is_url:  # not repeated, as it may hold a password
+        raise UsageError("HF_ENDPOINT is not an http or https URL; set it to a hub's, or unset it")
     return Download(reference, parent, endpoint=endpoint, token=get_token(), command=command)
 
 

@@ -49,7 +49,8 @@ class HubClient:
     def __init__(
         self, endpoint: str, model_id: str, revision: str, *, token: str | None, command: str
     ) -> None:
-        self.endpoint = endpoint
+        self._endpoint = endpoint
+        self._shown = str(httpx.URL(endpoint).copy_with(userinfo=b""))  # a mirror's may be secret
         self._model_id, self._revision = model_id, revision
         self._has_token = token is not None
         self._command = command
@@ -68,7 +69,7 @@ class HubClient:
     async def list_files(self) -> tuple[str, list[RemoteFile]]:
         """The commit of the revision and its files. Raises `HubError`."""
         revision = quote(self._revision, safe="")
-        url = f"{self.endpoint}/api/models/{self._model_id}/revision/{revision}"
+        url = f"{self._endpoint}/api/models/{self._model_id}/revision/{revision}"
         for num_tries in range(1, MAX_STALLS + 1):
             try:
                 response = await self._http.get(url, params={"blobs": "true"})
@@ -84,7 +85,7 @@ class HubClient:
             return _parse_listing(response.json())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise HubError(
-                f"{self.endpoint} does not answer like a model hub; check HF_ENDPOINT"
+                f"{self._shown} does not answer like a model hub; check HF_ENDPOINT"
             ) from error
 
     async def fetch(
@@ -94,7 +95,7 @@ class HubClient:
 
         Raises `HubError`.
         """
-        url = f"{self.endpoint}/{self._model_id}/resolve/{commit}/{quote(file.name)}"
+        url = f"{self._endpoint}/{self._model_id}/resolve/{commit}/{quote(file.name)}"
         part.touch()
         if part.stat().st_size > file.num_bytes:
             os.truncate(part, 0)
@@ -152,12 +153,12 @@ class HubClient:
         if status in _BUSY:
             raise _Busy(
                 HubError(
-                    f"the hub at {self.endpoint} answers {status} for {model}; try again later, "
+                    f"the hub at {self._shown} answers {status} for {model}; try again later, "
                     "what has come is kept"
                 ),
                 response.headers.get("Retry-After"),
             )
-        if not _is_same_origin(response.url, httpx.URL(self.endpoint)):
+        if not _is_same_origin(response.url, httpx.URL(self._endpoint)):
             raise HubError(
                 f"{response.url.host}, where the hub keeps the files of {model}, answers {status}; "
                 "try again later, what has come is kept"
@@ -167,7 +168,7 @@ class HubClient:
         if status == 404:
             raise HubError(self._nothing(response, model, file))
         raise HubError(
-            f"the hub at {self.endpoint} answers {status} for {model}; check HF_ENDPOINT, or try "
+            f"the hub at {self._shown} answers {status} for {model}; check HF_ENDPOINT, or try "
             "again later"
         )
 
@@ -193,20 +194,20 @@ class HubClient:
     def _nothing(self, response: httpx.Response, model: str, file: str | None) -> str:
         if file is not None:
             return (
-                f"the hub at {self.endpoint} lists {file} of {model}, but does not have it; the "
+                f"the hub at {self._shown} lists {file} of {model}, but does not have it; the "
                 "repository is incomplete, try another revision"
             )
         if response.headers.get("X-Error-Code") == "RevisionNotFound":
             return f"the hub's {self._model_id} has no revision {self._revision!r}; see its page"
-        return f"the hub at {self.endpoint} has no {model}; check the spelling"
+        return f"the hub at {self._shown} has no {model}; check the spelling"
 
     def _strange(self, what: str) -> HubError:
-        return HubError(f"{self.endpoint} {what}; check HF_ENDPOINT or try again later")
+        return HubError(f"{self._shown} {what}; check HF_ENDPOINT or try again later")
 
     def _unreachable(self, error: httpx.HTTPError | None) -> HubError:
         reason = f"{type(error).__name__}: {error}".rstrip(": ") if error else "no data comes"
         return HubError(
-            f"cannot reach the hub at {self.endpoint} for {self._model_id} ({reason}); check the "
+            f"cannot reach the hub at {self._shown} for {self._model_id} ({reason}); check the "
             "connection, set HF_ENDPOINT to a mirror, or pass a local folder"
         )
 

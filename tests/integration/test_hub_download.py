@@ -454,6 +454,18 @@ def test_storage_that_refuses_is_not_mistaken_for_a_licence(hub: HubStandIn) -> 
         fails("localhost, where the hub keeps the files of org/tiny", "answers 403", "try again")
 
 
+def test_a_password_in_the_endpoint_is_not_printed(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("http://", "http://me:secret@"))
+    hub.status = 404
+    with pytest.raises(HubError) as error:
+        resolve_weights(ID)
+    assert hub.url in error.value.message and "secret" not in error.value.message
+    hub.status = 200
+    resolve_weights(ID)
+
+
 def test_redirects_without_end_are_one_line(hub: HubStandIn) -> None:
     hub.cdn = hub.url
     fails("cannot reach the hub", "TooManyRedirects")

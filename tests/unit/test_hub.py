@@ -26,7 +26,7 @@ from chatserve.cli.commands import list as list_command
 from chatserve.cli.commands import pull as pull_command
 from chatserve.default_model import SMOLLM2_135M, WheelModel
 from chatserve.errors import HubError, ModelLoadError, UsageError
-from chatserve.hub import ALIASES, cached_models, is_path, resolve_weights
+from chatserve.hub import ALIASES, cached_models, find_reference, is_path, resolve_weights
 from chatserve.hub_download import RECORD
 
 CONTENT = b"GGUF" + bytes(1000)
@@ -137,6 +137,45 @@ def test_a_bad_revision_is_refused(revision: str) -> None:
         resolve_weights("org/name", revision=revision)
 
 
+REFERENCES = [
+    ("org/name", "org/name", "main", None),
+    ("org/name@v2", "org/name", "v2", None),
+    ("org/name@refs/pr/1", "org/name", "refs/pr/1", None),
+    ("org/name:Q4_K_M", "org/name", "main", "Q4_K_M"),
+    ("org/name@v2:m-Q8_0.gguf", "org/name", "v2", "m-Q8_0.gguf"),
+    ("vicuna-7b-v1.5@main", "lmsys/vicuna-7b-v1.5", "main", None),
+    ("vicuna-7b-v1.1:x", "lmsys/vicuna-7b-v1.1", "main", "x"),
+    ("vicuna-7b-v1.1@v:x", "lmsys/vicuna-7b-v1.1", "v", "x"),
+]
+
+
+@pytest.mark.parametrize(("text", "model_id", "revision", "gguf"), REFERENCES)
+def test_what_stands_behind_an_id(
+    text: str, model_id: str, revision: str, gguf: str | None
+) -> None:
+    assert not is_path(text)
+    found = find_reference(text)
+    assert (found.model_id, found.revision, found.gguf) == (model_id, revision, gguf)
+    if text.startswith("org/"):
+        assert str(found) == text
+
+
+@pytest.mark.parametrize("text", ["org/name@", "org/name@../x", "org/name@a b", "org/name@-v"])
+def test_a_bad_revision_behind_an_id_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a revision"):
+        resolve_weights(text)
+
+
+NO_REFERENCES = ["org/name:", "org/name:a/b", "org/name:../x", "org/name:x.gguf/y", "org/na me@v"]
+
+
+@pytest.mark.parametrize("text", [*NO_REFERENCES, "C:/models/x", "C:/x.gguf", "org/n@v@w"])
+def test_what_is_like_an_id_and_none_is_a_path(text: str) -> None:
+    assert is_path(text)
+    with pytest.raises(ModelLoadError, match="no such folder"):
+        resolve_weights(text)
+
+
 @pytest.mark.parametrize("text", [None, "smollm2-135m", "./m"])
 def test_a_revision_is_only_for_hub_ids(tmp_path: Path, text: str | None) -> None:
     put_model(tmp_path / "m")
@@ -144,8 +183,11 @@ def test_a_revision_is_only_for_hub_ids(tmp_path: Path, text: str | None) -> Non
         resolve_weights(text, revision="v2")
 
 
-def test_an_endpoint_that_is_no_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "ftp://hub")
+@pytest.mark.parametrize("endpoint", ["ftp://hub", "hub", "http://hub:port", "http://[::1", "x y"])
+def test_an_endpoint_that_is_no_url_is_refused(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(UsageError, match="HF_ENDPOINT"):
         resolve_weights("org/name")
 

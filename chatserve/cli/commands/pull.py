@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     if name in CHAINS and (options.base is not None or name not in ALIASES):
         path = _make(name, options)
     elif is_base_given:
+        if name not in (None, hub.DEFAULT_NAME):
+            hub.find_reference(name)  # a name that is wrong is told first
         raise UsageError(
             f"--base is for models that are made of one ({', '.join(CHAINS)}); "
             f"{name or hub.DEFAULT_NAME} is whole as it is"
