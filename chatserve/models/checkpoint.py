@@ -25,7 +25,7 @@ from chatserve.models.adapter_config import (
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
-from chatserve.models.weights import TensorInfo, WeightSource
+from chatserve.models.weights import DirectSource, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ MAX_DELTA_NORM = 0.1
 # Other architectures may store norms as an offset from 1.
 PLAIN_NORM_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
-_READERS: dict[str, Callable[[Path], WeightSource]] = {
+_READERS: dict[str, Callable[[Path], DirectSource]] = {
     "safetensors": SafetensorsFile,
     "bin": TorchBinFile,
 }
@@ -112,7 +112,7 @@ def looks_like_delta(source: WeightSource) -> bool:
 class ShardedWeights:
     """Several files as one `WeightSource`, checked against the index that came with them."""
 
-    def __init__(self, shards: Mapping[str, WeightSource], index: Mapping[str, str]) -> None:
+    def __init__(self, shards: Mapping[str, DirectSource], index: Mapping[str, str]) -> None:
         """`shards` by file name. Raises `ModelLoadError` on duplicates and on a wrong index."""
         self._shards = shards
         self._home: dict[str, str] = {}
@@ -136,6 +136,9 @@ class ShardedWeights:
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         return self._shards[self._home[name]].read(name, rows)
+
+    def read_into(self, name: str, rows: range, out: torch.Tensor) -> None:
+        self._shards[self._home[name]].read_into(name, rows, out)
 
     def close(self) -> None:
         for source in self._shards.values():
@@ -168,7 +171,7 @@ def _open_weights(folder: Path, files: WeightFiles) -> WeightSource:
     open_file = _READERS[files.format]
     if files.index is None:
         return open_file(files.paths[0])
-    shards: dict[str, WeightSource] = {}
+    shards: dict[str, DirectSource] = {}
     with ExitStack() as stack:
         for path in files.paths:
             shards[path.name] = open_file(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +20,15 @@ class RowLoader(Protocol):
 
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
         """Store `rows` (n, ...) at `start`; converts dtype, device and packing."""
+        ...
+
+
+@runtime_checkable
+class OpenRows(RowLoader, Protocol):
+    """Rows that may be written to directly, in their own dtype."""
+
+    def rows(self, start: int, count: int) -> torch.Tensor:
+        """The memory of `count` rows from `start` on."""
         ...
 
 

@@ -127,6 +127,9 @@ class Table:
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
         self.values[start : start + rows.shape[0]].copy_(rows)
 
+    def rows(self, start: int, count: int) -> torch.Tensor:
+        return self.values[start : start + count]
+
 
 def interleaved(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Where the rows of gate (0..half) and up (half..) lie in panels of 16 and 16."""

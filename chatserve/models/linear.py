@@ -65,6 +65,9 @@ class Linear:
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
         self.weight[start : start + rows.shape[0]].copy_(rows)
 
+    def rows(self, start: int, count: int) -> torch.Tensor:
+        return self.weight[start : start + count]
+
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of ids (N,) as (N, K): a tied head serves as the embedding too."""
         return F.embedding(ids, self.weight).to(dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,12 +28,12 @@ from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import plan_memory
 from chatserve.models.packing import Packing, four_bits
 from chatserve.models.placed_llama import PlacedLlama
+from chatserve.models.row_stream import RowStream, pieces
 from chatserve.models.weights import TensorInfo
 from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_SLICE_VALUES = 1 << 20  # read at a time; measured: larger ones leave larger holes in the heap
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
 
@@ -69,15 +68,10 @@ def load_model(
     infos = checkpoint.weights.tensors()
     wanted = match_tensors(destinations, infos, checkpoint)
     meter = _Meter(wanted, report)
-    with torch.inference_mode():
-        for info in wanted:
-            place = destinations[info.name]
-            for rows in _slices(info.shape):
-                # no name for what is read: it would stay until the next rows are there
-                place.target.load_rows(
-                    place.start + rows.start, checkpoint.weights.read(info.name, rows)
-                )
-                meter.add(info.num_bytes * len(rows) // info.shape[0])
+    parts = (piece for info in wanted for piece in pieces(info, destinations[info.name]))
+    with torch.inference_mode(), RowStream(checkpoint.weights) as stream:
+        for piece in stream.move(parts):
+            meter.add(piece.num_bytes)
     return model
 
 
@@ -188,13 +182,6 @@ class _Meter:
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
         self._report(self._done, self._total)
-
-
-def _slices(shape: tuple[int, ...]) -> Iterator[range]:
-    """All rows of a tensor, some at a time."""
-    step = max(1, _SLICE_VALUES // math.prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        yield range(start, min(start + step, shape[0]))
 
 
 def _load_fallback(

@@ -80,6 +80,11 @@ class SafetensorsFile:
             self._data_offset + self._begins[name], info.shape, info.dtype_name, rows
         )
 
+    def read_into(self, name: str, rows: range, out: torch.Tensor) -> None:
+        info = self._tensors[name]
+        begin = self._data_offset + self._begins[name]
+        self._file.read_into(begin + rows.start * (info.num_bytes // info.shape[0]), out)
+
     def close(self) -> None:
         self._file.close()
 

@@ -74,6 +74,14 @@ class TorchBinFile:
         span = self._file.read_tensor(offset, (view.span,), view.dtype)
         return span.as_strided(view.shape, view.stride).contiguous()
 
+    def read_into(self, name: str, rows: range, out: torch.Tensor) -> None:
+        view, offset = self._views[name]
+        if not view.is_contiguous:
+            out.copy_(self.read(name, rows))
+            return
+        row_bytes = self._tensors[name].num_bytes // view.shape[0]
+        self._file.read_into(offset + rows.start * row_bytes, out)
+
     def close(self) -> None:
         self._file.close()
 

@@ -64,6 +64,16 @@ class WeightFile:
         flat = buffer.ne(0) if dtype_name == "bool" else buffer.view(getattr(torch, dtype_name))
         return flat.reshape(shape)
 
+    def read_into(self, offset: int, out: torch.Tensor) -> None:
+        """The bytes at `offset` as the content of `out`, contiguous on the CPU; no bools.
+
+        Raises `ModelLoadError`.
+        """
+        import torch
+
+        self._checked(offset, out.numel() * out.element_size())
+        self._fill(out.reshape(-1).view(torch.uint8).numpy().data, offset)
+
     def close(self) -> None:
         self._file.close()
 

@@ -6,7 +6,7 @@ Knows no file format and no family; safetensors, `.bin` and GGUF readers impleme
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from chatserve.models.packing import Packing
 
@@ -57,6 +57,14 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
+
+
+@runtime_checkable
+class DirectSource(WeightSource, Protocol):
+    """Weights whose bytes are in the file as they are in memory."""
+
+    def read_into(self, name: str, rows: range, out: torch.Tensor) -> None:
+        """Rows of a tensor into memory of the same dtype and shape: contiguous, on the CPU."""
 
 
 def file_packing(tensors: Mapping[str, TensorInfo]) -> Packing | None:

@@ -132,9 +132,9 @@ def test_no_matrix_is_whole_in_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is quantised at a time is a slice, whatever the matrix is."""
-    from chatserve.models import loader
+    from chatserve.models import row_stream
 
-    monkeypatch.setattr(loader, "_SLICE_VALUES", 1024)
+    monkeypatch.setattr(row_stream, "SLICE_VALUES", 1024)
     tiny.save_model(tmp_path / "tiny", intermediate_size=128)
     largest = 0
     real = bitsandbytes_linear.NF4.load_rows

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
-from chatserve.models import loader
+from chatserve.models import loader, row_stream
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import FallbackModel
@@ -69,7 +69,7 @@ def test_rows_read_a_few_at_a_time_give_the_same_network(
 ) -> None:
     tiny.save_model(tmp_path, "qwen2")  # with biases
     whole = logits(tmp_path, load_8bit=load_8bit)
-    monkeypatch.setattr(loader, "_SLICE_VALUES", 7 * 64)
+    monkeypatch.setattr(row_stream, "SLICE_VALUES", 7 * 64)
     seen: list[tuple[int, int]] = []
     sliced = logits(
         tmp_path, load_8bit=load_8bit, progress=lambda done, total: seen.append((done, total))
