@@ -18,7 +18,7 @@ from chatserve.errors import DoesNotFit, UsageError
 from chatserve.models import gpus
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy, policy_for
-from chatserve.models.device_map import DeviceMap
+from chatserve.models.device_map import DeviceMap, Part
 from chatserve.models.form import native_config
 from chatserve.models.gpus import GPUOptions, choose_device_map, free_for_tokens, show_gpus
 from chatserve.models.loader import load_model
@@ -206,6 +206,25 @@ def test_the_fullest_device_decides_how_many_tokens_are_kept(
     assert model.device_map.blocks_by_device == {"cpu:0": 2, "cpu:1": 2}
     room = 60_000_000 - plan.working_bytes
     assert free_for_tokens(model, plan) == plan.working_bytes + 2 * room
+
+
+def test_blocks_on_their_way_leave_the_less_for_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
+    on_two_cpus(monkeypatch, {"cpu:0": 60_000_000})
+    policy = choose_policy("cpu", "float32")
+    opened = open_checkpoint(tmp_path / "tiny")
+    here, elsewhere = Part("cpu:0", "cpu:0"), Part("cpu", "cpu:0")
+    with closing(opened.weights):
+        plan, block = plan_memory(opened, policy), part_bytes(native_config(opened), policy).block
+        for num_offloaded in (0, 1, 3):
+            blocks = (here,) * (4 - num_offloaded) + (elsewhere,) * num_offloaded
+            model = PlacedLlama(
+                native_config(opened), policy, DeviceMap(here, blocks, here), tmp_path
+            )
+            left = 60_000_000 - min(num_offloaded, 2) * block
+            assert free_for_tokens(model, plan) == left
 
 
 @pytest.mark.parametrize("load_8bit", [False, True])

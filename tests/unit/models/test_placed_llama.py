@@ -18,7 +18,7 @@ from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy, policy_for
 from chatserve.models.device_map import CPU, DISK, DeviceMap, Part
 from chatserve.models.gpus import torch_policy
-from chatserve.models.llama import Block
+from chatserve.models.llama import MLP, Block
 from chatserve.models.loader import load_model
 from chatserve.models.placed_llama import PlacedLlama
 from tests import tiny
@@ -143,17 +143,21 @@ def test_a_step_that_fails_leaves_the_layers_as_they_were(
     tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
     model = load(tmp_path / "tiny", choose_policy("cpu", "float32"), MAPS["all"])
     expected = Solo(model).feed(range(9))
-    stored = model.blocks[2].mlp.down.weight.data_ptr()
-    monkeypatch.setattr(type(model.blocks[2].mlp), "__call__", failing)
+    third = model.blocks[2].mlp
+    stored, real = third.down.weight.data_ptr(), MLP.__call__
+
+    def failing(mlp: MLP, *arguments: Any) -> torch.Tensor:
+        if mlp is third:
+            assert third.down.weight.data_ptr() != stored
+            raise MemoryError
+        return real(mlp, *arguments)
+
+    monkeypatch.setattr(MLP, "__call__", failing)
     with pytest.raises(MemoryError):
         Solo(model).feed(range(9))
     monkeypatch.undo()
-    assert model.blocks[2].mlp.down.weight.data_ptr() == stored
+    assert third.down.weight.data_ptr() == stored
     assert torch.equal(Solo(model).feed(range(9)), expected)
-
-
-def failing(*_: Any) -> torch.Tensor:
-    raise MemoryError
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="layers go to the disk on Linux")
