@@ -235,15 +235,21 @@ class Engine:
             if item.is_sampled:
                 states.append(self._live[item.sequence.seq_id][2])
                 states += [None] * len(item.draft_ids)  # depends on what is picked before it
-        logits = self._runner.run(batch, self._sampler.ahead(states))
-        turns = self._say(batch, logits)
+        ahead = self._sampler.ahead(states)
+        logits = self._runner.run(batch, ahead)
+        turns = self._say(batch, logits, ahead.token_ids if ahead else None)
         for item in batch:
             turn = turns.get(item.sequence.seq_id)
             self._scheduler.complete(item, turn.num_accepted if turn else 0)
         return [self._close(turn) for turn in turns.values()]
 
-    def _say(self, batch: Rows[Scheduled], logits: torch.Tensor) -> dict[str, _Turn]:
-        """Sample each sequence's next token, and the one behind it while its draft is right."""
+    def _say(
+        self, batch: Rows[Scheduled], logits: torch.Tensor, picked: Rows[int] | None
+    ) -> dict[str, _Turn]:
+        """Sample each sequence's next token, and the one behind it while its draft is right.
+
+        `picked`: the next tokens by row, where the model has sampled them.
+        """
         turns: dict[str, _Turn] = {}
         row = 0
         for item in batch:
@@ -253,8 +259,11 @@ class Engine:
                 row += 1 + len(item.draft_ids)
         speaking = list(turns.values())
         while speaking:
-            states = [turn.state for turn in speaking]
-            token_ids = self._sampler.sample(logits, states, [turn.row for turn in speaking])
+            rows = [turn.row for turn in speaking]
+            if picked is not None:
+                token_ids, picked = [picked[row] for row in rows], None
+            else:
+                token_ids = self._sampler.sample(logits, [turn.state for turn in speaking], rows)
             speaking = [
                 turn
                 for turn, token_id in zip(speaking, token_ids, strict=True)

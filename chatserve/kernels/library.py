@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 8
+VERSION = 9
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -116,6 +116,7 @@ class Step(Structure):
         ("logits_stride", c_size_t),
         ("sampler", c_void_p),
         ("samplings", c_void_p),
+        ("picked", c_void_p),
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ class Batch:
     """All tokens of one step: (N,) ids and positions, the sequences they belong to.
 
     `output_rows`: (R,) rows whose logits are wanted, ascending; `ahead`: what a network on the
-    sampler's team may pick of them at once.
+    sampler's team picks of them at once.
     """
 
     token_ids: Sequence[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -71,15 +71,18 @@ class KernelSampler:
         return list(out)
 
 
-class Ahead(NamedTuple):
-    """What a network needs to pick tokens while their logits are in its caches.
+@dataclass(slots=True)
+class Ahead:
+    """What a network needs to pick tokens while their logits are in its caches, and those tokens.
 
-    `sampler`, on the network's own team, hands them out when it is asked to sample these logits: a
-    hint that changes no token. `samplings`: (R,) addresses of records, 0 for a row to leave alone.
+    `sampler` is on the network's own team. `samplings`: (R,) addresses of records, 0 for a row to
+    leave alone. `token_ids`: (R,), -1 as in `KernelSampler.sample`, without meaning for rows left
+    alone; None where the network has no such art.
     """
 
     sampler: KernelSampler
     samplings: Sequence[int]
+    token_ids: Sequence[int] | None = None
 
 
 def build_kernel_sampler(

@@ -278,7 +278,10 @@ class KernelLlama:
         )  # fmt: skip
         if batch.ahead is not None:
             samplings = array("Q", batch.ahead.samplings)
-            step.sampler, (step.samplings, _) = batch.ahead.sampler.handle, samplings.buffer_info()
+            picked = array("i", batch.output_rows)
+            step.sampler = batch.ahead.sampler.handle
+            step.samplings, step.picked = samplings.buffer_info()[0], picked.buffer_info()[0]
+            batch.ahead.token_ids = picked
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
         return logits
 

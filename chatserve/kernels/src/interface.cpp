@@ -155,10 +155,10 @@ bool ascend_within(const int32_t* ids, int count, int limit) {
   return count == 0 || (count > 0 && is_rising && ids[0] >= 0 && ids[count - 1] < limit);
 }
 
-bool is_valid(const cs_sampling& row, int vocab) {
-  return ascend_within(row.seen_ids, row.num_seen, vocab) &&
-         ascend_within(row.offset_ids, row.num_offsets, vocab) &&
-         ascend_within(row.masked_ids, row.num_masked, vocab) &&
+// The lists are not read: sampling keeps to the vocabulary whatever is in them, and reading them here
+// would cost as much as it does there.
+bool is_valid(const cs_sampling& row) {
+  return row.num_seen >= 0 && row.num_offsets >= 0 && row.num_masked >= 0 &&
          (row.is_greedy || row.temperature > 0);
 }
 
@@ -309,17 +309,15 @@ int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step* step) 
     if (&sampler->team() != &network->team || sampler->vocab() != n.shape().vocab) {
       return CS_BAD_ARGUMENT;
     }
-    const int num_picked = step->samplings ? step->num_outputs : 0;
-    for (int i = 0; i < num_picked; i++) {
-      if (step->samplings[i] && !is_valid(*step->samplings[i], sampler->vocab())) {
+    for (int i = 0; i < step->num_outputs; i++) {
+      if (step->samplings[i] && !is_valid(*step->samplings[i])) {
         return CS_BAD_ARGUMENT;
       }
     }
     if (!sampler->begin_ahead(step->logits, step->logits_stride, step->samplings,
-                              num_picked)) {
+                              step->num_outputs, step->picked)) {
       return CS_NO_MEMORY;
     }
-    if (!num_picked) sampler = nullptr;
   }
   const bool is_done = network->network.forward(
       pool->pool,
@@ -414,7 +412,7 @@ int cs_sampler_sample(cs_sampler* sampler, float* logits, size_t stride, int num
     return CS_BAD_ARGUMENT;
   }
   for (int r = 0; r < num_rows; r++) {
-    if (!is_valid(*rows[r], vocab)) return CS_BAD_ARGUMENT;
+    if (!is_valid(*rows[r])) return CS_BAD_ARGUMENT;
   }
   return sampler->sampler.sample(logits, stride, places, rows, num_rows, out) ? CS_OK
                                                                              : CS_NO_MEMORY;

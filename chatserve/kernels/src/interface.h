@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 8
+#define CS_VERSION 9
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -65,7 +65,8 @@ typedef struct {
   int32_t num_b;
 } cs_low_rank;
 
-// How one sequence's next token is picked. Lists of ids ascend.
+// How one sequence's next token is picked. Lists of ids ascend; from one that
+// does not, some ids are passed over.
 typedef struct {
   double temperature, top_p;  // top_p >= 1: off
   double min_p_margin;        // temperature * ln(min_p); -inf: off
@@ -82,8 +83,8 @@ typedef struct {
   float repetition_penalty;
 } cs_sampling;
 
-// Arrays as in chatserve::StepInput (network.h). With a sampler, on the network's team, the rows
-// with a sampling are picked as they are computed: cs_sampler_sample then finds their tokens.
+// Arrays as in chatserve::StepInput (network.h). With a sampler, which is on the network's team, the
+// rows with a sampling are picked as cs_sampler_sample would pick them, while they are computed.
 typedef struct {
   int32_t num_rows, num_segments, num_outputs;
   const int32_t *tokens, *positions;
@@ -93,8 +94,9 @@ typedef struct {
   const int32_t* output_rows;
   float* logits;
   size_t logits_stride;
-  cs_sampler* sampler;                   // or null
-  const cs_sampling* const* samplings;   // [num_outputs], null where none; or null for none at all
+  cs_sampler* sampler;                  // or null
+  const cs_sampling* const* samplings;  // [num_outputs], null where none
+  int32_t* picked;                      // [num_outputs]: of rows with a sampling
 } cs_step;
 
 CS_API int cs_version(void);

@@ -63,50 +63,31 @@ SamplingJob Sampler::job(float* logits, const cs_sampling* params, int row, int 
 }
 
 bool Sampler::begin_ahead(float* logits, size_t stride, const cs_sampling* const* rows,
-                          int num_rows) {
-  ahead_.clear();
-  if (!reserve(num_rows, team_.num_threads())) return false;
-  ahead_logits_ = logits;
-  ahead_stride_ = stride;
-  for (int r = 0; r < num_rows; r++) {
-    ahead_.push_back({rows[r], rows[r] ? rows[r]->position : 0, -1});
-  }
-  return true;
+                          int num_rows, int32_t* out) {
+  ahead_ = {logits, stride, rows, num_rows, out};
+  return reserve(num_rows, team_.num_threads());
 }
 
 void Sampler::look_ahead(int first, int last) {
-  for (size_t r = 0; r < ahead_.size(); r++) {
-    if (!ahead_[r].params) continue;
-    level_->look(job(ahead_logits_ + ahead_stride_ * r, ahead_[r].params, r, 0), first, last);
+  for (int r = 0; r < ahead_.num_rows; r++) {
+    if (!ahead_.rows[r]) continue;
+    level_->look(job(ahead_.logits + ahead_.stride * r, ahead_.rows[r], r, 0), first, last);
   }
 }
 
 void Sampler::pick_ahead(int thread, int row) {
-  Ahead& ahead = ahead_[row];
-  if (!ahead.params) return;
-  ahead.picked = level_->pick(job(ahead_logits_ + ahead_stride_ * row, ahead.params, row, thread));
-}
-
-bool Sampler::take_ahead(const float* logits, int place, const cs_sampling* params, int32_t* out) {
-  if (logits != ahead_logits_ || place >= static_cast<int>(ahead_.size())) return false;
-  Ahead& ahead = ahead_[place];
-  if (ahead.params != params || ahead.position != params->position) return false;
-  ahead.params = nullptr;
-  *out = ahead.picked;
-  return true;
+  if (!ahead_.rows[row]) return;
+  ahead_.out[row] =
+      level_->pick(job(ahead_.logits + ahead_.stride * row, ahead_.rows[row], row, thread));
 }
 
 bool Sampler::sample(float* logits, size_t stride, const int32_t* places,
                      const cs_sampling* const* rows, int num_rows, int32_t* out) {
-  std::vector<int> left;  // rows that are not picked yet
   long work = 0;
   for (int r = 0; r < num_rows; r++) {
-    if (take_ahead(logits, places ? places[r] : r, rows[r], out + r)) continue;
-    left.push_back(r);
     work += static_cast<long>(vocab_) * (rows[r]->is_greedy ? 1 : kDrawPasses);
   }
-  if (left.empty()) return true;
-  const bool is_shared = left.size() > 1 && work >= kSharedWork;
+  const bool is_shared = num_rows > 1 && work >= kSharedWork;
   const int num_threads = is_shared ? team_.num_threads() : 1;
   if (!reserve(num_threads, num_threads)) return false;
 
@@ -116,15 +97,14 @@ bool Sampler::sample(float* logits, size_t stride, const int32_t* places,
     size_t stride;
     const int32_t* places;
     const cs_sampling* const* rows;
-    const std::vector<int>& left;
+    int num_rows;
     int32_t* out;
-    std::atomic<size_t> next{0};
-  } shared{this, logits, stride, places, rows, left, out};
+    std::atomic<int> next{0};
+  } shared{this, logits, stride, places, rows, num_rows, out};
   auto work_of = [](void* context, int thread) {
     Shared& all = *static_cast<Shared*>(context);
     Sampler& self = *all.self;
-    for (size_t i; (i = all.next.fetch_add(1, std::memory_order_relaxed)) < all.left.size();) {
-      const int r = all.left[i];
+    for (int r; (r = all.next.fetch_add(1, std::memory_order_relaxed)) < all.num_rows;) {
       const SamplingJob job = self.job(all.logits + all.stride * (all.places ? all.places[r] : r),
                                        all.rows[r], thread, thread);
       self.level_->look(job, 0, self.num_blocks());

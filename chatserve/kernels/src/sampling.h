@@ -14,7 +14,7 @@ namespace chatserve {
 
 struct LevelKernels;
 
-constexpr int kSamplingBlock = 256;  // ids of a block
+constexpr int kSamplingBlock = 1024;  // ids of a block
 constexpr int kMaxSamplingLanes = 16;
 
 // What the first look leaves of a row's blocks.
@@ -58,11 +58,12 @@ class Sampler {
               int num_rows, int32_t* out);
 
   // Picking ahead: a network that computes the logits has them looked at while they are in its
-  // caches, and picks; `sample` then finds the tokens of these rows.
+  // caches, and picks.
 
   // For logits[num_rows][stride] that are about to be computed; rows[i] is null for a row that is
-  // not picked. False when there is no memory: nothing is picked ahead.
-  bool begin_ahead(float* logits, size_t stride, const cs_sampling* const* rows, int num_rows);
+  // not picked. False when there is no memory.
+  bool begin_ahead(float* logits, size_t stride, const cs_sampling* const* rows, int num_rows,
+                   int32_t* out);
   // Blocks [first, last) of each of these rows, by any thread.
   void look_ahead(int first, int last);
   // After all blocks.
@@ -78,15 +79,15 @@ class Sampler {
     Buffer<int32_t> ids;
   };
   struct Ahead {
-    const cs_sampling* params;
-    int64_t position;
-    int32_t picked;
+    float* logits;
+    size_t stride;
+    const cs_sampling* const* rows;
+    int num_rows;
+    int32_t* out;
   };
 
   bool reserve(int num_rows, int num_threads);
   SamplingJob job(float* logits, const cs_sampling* params, int row, int thread) const;
-  // Whether the row's token is known; gives it away.
-  bool take_ahead(const float* logits, int place, const cs_sampling* params, int32_t* out);
 
   Team& team_;
   const LevelKernels* level_ = nullptr;
@@ -95,9 +96,7 @@ class Sampler {
   Buffer<int32_t> forbidden_ids_;
   std::vector<std::unique_ptr<RowBlocks>> blocks_;
   std::unique_ptr<ThreadScratch> scratch_[kMaxThreads];
-  float* ahead_logits_ = nullptr;
-  size_t ahead_stride_ = 0;
-  std::vector<Ahead> ahead_;
+  Ahead ahead_{};
 };
 
 }  // namespace chatserve

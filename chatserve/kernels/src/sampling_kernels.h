@@ -4,7 +4,6 @@
 // id. Nothing is sorted for that: the logit where they end is found by halving the range of floats
 // between two that enclose it, and only among candidates that a cheap bound leaves.
 #pragma once
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -77,33 +76,48 @@ inline int num_blocks(const SamplingJob& job) {
 
 // ---- penalties ----
 
-// The entries of ascending ids[count] that lie in [first, last) of the vocabulary.
-struct Entries {
-  int begin, end;
-};
+// The first of ascending ids[count] that is not below `value`; no branch on what nobody can foretell.
+inline int first_from(const int32_t* ids, int count, int value) {
+  const int32_t* at = ids;
+  for (int left = count; left > 0;) {
+    const int half = (left + 1) / 2;
+    at = at[half - 1] < value ? at + half : at;
+    left -= half;
+  }
+  return static_cast<int>(at - ids);
+}
 
-inline Entries entries_between(const int32_t* ids, int count, int first, int last) {
-  const int32_t* begin = std::lower_bound(ids, ids + count, first);
-  const int32_t* end = std::lower_bound(begin, ids + count, last);
-  return {static_cast<int>(begin - ids), static_cast<int>(end - ids)};
+// Whether an id lies in [first, last); also keeps lists that do not ascend within the logits.
+inline bool is_between(int32_t id, int first, int last) {
+  return static_cast<uint32_t>(id) - first < static_cast<uint32_t>(last - first);
 }
 
 inline void remove_between(float* x, const int32_t* ids, int count, int first, int last) {
-  const Entries found = entries_between(ids, count, first, last);
-  for (int i = found.begin; i < found.end; i++) x[ids[i]] = -INFINITY;
+  int i = first_from(ids, count, first);
+  for (; i < count && is_between(ids[i], first, last); i++) x[ids[i]] = -INFINITY;
+}
+
+// The next blocks' entries come from memory, one after the other, unless somebody asks early.
+inline void fetch(const void* entries) {
+  for (int i = 0; i < 4; i++) __builtin_prefetch(static_cast<const char*>(entries) + 64 * i);
 }
 
 inline void apply_lists(const SamplingJob& job, int first, int last) {
   const cs_sampling& p = *job.params;
   float* x = job.logits;
-  const Entries seen = entries_between(p.seen_ids, p.num_seen, first, last);
-  for (int i = seen.begin; i < seen.end; i++) {
+  int i = first_from(p.seen_ids, p.num_seen, first);
+  for (; i < p.num_seen && is_between(p.seen_ids[i], first, last); i++) {
     float& logit = x[p.seen_ids[i]];
     const float less = logit / p.repetition_penalty, more = logit * p.repetition_penalty;
-    logit = logit > 0 ? less : more;  // no branch: the sign of a logit cannot be foretold
+    logit = logit > 0 ? less : more;  // no branch here either
   }
-  const Entries offset = entries_between(p.offset_ids, p.num_offsets, first, last);
-  for (int i = offset.begin; i < offset.end; i++) x[p.offset_ids[i]] += p.offsets[i];
+  fetch(p.seen_ids + i);
+  i = first_from(p.offset_ids, p.num_offsets, first);
+  for (; i < p.num_offsets && is_between(p.offset_ids[i], first, last); i++) {
+    x[p.offset_ids[i]] += p.offsets[i];
+  }
+  fetch(p.offset_ids + i);
+  fetch(p.offsets + i);
   if (p.position < p.masked_until) remove_between(x, p.masked_ids, p.num_masked, first, last);
   remove_between(x, job.forbidden_ids, job.num_forbidden, first, last);
 }
@@ -136,25 +150,45 @@ inline float find_largest(const SamplingJob& job, int begin, int end, float* max
   return Simd::ulargest(magnitude) > 0x7f800000u ? NAN : Simd::largest(all);
 }
 
-// e^((x - best) / temperature) for x <= best as a power of 2, 0 below its range; relative error
-// about 1e-7. A polynomial of degree 5 whose largest relative error over [-1/2, 1/2] is 7e-8.
-struct Weigher {
-  F best, scale;  // scale: log2(e) / temperature
+// e^((x - best) / temperature) for x <= best as a power of 2; relative error about 1e-7. A
+// polynomial of degree 5 whose largest relative error over [-1/2, 1/2] is 7e-8.
+class Weigher {
+ public:
+  Weigher(float best, double temperature)
+      : best_(Simd::set1(best)),
+        scale_(Simd::set1(static_cast<float>(kLog2E / temperature))),
+        lowest_(Simd::set1(static_cast<float>(-125 * temperature / kLog2E))) {}
 
+  // The same temperature, another largest logit.
+  Weigher against(float best) const {
+    Weigher other = *this;
+    other.best_ = Simd::set1(best);
+    return other;
+  }
+  // 0 below its range
   F operator()(F x) const {
-    const F lowest = Simd::set1(-126.0f);
-    const F exponent = Simd::mul(Simd::sub(x, best), scale);
-    const F t = Simd::max(exponent, lowest);
-    const I n = Simd::to_int(t);
-    const F r = Simd::sub(t, Simd::to_float(n));
+    const F difference = Simd::sub(x, best_);
+    return Simd::keep_not_below(power(difference), difference, lowest_);
+  }
+  // 2^-125 below its range: nothing to a sum, and two operations less
+  F roughly(F x) const { return power(Simd::sub(x, best_)); }
+
+ private:
+  F power(F difference) const {
+    const F shift = Simd::set1(12582912.0f);  // 1.5 * 2^23: rounds to whole numbers
+    const F d = Simd::max(difference, lowest_);
+    const F shifted = Simd::fma(d, scale_, shift);
+    const F r = Simd::fma(d, scale_, Simd::sub(shift, shifted));
     F p = Simd::set1(1.327647152e-3f);
     p = Simd::fma(p, r, Simd::set1(9.675541331e-3f));
     p = Simd::fma(p, r, Simd::set1(5.550713275e-2f));
     p = Simd::fma(p, r, Simd::set1(2.402211972e-1f));
     p = Simd::fma(p, r, Simd::set1(6.931469671e-1f));
     p = Simd::fma(p, r, Simd::set1(1.0f));
-    return Simd::keep_not_below(Simd::mul(p, Simd::power_of_two(n)), exponent, lowest);
+    return Simd::times_power(p, shifted);
   }
+
+  F best_, scale_, lowest_;
 };
 
 inline float block_mass(const SamplingJob& job, int begin, int end, const Weigher& weigh) {
@@ -162,10 +196,10 @@ inline float block_mass(const SamplingJob& job, int begin, int end, const Weighe
   int i = begin;
   for (; i + kStride <= end; i += kStride) {
     CS_UNROLL for (int j = 0; j < 4; j++) {
-      sums[j] = Simd::add(sums[j], weigh(Simd::load(job.logits + i + j * kLanes)));
+      sums[j] = Simd::add(sums[j], weigh.roughly(Simd::load(job.logits + i + j * kLanes)));
     }
   }
-  visit_vectors(job.logits, i, end, [&](F x, int) { sums[0] = Simd::add(sums[0], weigh(x)); });
+  visit_vectors(job.logits, i, end, [&](F x, int) { sums[0] = Simd::add(sums[0], weigh.roughly(x)); });
   return Simd::sum(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
 }
 
@@ -179,23 +213,21 @@ inline bool needs_mass(const SamplingJob& job) {
   return !p.is_greedy && !has_top_k(job) && (p.top_p < 1 || p.min_p_margin == -INFINITY);
 }
 
-inline F scale_of(const SamplingJob& job) {
-  return Simd::set1(static_cast<float>(kLog2E / job.params->temperature));
-}
-
 // Blocks [first, last): penalties, the largest logits, and the weights against each block's own.
 void look(const SamplingJob& job, int first, int last) {
   const int begin = first * kSamplingBlock;
   const int end = block_end((last - 1) * kSamplingBlock, job.vocab);
   apply_lists(job, begin, end);
   const bool is_weighed = needs_mass(job);
-  const F scale = is_weighed ? scale_of(job) : Simd::zero();
+  const Weigher weigh(0, is_weighed ? job.params->temperature : 1);
   for (int b = first; b < last; b++) {
     const int from = b * kSamplingBlock, to = block_end(from, job.vocab);
     const float largest = find_largest(job, from, to, job.blocks.maxima + b * kLanes);
     job.blocks.largest[b] = largest;
     if (is_weighed) {
-      job.blocks.mass[b] = block_mass(job, from, to, {Simd::set1(largest), scale});
+      // a block of -inf alone has nearly no mass, and none once it is weighed against all
+      const float best = largest > -INFINITY ? largest : 0;
+      job.blocks.mass[b] = block_mass(job, from, to, weigh.against(best));
     }
   }
 }
@@ -230,7 +262,7 @@ inline double weigh_blocks(const SamplingJob& job, const Weigher& weigh) {
     float factors[kLanes];
     Simd::store(factors, weigh(largest));
     for (int lane = 0; lane < kLanes && first + lane < num_blocks(job); lane++) {
-      total += mass[first + lane] *= factors[lane];  // a block of -inf alone has mass 0
+      total += mass[first + lane] *= factors[lane];
     }
   });
   return total;
@@ -472,7 +504,7 @@ int32_t pick(const SamplingJob& job) {
   const float best = largest_of_all(job);
   if (!is_finite(best)) return -1;
   if (p.is_greedy) return first_equal(job, best);
-  const Weigher weigh = {Simd::set1(best), scale_of(job)};
+  const Weigher weigh(best, p.temperature);
   const double u = uniform(p.stream, static_cast<uint64_t>(p.position));
   return needs_mass(job) ? pick_by_mass(job, u, weigh, best) : pick_by_rank(job, u, weigh, best);
 }

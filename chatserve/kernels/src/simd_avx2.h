@@ -66,6 +66,10 @@ struct Simd {
   static F power_of_two(I n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, iset1(127)), 23));
   }
+  static F times_power(F p, F shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  }
   static F select(I index, int first, int last, F v, F other) {
     I out = _mm256_or_si256(_mm256_cmpgt_epi32(index, iset1(last)),
                             _mm256_cmpgt_epi32(iset1(first), index));

@@ -50,6 +50,11 @@ struct Simd {
   static F power_of_two(I n) {  // 2^n for -126 <= n <= 127
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, iset1(127)), 23));
   }
+  // p * 2^n; the lowest bits of `shifted` are n, as after adding 1.5 * 2^23 to it
+  static F times_power(F p, F shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  }
   // v where first <= index <= last, `other` elsewhere
   static F select(I index, int first, int last, F v, F other) {
     __mmask16 in = _mm512_cmple_epi32_mask(index, iset1(last)) &

@@ -54,6 +54,10 @@ struct NeonSimd {
   static F power_of_two(I n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
   }
+  static F times_power(F p, F shifted) {
+    return vreinterpretq_f32_s32(vaddq_s32(
+        vreinterpretq_s32_f32(p), vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23)));
+  }
   static F select(I index, int first, int last, F v, F other) {
     uint32x4_t in = vandq_u32(vcleq_s32(index, vdupq_n_s32(last)),
                               vcgeq_s32(index, vdupq_n_s32(first)));

@@ -1,7 +1,4 @@
-"""Tokens that a network's step picks while the logits are at hand: the same as those picked after.
-
-Here a step's logits are computed twice, and once somebody has been at them.
-"""
+"""A token that a step picks while the logits are at hand is the one picked after the step."""
 
 from __future__ import annotations
 
@@ -70,112 +67,89 @@ def addresses(states: Sequence[SamplerState]) -> list[int]:
     return [state.address for state in states]
 
 
-def ahead(sampler: KernelSampler, states: Sequence[SamplerState]) -> Batch:
-    return replace(BATCH, ahead=Ahead(sampler, addresses(states)))
+def pick_ahead(
+    network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler, samplings: Sequence[int]
+) -> tuple[torch.Tensor, list[int]]:
+    """The logits that a step leaves, and the tokens that it picked."""
+    ahead = Ahead(sampler, samplings)
+    logits = network.forward(replace(BATCH, ahead=ahead), pool)
+    assert ahead.token_ids is not None
+    return logits, list(ahead.token_ids)
 
 
-def picked_after(
-    network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler, states: Sequence[SamplerState]
-) -> list[int]:
-    return sampler.sample(network.forward(BATCH, pool), addresses(states))
-
-
-def test_the_tokens_are_those_picked_after_and_known_before(
-    network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler
-) -> None:
-    for seed in range(5):
-        kinds = states((*KINDS[seed:], *KINDS[:seed]))
-        expected = picked_after(network, pool, sampler, kinds)
-        logits = network.forward(ahead(sampler, kinds), pool)
-        logits.zero_()  # nobody looks at them any more
-        assert sampler.sample(logits, addresses(kinds)) == expected
-        assert len(set(expected)) > 1
-
-
-def test_logits_are_changed_once_and_alike(
-    network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler
-) -> None:
-    kinds = states()
+def pick_after(
+    network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler, samplings: Sequence[int]
+) -> tuple[torch.Tensor, list[int]]:
     logits = network.forward(BATCH, pool)
-    sampler.sample(logits, addresses(kinds))
-    expected = logits.clone()
-    logits = network.forward(ahead(sampler, kinds), pool)
-    assert torch.equal(logits, expected)
-    sampler.sample(logits, addresses(kinds))
-    assert torch.equal(logits, expected)
+    return logits, sampler.sample(logits, samplings)
 
 
-def test_a_token_is_given_away_once_and_to_its_row_and_position_only(
+def test_tokens_and_changed_logits_are_those_of_sampling_after_the_step(
     network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler
 ) -> None:
-    greedy = states([SamplingParams(temperature=0)] * 6)
-    expected = picked_after(network, pool, sampler, greedy)
-    logits = network.forward(ahead(sampler, greedy), pool)
-    logits.zero_()
-    moved = greedy[1]
-    moved.add(5)
-    other = states([SamplingParams(temperature=0)])[0]
-    assert sampler.sample(logits, [greedy[0].address], [0]) == expected[:1]
-    assert sampler.sample(logits, [greedy[0].address], [0]) == [0]  # the first of equals
-    assert sampler.sample(logits, [moved.address], [1]) == [0]
-    assert sampler.sample(logits, [other.address], [2]) == [0]
-    assert sampler.sample(logits.clone(), [greedy[3].address], [3]) == [0]
-    assert sampler.sample(logits, addresses(greedy[4:]), [4, 5]) == expected[4:]
+    for shift in range(len(KINDS)):
+        kinds = states((*KINDS[shift:], *KINDS[:shift]))
+        samplings = addresses(kinds)
+        logits, expected = pick_after(network, pool, sampler, samplings)
+        changed = logits.clone()
+        logits, picked = pick_ahead(network, pool, sampler, samplings)
+        assert picked == expected
+        assert torch.equal(logits, changed)
+        assert len(set(expected)) > 1
 
 
 def test_rows_without_a_sampling_keep_their_logits(
     network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler
 ) -> None:
     kinds = states([KINDS[-1]] * 6)
+    samplings = addresses(kinds)
     plain = network.forward(BATCH, pool).clone()
+    _, expected = pick_after(network, pool, sampler, samplings)
     some = [0, kinds[1].address, 0, 0, kinds[4].address, 0]
-    logits = network.forward(replace(BATCH, ahead=Ahead(sampler, some)), pool)
+    logits, picked = pick_ahead(network, pool, sampler, some)
     same = [torch.equal(logits[row], plain[row]) for row in range(6)]
     assert same == [True, False, True, True, False, True]
-    expected = picked_after(network, pool, sampler, kinds)
-    logits = network.forward(replace(BATCH, ahead=Ahead(sampler, some)), pool)
-    assert sampler.sample(logits, addresses(kinds)) == expected
+    assert (picked[1], picked[4]) == (expected[1], expected[4])
 
 
-def test_a_step_without_any_forgets_those_of_the_one_before(
+def test_a_step_without_output_rows_picks_nothing(
     network: KernelLlama, pool: KernelKVPool, sampler: KernelSampler
 ) -> None:
-    greedy = states([SamplingParams(temperature=0)] * 6)
-    network.forward(ahead(sampler, greedy), pool)
-    logits = network.forward(replace(BATCH, ahead=Ahead(sampler, [])), pool)
-    logits.zero_()
-    assert sampler.sample(logits, addresses(greedy)) == [0] * 6
+    ahead = Ahead(sampler, [])
+    logits = network.forward(replace(BATCH, output_rows=[], ahead=ahead), pool)
+    assert len(logits) == 0 and ahead.token_ids is not None and len(ahead.token_ids) == 0
 
 
 def test_a_row_that_is_not_finite_fails_alone(
     kernels: Kernels, network: KernelLlama, pool: KernelKVPool
 ) -> None:
-    every_id = range(VOCAB_SIZE)
-    greedy = states([SamplingParams(temperature=0), *[SamplingParams(top_p=0.9)] * 5])
-    bad = KernelSampler(kernels, network.team, VOCAB_SIZE)
-    kept = SamplerState(
-        SamplingParams(logit_bias=dict.fromkeys(every_id, float("-inf"))), (), seed=0,
-        vocab_size=VOCAB_SIZE,
-    )  # fmt: skip
-    broken = SamplerState(
-        SamplingParams(logit_bias={1290: float("nan")}), (), seed=0, vocab_size=VOCAB_SIZE
+    sampler = KernelSampler(kernels, network.team, VOCAB_SIZE)
+    healthy = states([SamplingParams(temperature=0), *[SamplingParams(top_p=0.9)] * 3])
+    nothing_left, broken, endless = (
+        SamplerState(SamplingParams(logit_bias=bias), (), seed=0, vocab_size=VOCAB_SIZE)
+        for bias in (
+            dict.fromkeys(range(VOCAB_SIZE), float("-inf")),
+            {1290: float("nan")},
+            {1299: float("inf")},
+        )
     )
-    rows = [greedy[0], kept, broken, *greedy[3:]]
-    expected = picked_after(network, pool, bad, rows)
-    logits = network.forward(ahead(bad, rows), pool)
-    assert bad.sample(logits, addresses(rows)) == expected
-    assert [token_id < 0 for token_id in expected] == [False, True, True, False, False, False]
+    rows = [healthy[0], nothing_left, broken, endless, *healthy[2:]]
+    _, expected = pick_after(network, pool, sampler, addresses(rows))
+    _, picked = pick_ahead(network, pool, sampler, addresses(rows))
+    assert picked == expected
+    assert [token_id < 0 for token_id in picked] == [False, True, True, True, False, False]
 
 
 def test_a_sampler_of_another_team_or_vocabulary_is_refused(
     kernels: Kernels, network: KernelLlama, pool: KernelKVPool
 ) -> None:
+    kinds = states()
     for sampler in (
         KernelSampler(kernels, Team(kernels, 2), VOCAB_SIZE),
         KernelSampler(kernels, network.team, VOCAB_SIZE - 1),
     ):
         with pytest.raises(RuntimeError, match="refused"):
-            network.forward(ahead(sampler, states()), pool)
+            pick_ahead(network, pool, sampler, addresses(kinds))
 
 
 def test_a_record_that_points_outside_the_vocabulary_is_refused(
@@ -184,4 +158,4 @@ def test_a_record_that_points_outside_the_vocabulary_is_refused(
     kinds = states()
     kinds[3].record.temperature = -1.0
     with pytest.raises(RuntimeError, match="refused"):
-        network.forward(ahead(sampler, kinds), pool)
+        pick_ahead(network, pool, sampler, addresses(kinds))

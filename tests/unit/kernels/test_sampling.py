@@ -198,32 +198,46 @@ def test_top_p_of_a_flat_vocabulary_keeps_its_first_part(
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_seen": 1, "seen_ids": [37]},
-        {"num_offsets": 2, "offset_ids": [0, -1], "offsets": [0, 0]},
-        {"num_masked": 1, "masked_ids": [1 << 30]},
         {"num_masked": -1},
-        {"num_seen": 3, "seen_ids": [1, 3, 2]},
-        {"num_offsets": 2, "offset_ids": [4, 4], "offsets": [0, 0]},
-        {"num_masked": 2, "masked_ids": [-1, 4]},
+        {"num_seen": -1},
+        {"num_offsets": -5},
         {"temperature": 0.0},
         {"temperature": -1.0},
     ],
     ids=str,
 )
-def test_a_record_that_points_outside_the_vocabulary_is_refused(
+def test_a_record_that_makes_no_sense_is_refused(
     kernels: Kernels, team: Team, change: dict[str, Any]
 ) -> None:
     state = SamplerState(SamplingParams(), (), seed=0, vocab_size=37)
-    kept = []
     for name, value in change.items():
-        if isinstance(value, list):
-            kept.append((ctypes.c_int32 * len(value))(*value))
-            value = ctypes.addressof(kept[-1])
         setattr(state.record, name, value)
     logits = torch.zeros(1, 37)
     with pytest.raises(RuntimeError, match="refused"):
         KernelSampler(kernels, team, 37).sample(logits, [state.address])
     assert not logits.any()
+
+
+ids_anywhere = st.lists(
+    st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 3) | st.integers(695, 705), max_size=12
+)
+
+
+@given(seen=ids_anywhere, offset=ids_anywhere, masked=ids_anywhere)
+def test_lists_with_any_ids_in_any_order_change_nothing_beside_the_row(
+    kernels: Kernels, team: Team, seen: list[int], offset: list[int], masked: list[int]
+) -> None:
+    vocab_size = 700  # two blocks
+    state = SamplerState(SamplingParams(temperature=0), (), seed=0, vocab_size=vocab_size)
+    record, offsets = state.record, (ctypes.c_float * len(offset))(*[2.5] * len(offset))
+    lists = [(ctypes.c_int32 * len(ids))(*ids) for ids in (seen, offset, masked)]
+    record.seen_ids, record.offset_ids, record.masked_ids = map(ctypes.addressof, lists)
+    record.num_seen, record.num_offsets, record.num_masked = map(len, lists)
+    record.offsets, record.masked_until, record.repetition_penalty = ctypes.addressof(offsets), 9, 2
+    logits = torch.ones(3, 1024)
+    token_ids = KernelSampler(kernels, team, vocab_size).sample(logits, [state.address], [1])
+    assert 0 <= token_ids[0] < vocab_size
+    assert torch.equal(logits[::2], torch.ones(2, 1024)) and (logits[1, vocab_size:] == 1).all()
 
 
 def test_rows_outside_the_logits_are_refused(kernels: Kernels, team: Team) -> None:
