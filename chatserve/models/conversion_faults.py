@@ -14,7 +14,7 @@ import torch
 
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig
-from chatserve.models.memory_plan import native_config
+from chatserve.models.form import native_config
 from chatserve.models.rotary_layout import Layout, put_right, row_orders
 from chatserve.models.weights import TensorInfo, WeightSource
 

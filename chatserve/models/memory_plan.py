@@ -15,8 +15,7 @@ from chatserve.kernels.library import BLOCK_SIZE
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.device_map import PartBytes
-from chatserve.models.form import Form, item_bytes
-from chatserve.models.form import native_config as native_config
+from chatserve.models.form import Form, item_bytes, native_config
 from chatserve.models.kernel_limits import HEAD_PACKING, padded
 from chatserve.models.packing import GROUP, Packing
 

@@ -16,10 +16,10 @@ from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig
 from chatserve.models.destinations import Destination, NetworkTargets, destinations
 from chatserve.models.device import choose_policy
+from chatserve.models.form import native_config
 from chatserve.models.kv_pool import TorchKVPool
 from chatserve.models.linear import Linear
 from chatserve.models.llama import Block, RMSNorm, Step
-from chatserve.models.memory_plan import native_config
 from chatserve.models.rope import RotaryTable
 from chatserve.models.tokenizer import Tokenizer
 from chatserve.models.weights import WeightSource
