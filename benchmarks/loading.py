@@ -1,0 +1,146 @@
+"""How long weights take to load, beside reading the same bytes: half precision, and 8 bits.
+
+    python -m benchmarks.loading WEIGHTS [--repeats 5]
+
+Prints one JSON line: medians of seconds, each measured in a process of its own, in turns, after the
+files were read once. `read`: one after another into a buffer that is used again. `read_and_keep`:
+into fresh memory, which every loader needs: the first touch of a page costs more than its bytes.
+`half_ratio` is half over read_and_keep, `quantise_ratio` 8 bits over half: both of each turn, then
+the median. `cpu_seconds`: user and system time, which a busy host does not stretch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.machine import describe
+
+_STEP_BYTES = 8 << 20
+_FORMS = ("read", "read_and_keep", "half", "8bit")
+
+
+def files_of(weights: Path) -> list[Path]:
+    """The files that hold the weights."""
+    if weights.is_file():
+        return [weights]
+    from chatserve.models.weight_files import find_weight_files
+
+    return list(find_weight_files(weights).paths)
+
+
+def read(weights: Path) -> None:
+    buffer = memoryview(bytearray(_STEP_BYTES))
+    for file in files_of(weights):
+        with open(file, "rb", buffering=0) as handle:
+            while handle.readinto(buffer):
+                pass
+
+
+def read_and_keep(weights: Path) -> list[object]:
+    import torch
+
+    kept: list[object] = []
+    for file in files_of(weights):
+        memory = torch.empty(file.stat().st_size, dtype=torch.uint8)
+        view = memory.numpy().data
+        with open(file, "rb", buffering=0) as handle:
+            while count := handle.readinto(view[:_STEP_BYTES]):
+                view = view[count:]
+        kept.append(memory)
+    return kept
+
+
+def loader(weights: Path, *, load_8bit: bool) -> Callable[[], object]:
+    """Everything that is imported, chosen and checked before is not measured."""
+    from chatserve.models.checkpoint import open_checkpoint
+    from chatserve.models.device import choose_policy
+    from chatserve.models.loader import load_model
+
+    dtype = "auto" if load_8bit else dtype_of(weights)
+    policy = choose_policy("cpu", dtype, load_8bit=load_8bit)
+    return lambda: load_model(open_checkpoint(weights), policy)
+
+
+def dtype_of(weights: Path) -> str:
+    """What most of the weights are stored as."""
+    from chatserve.models.checkpoint import open_checkpoint
+
+    infos = open_checkpoint(weights).weights.tensors().values()
+    return max(infos, key=lambda info: info.num_bytes).dtype_name
+
+
+def measure(form: str, weights: Path) -> dict[str, float]:
+    """In this process."""
+    work: dict[str, Callable[[], Callable[[], object]]] = {
+        "read": lambda: lambda: read(weights),
+        "read_and_keep": lambda: lambda: read_and_keep(weights),
+        "half": lambda: loader(weights, load_8bit=False),
+        "8bit": lambda: loader(weights, load_8bit=True),
+    }
+    import torch  # noqa: F401  # in none of the times
+
+    run = work[form]()
+    start, cpu = time.perf_counter(), time.process_time()
+    kept = run()
+    result = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    del kept
+    return result
+
+
+def measure_apart(form: str, weights: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.loading", str(weights), "--one", form]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def report(turns: list[dict[str, dict[str, float]]]) -> dict[str, object]:
+    """Medians over turns."""
+
+    def median(form: str, what: str) -> float:
+        return round(statistics.median(turn[form][what] for turn in turns), 3)
+
+    def ratio(above: str, below: str, what: str = "seconds") -> float:
+        return round(statistics.median(t[above][what] / t[below][what] for t in turns), 2)
+
+    return {
+        "seconds": {form: median(form, "seconds") for form in _FORMS},
+        "cpu_seconds": {form: median(form, "cpu") for form in _FORMS},
+        "half_ratio": ratio("half", "read_and_keep"),
+        "half_to_read_ratio": ratio("half", "read"),
+        "quantise_ratio": ratio("8bit", "half"),
+        "quantise_cpu_ratio": ratio("8bit", "half", "cpu"),
+        "repeats": len(turns),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", choices=_FORMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.weights)))
+        return
+    facts = describe()
+    read(options.weights)  # the page cache
+    turns = [
+        {form: measure_apart(form, options.weights) for form in _FORMS}
+        for _ in range(options.repeats)
+    ]
+    num_bytes = sum(os.stat(file).st_size for file in files_of(options.weights))
+    line = {"benchmark": "loading", "weights": options.weights.parent.name, "num_bytes": num_bytes}
+    print(json.dumps({**line, **facts, **report(turns)}))
+
+
+if __name__ == "__main__":
+    main()
