@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.adapter_config import ADAPTER_CONFIG, AdapterConfig, is_adapter, is_value_head
@@ -25,6 +24,9 @@ from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import member
 from chatserve.models.weights import TensorInfo, WeightSource
+
+if TYPE_CHECKING:
+    import torch
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
     "adapter_model.safetensors": SafetensorsFile,
@@ -86,6 +88,18 @@ def load_adapter(
         }
     name = name or Path(os.path.abspath(path)).name
     return Adapter(name, path, _fingerprint(pairs), pairs, settings.base)
+
+
+def count_values(path: Path, config: ModelConfig) -> int:
+    """How many numbers the adapter in the folder `path` has, by its headers alone.
+
+    Raises `ModelLoadError` as `load_adapter` does.
+    """
+    settings = AdapterConfig.read(_folder(path))
+    with closing(_open_weights(path)) as weights:
+        parts = _Parts(path, settings, weights.tensors())
+        parts.check(adapter_places(config), config)
+        return parts.num_values
 
 
 def _folder(path: Path) -> Path:
@@ -176,8 +190,9 @@ class _Parts:
 
     def _check_pair(self, module: str, names: Mapping[str, str], shape: tuple[int, int]) -> None:
         a, b = self._infos[names["A"]], self._infos[names["B"]]
-        if not a.dtype.is_floating_point or not b.dtype.is_floating_point:
-            raise self._bad(f"holds {module!r} as {a.dtype} and {b.dtype}, not as real numbers")
+        if not a.is_real or not b.is_real:
+            form = f"{a.dtype_name} and {b.dtype_name}"
+            raise self._bad(f"holds {module!r} as {form}, not as real numbers")
         if len(a.shape) != 2 or len(b.shape) != 2:
             raise self._bad(f"holds {module!r} in shapes {a.shape} and {b.shape}, not as matrices")
         rank = self._settings.rank_of(module)

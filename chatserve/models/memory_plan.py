@@ -37,7 +37,8 @@ class MemoryPlan:
     """What one worker takes on one device, in bytes.
 
     `process_bytes` are there before anything is loaded, `spare_bytes` are for what no estimate
-    sees. `context`: tokens of each of `concurrency` sequences.
+    sees. `context`: tokens of each of `concurrency` sequences. `adapter_bytes`: of LoRA adapters
+    that are served beside the weights, if somebody has counted them.
     """
 
     device: str
@@ -49,6 +50,7 @@ class MemoryPlan:
     spare_bytes: int
     context: int
     concurrency: int
+    adapter_bytes: int = 0
 
     @property
     def num_kv_tokens(self) -> int:
@@ -70,7 +72,8 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.slack_bytes
+        weights = self.weights_bytes + self.adapter_bytes
+        return weights + self.kv_bytes + self.activation_bytes + self.slack_bytes
 
     @property
     def least_bytes(self) -> int:
@@ -178,6 +181,11 @@ def part_bytes(config: ModelConfig, form: Form) -> PartBytes:
 
     block = sum(packed(*shape) for shape in matrices) + num_plain * size
     return PartBytes(table * size, block, packed(*head) + hidden * size)
+
+
+def adapter_bytes(form: Form, num_values: int) -> int:
+    """Of LoRA adapters beside the base; the CPU kernels have them in half precision."""
+    return num_values * (2 if form.on_kernels else item_bytes(form))
 
 
 def context_length(config: Mapping[str, object]) -> int:

@@ -36,6 +36,11 @@ class TensorInfo(NamedTuple):
     packing: Packing | None = None
 
     @property
+    def is_real(self) -> bool:
+        """Whether these are floating-point numbers."""
+        return "float" in self.dtype_name
+
+    @property
     def dtype(self) -> torch.dtype:
         import torch
 

@@ -40,6 +40,10 @@ class PlanConfig:
         "auto", "plan for this kind; default: all that are here",
         choices=("auto", "cpu", "cuda", "mps"),
     )  # fmt: skip
+    adapter: tuple[str, ...] = setting(
+        (), "LoRA adapters as a worker's --adapter: those with a name take memory of their own",
+        metavar="PATH", repeated=True,
+    )  # fmt: skip
     num_gpus: int | None = setting(
         None, "spread the model over so many GPUs; each has what --memory says", metavar="N",
         ge=1, le=64,
@@ -192,8 +196,9 @@ def _free(kind: str) -> list[Place]:
 
 
 def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row]:
-    from chatserve.models.memory_plan import plan_memory
+    from chatserve.models.memory_plan import adapter_bytes, plan_memory
 
+    num_adapted = _adapter_values(checkpoint, options)
     rows: list[Row] = []
     for form, flags in _flags(checkpoint, place.kind).items():
         try:
@@ -204,11 +209,32 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
         plan = plan_memory(
             checkpoint, held, context=options.context, concurrency=options.concurrency
         )
+        plan = replace(plan, adapter_bytes=adapter_bytes(held, num_adapted))
         if place.room is None:
             rows.append(Row(form, flags, plan, plan.fits(place.memory_bytes)))
         else:
             rows.append(_spread_row(checkpoint, Row(form, flags, plan, False), held, place.room))
     return rows
+
+
+def _adapter_values(checkpoint: Checkpoint, options: PlanConfig) -> int:
+    """How many numbers the adapters have that are served beside the base; merged ones have none.
+
+    Raises `ModelLoadError` for those that do not fit it, `UsageError` beside networks without.
+    """
+    from chatserve.models.adapter import count_values
+    from chatserve.models.config import is_native
+    from chatserve.models.form import native_config
+
+    merged, named = config.split_adapters(options.adapter)
+    if not options.adapter:
+        return 0
+    if not is_native(checkpoint.config):
+        raise UsageError("--adapter: only the Llama family's networks take adapters")
+    network = native_config(checkpoint)
+    for path in merged:
+        count_values(path, network)
+    return sum(count_values(path, network) for path in named.values())
 
 
 def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -> Row:
@@ -218,6 +244,8 @@ def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -
     assert row.plan is not None
     if not is_native(checkpoint.config):
         raise UsageError("only the Llama family's networks are spread over several devices")
+    if row.plan.adapter_bytes:
+        raise UsageError("no adapters are served beside a base that is spread; merge them")
     taken = row.plan.process_bytes  # by the driver, on each
     left = replace(room, gpus=tuple((name, size - taken) for name, size in room.gpus))
     device_map = spread(checkpoint, held, row.plan, left, row.plan.num_kv_tokens)
@@ -312,6 +340,7 @@ def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
         "use": None if row.fits else _use(row, rows, place),
         "held_as": plan.form,
         "weights_bytes": plan.weights_bytes,
+        "adapter_bytes": plan.adapter_bytes,
         "kv_bytes": plan.kv_bytes,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "context": plan.context,
@@ -338,8 +367,9 @@ def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
                 print(f"  {row.form:<6}  {row.reason}")
                 continue
             part = row.plan
+            weights = part.weights_bytes + part.adapter_bytes
             cells = (
-                (part.weights_bytes, 8), (part.kv_bytes, 8), (part.activation_bytes, 12),
+                (weights, 8), (part.kv_bytes, 8), (part.activation_bytes, 12),
                 (part.slack_bytes, 8), (part.total_bytes, 9),
             )  # fmt: skip
             figures = " ".join(f"{_size(num_bytes):>{width}}" for num_bytes, width in cells)

@@ -17,7 +17,7 @@ from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.kernels.library import KernelsUnavailable
 from chatserve.models import form as forms_of_workers
 from chatserve.models import hardware, memory
-from tests import tiny
+from tests import adapters, tiny
 from tests.sparse import llama, write_sparse
 from tests.unit.models.gguf_bytes import Q4_1, Q8_0, write_model
 from tests.unit.test_layering import modules_after
@@ -316,6 +316,42 @@ def test_other_families_are_not_spread(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "neox", "gpt_neox")
     with pytest.raises(UsageError, match="only the Llama family's networks are spread"):
         main([str(tmp_path / "neox"), "--memory", "8GB", "--num-gpus", "2"])
+
+
+def test_adapters_beside_the_base_are_counted_and_merged_ones_are_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of q and v in two layers: rank 4, 64 columns, 64 and 32 rows."""
+    sql = adapters.write(tmp_path / "sql")
+    num_values = 2 * 4 * (64 + 64 + 64 + 32)
+    argv = (folder, "--device", "cpu", "--memory", "1GB", "--adapter", f"sql={sql}",
+            "--adapter", f"again={sql}", "--adapter", sql)  # fmt: skip
+    forms, plain = planned(capsys, *argv), planned(capsys, *argv[:5])
+    for name in ("half", "8-bit", "4-bit"):
+        assert forms[name]["adapter_bytes"] == 2 * 2 * num_values
+        assert plain[name]["adapter_bytes"] == 0
+        assert forms[name]["total_bytes"] == plain[name]["total_bytes"] + 4 * num_values
+    with pytest.raises(UsageError, match="no adapters are served beside a base that is spread"):
+        main([str(folder), "--memory", "1GB", "--num-gpus", "2", "--adapter", f"sql={sql}"])
+
+
+@pytest.mark.parametrize("prefix", ["", "sql="])
+def test_adapters_that_do_not_fit_are_refused(prefix: str, folder: Path, tmp_path: Path) -> None:
+    wide = {"model.layers.0.self_attn.q_proj": (64, 128)}
+    other = adapters.write(tmp_path / "other", adapters.random_pairs(wide))
+    with pytest.raises(ModelLoadError, match="belongs to another base"):
+        main([str(folder), "--adapter", f"{prefix}{other}"])
+    tiny.save_model(tmp_path / "neox", "gpt_neox")
+    with pytest.raises(UsageError, match="only the Llama family's networks take adapters"):
+        main([str(tmp_path / "neox"), "--adapter", f"{prefix}{other}"])
+
+
+def test_adapters_are_counted_without_pytorch(folder: Path, tmp_path: Path) -> None:
+    sql = adapters.write(tmp_path / "sql")
+    argv = ["plan", str(folder), "--adapter", f"sql={sql}"]
+    loaded = modules_after(f"from chatserve.cli.main import main\nassert main({argv}) == 0")
+    assert "chatserve.models.adapter" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"} or hardware.gpu_kinds()
 
 
 def test_it_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
