@@ -72,7 +72,8 @@ inline F exponential(F x) {
 #include "wide_tile_kernels.h"
 #include "product_kernels.h"
 #include "row_kernels.h"
-#include "sampling_kernels.h"
+#include "sampling_look_kernels.h"
+#include "sampling_pick_kernels.h"
 
 namespace {
 
