@@ -57,11 +57,11 @@ def load_model(
     if not is_native(checkpoint.config):
         return _load_fallback(checkpoint, policy, report, max_rows)
     config = native_config(checkpoint)
+    policy = without_misfits(config, policy)
     if device_map is not None:
         assert offload_folder is not None
         model: Llama | KernelLlama = PlacedLlama(config, policy, device_map, offload_folder)
     else:
-        policy = without_misfits(config, policy)
         _check_memory(checkpoint, policy, max_rows)
         model = _build(config, policy, max_rows)
     destinations = model.destinations()

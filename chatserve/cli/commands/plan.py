@@ -222,13 +222,13 @@ def _adapter_values(checkpoint: Checkpoint, options: PlanConfig) -> int:
 
     Raises `ModelLoadError` for those that do not fit it, `UsageError` beside networks without.
     """
+    if not options.adapter:
+        return 0
     from chatserve.models.adapter import count_values
     from chatserve.models.config import is_native
     from chatserve.models.form import native_config
 
     merged, named = config.split_adapters(options.adapter)
-    if not options.adapter:
-        return 0
     if not is_native(checkpoint.config):
         raise UsageError("--adapter: only the Llama family's networks take adapters")
     network = native_config(checkpoint)

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chatserve.errors import DoesNotFit
+from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.models import offload
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy, policy_for
@@ -20,6 +21,7 @@ from chatserve.models.device_map import CPU, DISK, DeviceMap, Part
 from chatserve.models.gpus import torch_policy
 from chatserve.models.llama import MLP, Block
 from chatserve.models.loader import load_model
+from chatserve.models.packing import Packing
 from chatserve.models.placed_llama import PlacedLlama
 from tests import tiny
 from tests.networks import SCATTERED, Solo
@@ -37,6 +39,9 @@ POLICIES = {
     "float32": lambda: choose_policy("cpu", "float32"),
     "bfloat16": lambda: choose_policy("cpu", "bfloat16"),
     "int8": lambda: policy_for("cuda", torch.float32, load_8bit=True),
+    "int4": lambda: replace(
+        policy_for("cuda", torch.float32, load_8bit=True), packing=Packing(4, is_grouped=True)
+    ),
 }
 
 
@@ -158,6 +163,15 @@ def test_a_step_that_fails_leaves_the_layers_as_they_were(
     monkeypatch.undo()
     assert third.down.weight.data_ptr() == stored
     assert torch.equal(Solo(model).feed(range(9)), expected)
+
+
+def test_4_bits_want_whole_groups_here_too(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "tiny", num_hidden_layers=4, intermediate_size=72)
+    policy = replace(
+        policy_for("cuda", torch.float32, load_8bit=True), packing=Packing(4, is_grouped=True)
+    )
+    with pytest.raises(ModelLoadError, match="come in groups of 32"):
+        load(tmp_path / "tiny", policy, MAPS["two devices"])
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="layers go to the disk on Linux")
