@@ -48,7 +48,8 @@ TESTS = (
     "tests/unit/models/test_triton_self_test.py",
 )
 STREAMS = (1, 4, 16, 64)
-TORCH = "half, torch"  # attends sequence by sequence: many streams take minutes
+TORCH = "half, torch"
+# PyTorch's network attends sequence by sequence: many streams take minutes
 ROUNDS = 5
 
 
@@ -120,14 +121,19 @@ def name_of(device: str) -> str:
 
 
 def forms(device: str, dtype: str) -> dict[str, DevicePolicy]:
-    """16, 8 and 4 bits on our kernels, and 16 bits on PyTorch's beside them."""
+    """16, 8 and 4 bits on our kernels; beside them 16 on PyTorch's, and those of bitsandbytes."""
     half = check(choose_policy(device, dtype))
-    return {
+    found = {
         "half": half,
         "int8": check(choose_policy(device, dtype, load_8bit=True)),
         "int4": check(choose_policy(device, dtype, load_4bit=True)),
         TORCH: without_triton(half),
     }
+    if device == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+        for name, flag in (("LLM.int8", "load_8bit"), ("NF4", "load_4bit")):
+            policy = choose_policy(device, dtype, quant_backend="bitsandbytes", **{flag: True})
+            found[f"{name}, bitsandbytes"] = check(policy)
+    return found
 
 
 def decode_figures(
@@ -144,7 +150,7 @@ def decode_figures(
     network = build(shape, policy)
     step_bytes = weight_bytes_per_step(shape, network)
     decoder = Decoder(shape, network, max_streams=STREAMS[-1])
-    for streams in STREAMS if form != TORCH else (1, 4):
+    for streams in STREAMS if policy.network == "triton" or not is_cuda else (1, 4):
         rates = [decoder.decode_tokens_per_s(streams) for _ in range(ROUNDS)]
         rate = figures[f"{form} {streams}"] = statistics.median(rates)
         line: dict[str, object] = {
