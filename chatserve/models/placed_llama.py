@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from chatserve.errors import ModelLoadError
 from chatserve.models.adapter import Adapter
+from chatserve.models.adapter_places import MATRICES, num_matrices
 from chatserve.models.batch import Batch
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
@@ -22,7 +22,7 @@ from chatserve.models.kv_pool import TorchKVPool
 from chatserve.models.llama import Block, Llama, Step
 from chatserve.models.offload import Carrier, StoredBlock
 from chatserve.models.rope import RotaryTable
-from chatserve.models.torch_adapter import TorchAdapter
+from chatserve.models.torch_adapter import AdaptedRows, TorchAdapter
 
 
 class PlacedLlama(Llama):
@@ -58,11 +58,9 @@ class PlacedLlama(Llama):
         self._present = Carrier(stored)
 
     def build_adapter(self, adapter: Adapter) -> TorchAdapter:
-        """Raises `ModelLoadError`: an adapter lies on one device."""
-        raise ModelLoadError(
-            f"{adapter.path}: no adapters are served beside a base that is spread over several "
-            f"devices; merge it while loading: --adapter {adapter.path}"
-        )
+        """As `Llama.build_adapter`; each matrix's change lies where the matrix computes."""
+        devices = [device for device in self._devices for _ in MATRICES]
+        return TorchAdapter(adapter, self.config, self.policy, [*devices, self._head_device])
 
     def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
         """As `Llama.forward`; the logits are where the head is."""
@@ -76,14 +74,20 @@ class PlacedLlama(Llama):
         if not batch.output_rows:
             return x.new_empty(0, self.vocab_size, device=self._head_device)
         x = x[torch.tensor(batch.output_rows, device=x.device)].to(self._head_device)
+        adapted = AdaptedRows.of(batch, self._head_device)
         with _current(self._head_device):
-            return self.head(self.norm(x))
+            x = self.norm(x)
+            logits = self.head(x)
+            if adapted is not None:
+                adapted.select(batch.output_rows).change(logits, x, num_matrices(self.config) - 1)
+            return logits
 
     def _step(self, batch: Batch, pool: TorchKVPool, device: torch.device) -> Step:
         positions = torch.tensor(batch.positions, device=device)
         num_positions = max(segment.num_total for segment in batch.segments)
         cos, sin = self._rotaries[device].at(positions, num_positions)
-        return Step(cos, sin, pool, pool.place(batch.segments, device))
+        place = pool.place(batch.segments, device)
+        return Step(cos, sin, pool, place, AdaptedRows.of(batch, device))
 
 
 def _at(policy: DevicePolicy, device: str) -> DevicePolicy:

@@ -27,14 +27,22 @@ class _Part:
 class TorchAdapter:
     """A LoRA adapter in the dtype and on the device of one network."""
 
-    def __init__(self, adapter: Adapter, config: ModelConfig, policy: DevicePolicy) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        config: ModelConfig,
+        policy: DevicePolicy,
+        devices: Sequence[torch.device] | None = None,
+    ) -> None:
+        """`devices`: of each of the network's matrices, where they are not all on one."""
         places = adapter_places(config)
         self.num_bytes = 0
         self.parts: dict[int, list[_Part]] = {}
         """By `Place.matrix`."""
         for name, pair in adapter.pairs.items():
             place = places[name.removesuffix(".weight")]
-            a, b = (each.to(policy.device, policy.dtype) for each in (pair.a, pair.b * pair.scale))
+            device = devices[place.matrix] if devices else policy.device
+            a, b = (each.to(device, policy.dtype) for each in (pair.a, pair.b * pair.scale))
             columns = slice(place.start, place.start + place.rows)
             self.parts.setdefault(place.matrix, []).append(_Part(columns, a, b))
             self.num_bytes += (a.numel() + b.numel()) * policy.dtype.itemsize

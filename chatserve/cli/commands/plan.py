@@ -244,9 +244,8 @@ def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -
     assert row.plan is not None
     if not is_native(checkpoint.config):
         raise UsageError("only the Llama family's networks are spread over several devices")
-    if row.plan.adapter_bytes:
-        raise UsageError("no adapters are served beside a base that is spread; merge them")
-    taken = row.plan.process_bytes  # by the driver, on each
+    # on each: the driver's own, and its share of the adapters
+    taken = row.plan.process_bytes + row.plan.adapter_bytes // len(room.gpus)
     left = replace(room, gpus=tuple((name, size - taken) for name, size in room.gpus))
     device_map = spread(checkpoint, held, row.plan, left, row.plan.num_kv_tokens)
     if device_map is None:

@@ -331,8 +331,6 @@ def test_adapters_beside_the_base_are_counted_and_merged_ones_are_not(
         assert forms[name]["adapter_bytes"] == 2 * 2 * num_values
         assert plain[name]["adapter_bytes"] == 0
         assert forms[name]["total_bytes"] == plain[name]["total_bytes"] + 4 * num_values
-    with pytest.raises(UsageError, match="no adapters are served beside a base that is spread"):
-        main([str(folder), "--memory", "1GB", "--num-gpus", "2", "--adapter", f"sql={sql}"])
 
 
 @pytest.mark.parametrize("prefix", ["", "sql="])

@@ -16,13 +16,10 @@ from chatserve.engine import adapters as module
 from chatserve.engine.adapters import Adapters
 from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
-from chatserve.models.config import ModelConfig
 from chatserve.models.device import choose_policy
-from chatserve.models.device_map import DeviceMap, Part
 from chatserve.models.llama import Llama
 from chatserve.models.loader import load_model
 from chatserve.models.merge import merge
-from chatserve.models.placed_llama import PlacedLlama
 from tests import adapters, tiny
 
 
@@ -168,17 +165,6 @@ def test_an_adapter_that_is_in_the_weights_already(checkpoint: Checkpoint, root:
 def test_a_model_of_another_family(checkpoint: Checkpoint, root: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"runs through transformers: merge it with peft's"):
         Adapters(checkpoint, None).load("sql", root / "sql")
-
-
-def test_a_base_over_several_devices(
-    checkpoint: Checkpoint, network: Any, root: Path, tmp_path: Path
-) -> None:
-    config: ModelConfig = network.config
-    here = Part("cpu", "cpu")
-    device_map = DeviceMap(here, (here,) * config.num_layers, here)
-    placed = PlacedLlama(config, network.policy, device_map, tmp_path)
-    with pytest.raises(ModelLoadError, match="spread over several devices; merge it"):
-        Adapters(checkpoint, placed).load("sql", root / "sql")
 
 
 # ---- which folders a request may name ----

@@ -15,6 +15,9 @@ import torch
 
 from chatserve.errors import DoesNotFit, ModelLoadError
 from chatserve.models import offload
+from chatserve.models.adapter import load_adapter
+from chatserve.models.adapter_places import adapter_places
+from chatserve.models.batch import Batch, Segment
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy, policy_for
 from chatserve.models.device_map import CPU, DISK, DeviceMap, Part
@@ -23,7 +26,7 @@ from chatserve.models.llama import MLP, Block
 from chatserve.models.loader import load_model
 from chatserve.models.packing import Packing
 from chatserve.models.placed_llama import PlacedLlama
-from tests import tiny
+from tests import adapters, tiny
 from tests.networks import SCATTERED, Solo
 
 FIRST, SECOND = Part("cpu:0", "cpu:0"), Part("cpu:1", "cpu:1")
@@ -105,6 +108,33 @@ def test_every_layer_computes_where_the_map_says(tmp_path: Path) -> None:
     devices = [solo.pool.layer(layer)[0].device.type for layer in range(4)]
     assert devices == ["cpu", "cpu", "meta", "meta"]
     assert model.blocks[3].mlp.down.weight.device.type == "cpu"  # between two steps
+
+
+@pytest.mark.parametrize("name", ["two devices", "all", "meta"])
+def test_rows_with_adapters_change_as_on_one_device(name: str, tmp_path: Path) -> None:
+    """Every matrix of every layer, and the head."""
+    tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
+    single = load(tmp_path / "tiny", choose_policy("cpu", "float32"))
+    shapes = {module: (place.rows, place.columns)
+              for module, place in adapter_places(single.config).items()}  # fmt: skip
+    targets = sorted({module.rpartition(".")[2] for module in shapes})
+    folder = adapters.write(tmp_path / "sql", adapters.random_pairs(shapes), target_modules=targets)
+    adapter = load_adapter(folder, single.config)
+    there = Part("meta", "meta")
+    on_meta = DeviceMap(FIRST, (FIRST, FIRST, there, Part(CPU, "meta")), there)
+    device_map = on_meta if name == "meta" else MAPS[name]
+    placed = load(tmp_path / "tiny", choose_policy("cpu", "float32"), device_map)
+
+    def logits(model: Any, adapted: bool) -> torch.Tensor:
+        built = model.build_adapter(adapter) if adapted else None
+        segments = [Segment(0, 5, 0, [0], built), Segment(5, 3, 0, [1])]
+        batch = Batch([3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 3, 4, 0, 1, 2], segments, [4, 5, 7])
+        found: torch.Tensor = model.forward(batch, model.build_kv_pool(2, 32))
+        return found
+
+    expected, found = logits(single, True), logits(placed, True)
+    assert found.is_meta if name == "meta" else torch.equal(found, expected)
+    assert not torch.allclose(expected[0], logits(single, False)[0], atol=0.1)
 
 
 def test_the_next_layer_is_copied_while_the_network_computes(
