@@ -26,7 +26,7 @@ from chatserve.quality.served import EMBEDDING, ServedForm, build_form
 from chatserve.quality.texts import TokenText
 
 _SLICE_VALUES = 1 << 20  # of a matrix, read at a time
-_LOGITS_BYTES = 32 << 20  # of a block of positions
+_BLOCK = 64  # positions whose logits are there at once: for as many the kernels keep a buffer
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class _Run:
         self._next_ids = torch.cat([torch.tensor([*window[1:], -1]) for window in text.windows])
         self._policies = policies
         self._head = EMBEDDING if config.is_tied else "lm_head.weight"
-        self._block = max(16, _LOGITS_BYTES // (4 * config.vocab_size))
-        num_passes = 1 + math.ceil(len(self._ids) / self._block)
+        num_passes = 1 + math.ceil(len(self._ids) / _BLOCK)
         infos = self._weights.tensors()
         num_bytes = {name: info.num_bytes for name, info in infos.items()}
         of_layers = sum(size for name, size in num_bytes.items() if ".layers." in name)
@@ -141,24 +140,32 @@ class _Run:
         """Fills the candidates' divergences; returns the reference's losses."""
         norm = self._weights.read("model.norm.weight")
         for each in candidates:
-            each.served.begin_head(self._block)
+            each.served.begin_head(_BLOCK)
             each.served.load_norm(norm)
         for start, rows in self._reader().slices(self._head):
             for each in candidates:
                 each.served.load_head(start, rows)
-        losses = []
-        for start in range(0, len(x), self._block):
-            part = slice(start, start + self._block)
+        losses: list[torch.Tensor] = []
+        kept = torch.empty(_BLOCK, self._config.vocab_size)
+        for start in range(0, len(x), _BLOCK):
+            part = slice(start, start + _BLOCK)
             normed = F.rms_norm(x[part], x.shape[1:], norm.float(), self._config.rms_norm_eps)
-            reference = torch.empty(len(normed), self._config.vocab_size)
+            reference = kept[: len(normed)]
             for row, weight in self._reader().slices(self._head):
                 reference[:, row : row + len(weight)] = normed @ weight.float().T
-            reference = reference.log_softmax(-1)
-            next_ids = self._next_ids[part]
-            losses.append(next_losses(reference, next_ids))
-            for each in candidates:
-                each.divergence.add(each.served.logits(each.x[part]), reference, next_ids)
+            logits = [each.served.logits(each.x[part]) for each in candidates]
+            for few in self._few_rows(len(normed)):
+                next_ids = self._next_ids[part][few]
+                log_probabilities = reference[few].log_softmax(-1)
+                losses.append(next_losses(log_probabilities, next_ids))
+                for each, its in zip(candidates, logits, strict=True):
+                    each.divergence.add(its[few], log_probabilities, next_ids)
         return losses
+
+    def _few_rows(self, num_rows: int) -> Iterator[slice]:
+        """All, but so few at a time that what is computed of them takes no room."""
+        step = max(1, _SLICE_VALUES // self._config.vocab_size)
+        return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
 class _Meter:

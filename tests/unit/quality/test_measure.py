@@ -116,7 +116,7 @@ def test_every_layer_and_the_head_are_those_of_the_served_network_to_the_bit(
     checkpoint: Checkpoint, spies: list[Spy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SLICE_VALUES", 1000)  # several slices of each matrix
-    monkeypatch.setattr(module, "_LOGITS_BYTES", 50 * 320 * 4)  # several blocks of positions
+    monkeypatch.setattr(module, "_BLOCK", 50)  # positions, of several blocks
     run(checkpoint, "int8", "fine", "int4")
     for spy, name in zip(spies, ("int8", "fine", "int4"), strict=True):
         assert torch.equal(torch.cat(spy.logits), served_logits(checkpoint, name)), name
