@@ -32,6 +32,15 @@ class OpenRows(RowLoader, Protocol):
         ...
 
 
+@runtime_checkable
+class PackedRows(RowLoader, Protocol):
+    """Rows that take work to store."""
+
+    def load_apart(self, start: int, rows: torch.Tensor) -> None:
+        """`load_rows` on the caller's thread alone, while others store other rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where a checkpoint tensor of `shape` goes: rows `start` and on of `target`."""

@@ -5,6 +5,7 @@ Each owns its memory and fills itself from checkpoint rows; the kernels only poi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,9 @@ DTYPES = {
 }
 
 
+_own = threading.local()
+
+
 class Team:
     """Threads that run one job together; one caller at a time."""
 
@@ -37,7 +41,8 @@ class KernelMatrix:
         self, kernels: Kernels, team: Team, rows: int, columns: int, packing: Packing
     ) -> None:
         self._functions = kernels.functions
-        self._team = team
+        self.team = team
+        self._kernels = kernels
         self.shape = (rows, columns)
         handle = self._functions.cs_matrix_create(
             kernels.level_name, rows, columns, packing.bits,
@@ -54,16 +59,29 @@ class KernelMatrix:
         return int(self._functions.cs_matrix_bytes(self.handle))
 
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
-        self.load_mapped(start, rows, library.PLAIN)
+        self.load_mapped(start, rows, library.PLAIN, self.team)
 
-    def load_mapped(self, start: int, rows: torch.Tensor, row_map: int) -> None:
+    def load_apart(self, start: int, rows: torch.Tensor) -> None:
+        self.load_mapped(start, rows, library.PLAIN, self.alone)
+
+    @property
+    def alone(self) -> Team:
+        """A team of the calling thread alone, and its own: other threads have others."""
+        teams: dict[object, Team] | None = getattr(_own, "teams", None)
+        if teams is None:
+            teams = _own.teams = {}
+        if self._functions not in teams:
+            teams[self._functions] = Team(self._kernels, 1)
+        return teams[self._functions]
+
+    def load_mapped(self, start: int, rows: torch.Tensor, row_map: int, team: Team) -> None:
         """Pack `rows` (n, columns) on the CPU, spread over panels by `row_map`."""
         if rows.dtype not in DTYPES:
             rows = rows.float()
         rows = rows.contiguous()
         check(
             self._functions.cs_matrix_load(
-                self.handle, self._team.handle, start, rows.shape[0], rows.data_ptr(),
+                self.handle, team.handle, start, rows.shape[0], rows.data_ptr(),
                 DTYPES[rows.dtype], row_map,
             )
         )  # fmt: skip
@@ -80,7 +98,7 @@ class KernelMatrix:
         out = torch.empty(x.shape[0], padded(self.shape[0]))
         check(
             self._functions.cs_matrix_multiply(
-                self.handle, self._team.handle, x.data_ptr(), x.shape[0], out.data_ptr()
+                self.handle, self.team.handle, x.data_ptr(), x.shape[0], out.data_ptr()
             )
         )
         return out[:, : self.shape[0]]
@@ -94,9 +112,15 @@ class GateUpRows:
         self._half = matrix.shape[0] // 2
 
     def load_rows(self, start: int, rows: torch.Tensor) -> None:
+        self._load(start, rows, self._matrix.team)
+
+    def load_apart(self, start: int, rows: torch.Tensor) -> None:
+        self._load(start, rows, self._matrix.alone)
+
+    def _load(self, start: int, rows: torch.Tensor, team: Team) -> None:
         is_gate = start < self._half
         row_map = library.GATE if is_gate else library.UP
-        self._matrix.load_mapped(start if is_gate else start - self._half, rows, row_map)
+        self._matrix.load_mapped(start if is_gate else start - self._half, rows, row_map, team)
 
 
 class Vector:

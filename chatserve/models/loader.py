@@ -69,7 +69,7 @@ def load_model(
     wanted = match_tensors(destinations, infos, checkpoint)
     meter = _Meter(wanted, report)
     parts = (piece for info in wanted for piece in pieces(info, destinations[info.name]))
-    with torch.inference_mode(), RowStream(checkpoint.weights) as stream:
+    with torch.inference_mode(), RowStream(checkpoint.weights, thread_counts()[0]) as stream:
         for piece in stream.move(parts):
             meter.add(piece.num_bytes)
     return model

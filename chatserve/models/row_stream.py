@@ -1,11 +1,14 @@
-"""Rows from files to their places in a network: read where they stay, or while others are stored.
+"""Rows from files to their places in a network: read where they stay, or packed by all cores.
 
-Two slices are resident at most. Knows names and places, no format, no device and no packing.
+A slice for each thread is resident at most. Knows names and places, no format, no device and no
+packing.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -13,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from chatserve.models.destinations import Destination, OpenRows
+from chatserve.models.destinations import Destination, OpenRows, PackedRows
 from chatserve.models.weights import DirectSource, TensorInfo, WeightSource
 
 SLICE_VALUES = 1 << 20  # read at a time; measured: larger ones leave larger holes in the heap
@@ -44,14 +47,14 @@ def pieces(info: TensorInfo, place: Destination) -> Iterator[Piece]:
 
 
 class RowStream:
-    """Reads a checkpoint's rows; a context manager, for the thread that reads ahead."""
+    """Moves a checkpoint's rows; a context manager, for the threads that it has."""
 
-    def __init__(self, weights: WeightSource) -> None:
+    def __init__(self, weights: WeightSource, num_threads: int) -> None:
         self._weights = weights
         self._direct = weights if isinstance(weights, DirectSource) else None
-        self._reader = ThreadPoolExecutor(1, "read ahead")
-        # used in turn: fresh memory for each slice takes twice as long as reading it
-        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, "load")
+        self._own = threading.local()
 
     def __enter__(self) -> RowStream:
         return self
@@ -62,49 +65,61 @@ class RowStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._reader.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def move(self, wanted: Iterable[Piece]) -> Iterator[Piece]:
-        """Store each piece at its place, in order; yields it when it is there.
+        """Store each piece at its place; yields them in order, when they are there.
 
         Raises `ModelLoadError` when a file cannot be read.
         """
-        read: tuple[Piece, Future[torch.Tensor]] | None = None
-        for number, piece in enumerate(wanted):
-            memory = self._memory_of(piece)
-            reading = None
-            if memory is None:
-                reading = piece, self._reader.submit(self._read, piece, number % 2)
-            if read is not None:
-                yield _stored(*read)
-            read = reading
-            if memory is not None and self._direct is not None:
+        under_way: deque[tuple[Piece, Future[None]]] = deque()
+        for piece in wanted:
+            if isinstance(piece.place.target, PackedRows):
+                under_way.append((piece, self._threads.submit(self._pack, piece)))
+                if len(under_way) <= self._num_threads:
+                    continue
+                piece, done = under_way.popleft()
+                done.result()
+            else:
+                yield from _finished(under_way)
+                self._store(piece)
+            yield piece
+        yield from _finished(under_way)
+
+    def _pack(self, piece: Piece) -> None:
+        """By any thread: others pack other rows meanwhile."""
+        target, start = piece.place.target, piece.place.start + piece.rows.start
+        if isinstance(target, PackedRows):
+            target.load_apart(start, self._read(piece))
+
+    def _store(self, piece: Piece) -> None:
+        place, start = piece.place, piece.place.start + piece.rows.start
+        if self._direct is not None and isinstance(place.target, OpenRows):
+            memory = place.target.rows(start, len(piece.rows))
+            is_plain = memory.device.type == "cpu" and memory.is_contiguous()
+            if is_plain and memory.dtype == piece.info.dtype:
                 self._direct.read_into(piece.info.name, piece.rows, memory)
-                yield piece
-        if read is not None:
-            yield _stored(*read)
+                return
+        # no name for what is read: it would stay until the next rows are there
+        place.target.load_rows(start, self._read(piece))
 
-    def _memory_of(self, piece: Piece) -> torch.Tensor | None:
-        """The place itself, where it takes what the file holds as it is."""
-        place, info = piece.place, piece.info
-        if self._direct is None or not isinstance(place.target, OpenRows):
-            return None
-        memory = place.target.rows(place.start + piece.rows.start, len(piece.rows))
-        is_plain = memory.device.type == "cpu" and memory.is_contiguous()
-        return memory if is_plain and memory.dtype == info.dtype else None
-
-    def _read(self, piece: Piece, turn: int) -> torch.Tensor:
+    def _read(self, piece: Piece) -> torch.Tensor:
+        """The piece in memory that this thread's next piece gets again."""
         info = piece.info
         if self._direct is None:
             return self._weights.read(info.name, piece.rows)
         num_bytes = math.prod(piece.shape) * info.dtype.itemsize
-        if self._buffers[turn].numel() < num_bytes:
-            self._buffers[turn] = torch.empty(num_bytes, dtype=torch.uint8)
-        out = self._buffers[turn][:num_bytes].view(info.dtype).view(piece.shape)
+        buffer: torch.Tensor | None = getattr(self._own, "buffer", None)
+        if buffer is None or buffer.numel() < num_bytes:
+            # fresh memory for each slice would take twice as long as reading it
+            buffer = self._own.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        out = buffer[:num_bytes].view(info.dtype).view(piece.shape)
         self._direct.read_into(info.name, piece.rows, out)
         return out
 
 
-def _stored(piece: Piece, read: Future[torch.Tensor]) -> Piece:
-    piece.place.target.load_rows(piece.place.start + piece.rows.start, read.result())
-    return piece
+def _finished(under_way: deque[tuple[Piece, Future[None]]]) -> Iterator[Piece]:
+    while under_way:
+        piece, done = under_way.popleft()
+        done.result()
+        yield piece

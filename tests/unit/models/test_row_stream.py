@@ -1,8 +1,9 @@
-"""Rows on their way into a network: straight into their place, or one slice ahead."""
+"""Rows on their way into a network: straight into their place, or packed by all cores."""
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from chatserve.errors import ModelLoadError
+from chatserve.kernels.library import load_kernels
 from chatserve.models import row_stream
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.destinations import Destination
 from chatserve.models.device import choose_policy
+from chatserve.models.kernel_matrix import GateUpRows, KernelMatrix, Team
 from chatserve.models.loader import load_model
+from chatserve.models.packing import Packing
 from chatserve.models.row_stream import RowStream, pieces
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
@@ -46,6 +50,11 @@ class OpenPlace(Place):
         raise AssertionError("was copied")
 
 
+class Packed(Place):
+    def load_apart(self, start: int, rows: torch.Tensor) -> None:
+        self.load_rows(start, rows)
+
+
 @pytest.fixture(params=["safetensors", "bin", "transposed bin"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "safetensors":
@@ -67,7 +76,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def move(source: DirectSource, places: dict[str, Destination]) -> int:
     infos = source.tensors()
     wanted = [piece for name, place in places.items() for piece in pieces(infos[name], place)]
-    with torch.inference_mode(), RowStream(source) as stream:
+    with torch.inference_mode(), RowStream(source, 2) as stream:
         moved = list(stream.move(wanted))
     assert moved == wanted
     return sum(piece.num_bytes for piece in moved)
@@ -101,42 +110,46 @@ def test_a_place_of_another_dtype_converts(source: DirectSource) -> None:
     assert place.values.equal(WEIGHTS["a"].float())
 
 
-def test_the_next_rows_are_read_while_some_are_stored(source: DirectSource) -> None:
-    """Storing waits for the read of the next slice: on one thread it would wait for ever."""
-    reads = [threading.Event() for _ in range(10)]
-    stored: list[int] = []
+def test_rows_are_packed_by_several_threads_at_once(source: DirectSource) -> None:
+    """Each piece waits for a second thread that packs: on one alone it would wait for ever."""
+    together = threading.Barrier(2)
 
-    class Watched:
-        def tensors(self) -> Any:
-            return source.tensors()
-
-        def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-            raise AssertionError("into fresh memory")
-
-        def close(self) -> None: ...
-
-        def read_into(self, name: str, rows: range, out: torch.Tensor) -> None:
-            source.read_into(name, rows, out)
-            reads[rows.start // 3].set()
-
-    class Waits(Place):
+    class Packs(Place):
         def load_rows(self, start: int, rows: torch.Tensor) -> None:
-            after = min(start // 3 + 1, 9)
-            assert reads[after].wait(timeout=30)
-            super().load_rows(start, rows)
-            stored.append(start)
+            raise AssertionError("by one thread")
 
-    place = Waits(30, 8)
+        def load_apart(self, start: int, rows: torch.Tensor) -> None:
+            together.wait(timeout=30)
+            super().load_rows(start, rows.clone())
+
+    place, plain = Packs(30, 8), Place(50, 8)
     with closing(source):
-        move(Watched(), {"b": Destination(place, 0, (30, 8))})
-    assert place.values.equal(WEIGHTS["b"]) and stored == list(range(0, 30, 3))
+        move(source, {"b": Destination(place, 0, (30, 8)), "a": Destination(plain, 0, (50, 8))})
+    assert place.values.equal(WEIGHTS["b"]) and plain.values.equal(WEIGHTS["a"].float())
+    assert len(place.threads) == 2 and threading.get_ident() not in place.threads
+
+
+def test_the_kernels_pack_alike_on_one_thread_and_on_several() -> None:
+    kernels = load_kernels()
+    team = Team(kernels, 2)
+    rows = torch.randn(96, 64)
+    for packing in (Packing(), Packing(is_grouped=True), Packing(bits=4, is_grouped=True)):
+        matrices = [KernelMatrix(kernels, team, 96, 64, packing) for _ in range(2)]
+        GateUpRows(matrices[0]).load_rows(0, rows[:48])
+        GateUpRows(matrices[0]).load_rows(48, rows[48:])
+        with ThreadPoolExecutor(3) as threads:
+            starts = range(0, 96, 4)
+            load = GateUpRows(matrices[1]).load_apart
+            list(threads.map(load, starts, [rows[at : at + 4] for at in starts]))
+        for row in range(96):
+            assert matrices[0].row(row).equal(matrices[1].row(row))
 
 
 def test_a_file_that_is_cut_meanwhile_is_named_and_the_thread_ends(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file(WEIGHTS, path)
     before = threading.active_count()
-    for place in (Place(30, 8), OpenPlace(30, 8)):
+    for place in (Place(30, 8), OpenPlace(30, 8), Packed(30, 8)):
         with closing(SafetensorsFile(path)) as source:
             with open(path, "r+b") as file:
                 file.truncate(path.stat().st_size - 200)
@@ -154,19 +167,20 @@ def test_half_precision_goes_from_the_file_into_the_network(
 ) -> None:
     """No copy of what already has its final form; what has not is converted."""
     tiny.save_model(tmp_path, dtype=torch.float16)
-    stored = set[str]()
-    real = row_stream._stored
+    fresh = set[str]()
+    real = SafetensorsFile.read_into
 
-    def spy(piece: row_stream.Piece, read: Any) -> Any:
-        stored.add(piece.info.name)
-        return real(piece, read)
+    def spy(self: Any, name: str, rows: range, out: torch.Tensor) -> None:
+        if out.untyped_storage().nbytes() <= out.nbytes:  # memory of its own, not a network's rows
+            fresh.add(name)
+        real(self, name, rows, out)
 
-    monkeypatch.setattr(row_stream, "_stored", spy)
+    monkeypatch.setattr(SafetensorsFile, "read_into", spy)
     checkpoint = open_checkpoint(tmp_path)
     with closing(checkpoint.weights) as weights:
         load_model(checkpoint, choose_policy("cpu", form))
         matrices = {name for name, info in weights.tensors().items() if len(info.shape) == 2}
-    assert (matrices & stored == set()) == (form == "float16")
+    assert (matrices & fresh == set()) == (form == "float16")
 
 
 def test_pieces_cover_a_tensor() -> None:
