@@ -67,14 +67,15 @@ class AdapterDispatch:
         return next(iter(replies.values()))
 
     async def unload(self, request: Request) -> Response:
-        """Unloaded by whoever has it."""
+        """Unloaded by whoever has it; what one worker may still have is not."""
         asked = parse(UnloadAdapter, await request.body())
         base, name = self._split(asked.lora_name)
         asked = UnloadAdapter(lora_name=adapted_name(base, name))
         async with self._changing:
             self._wanted.pop((base, name), None)
             replies = (await self._tell_all(base, name, UNLOAD_PATH, asked.to_json())).values()
-        return min(replies, key=lambda reply: reply.status_code)
+        failed = [reply for reply in replies if reply.status_code not in (200, 404)]
+        return failed[0] if failed else min(replies, key=lambda reply: reply.status_code)
 
     def restore(self, worker_id: str) -> None:
         """Tell a worker that has just become ready what the others of its base have been told."""
@@ -84,7 +85,7 @@ class AdapterDispatch:
                 continue
             self._told.add((worker_id, base, name))
             if not worker.serves(asked.lora_name):
-                task = asyncio.create_task(self._restore(worker, asked))
+                task = asyncio.create_task(self._restore(worker, base, name))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -93,8 +94,13 @@ class AdapterDispatch:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _restore(self, worker: Worker, asked: LoadAdapter) -> None:
-        reply = await self._tell(worker.base_url, LOAD_PATH, asked.to_json())
+    async def _restore(self, worker: Worker, base: str, name: str) -> None:
+        """One change at a time, so that this is not the last word on what is being unloaded."""
+        async with self._changing:
+            asked = self._wanted.get((base, name))
+            if asked is None or worker.serves(asked.lora_name):
+                return
+            reply = await self._tell(worker.base_url, LOAD_PATH, asked.to_json())
         if reply.status_code == 200:
             logger.info("%s is served by the new worker, too", asked.lora_name)
             return

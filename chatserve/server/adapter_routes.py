@@ -68,7 +68,8 @@ class AdapterRoutes:
         asked = parse(UnloadAdapter, await request.body())
         _, model = self._slot.served()
         name = adapter_name(self._slot.names, asked.lora_name)
-        model.adapters.unload(name)
+        # it waits for a load that is under way
+        await asyncio.to_thread(model.adapters.unload, name)
         await self._on_change()
         served = adapted_name(self._slot.names[0], name)
         return json_response({"id": served, "object": "model", "deleted": True})
