@@ -2,12 +2,12 @@
 
     python -m benchmarks.loading WEIGHTS [--repeats 5]
 
-Prints one JSON line: medians of seconds, each measured in a process of its own, in turns. The files
-have been read before, the memory has been touched. `read`: one file after another into a buffer that
-is used again. `read_and_keep`: into fresh memory, which every loader needs: the first touch of a page
-costs more than its bytes. `half_ratio` is half over read_and_keep, `quantise_ratio` 8 bits over half:
-of each turn, then the median. `cpu_seconds`: user and system time, which a busy host does not
-stretch.
+Prints one JSON line: medians of seconds, each measured in a process of its own, in turns. The
+files have been read before, the memory has been touched. `read`: one file after another into a
+buffer that is used again. `read_and_keep`: into fresh memory, which every loader needs: the first
+touch of a page costs more than its bytes. `half_ratio` is half over read_and_keep,
+`quantise_ratio` 8 bits over half: of each turn, then the median. `cpu_seconds`: user and system
+time, which a busy host does not stretch.
 """
 
 from __future__ import annotations
