@@ -7,13 +7,14 @@ are offloaded is decided in `device_map`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +22,13 @@ from chatserve.errors import DoesNotFit
 from chatserve.models.llama import Block
 
 _ALIGNMENT = 64  # bytes, of tensors in a file
+
+
+class Computed(Protocol):
+    """A moment on a device, which may be still to come."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
 
 
 class _Slot(NamedTuple):
@@ -53,15 +61,28 @@ class StoredBlock:
         finally:
             self._put(self._stored)
 
-    def copy(self) -> list[torch.Tensor]:
-        """The tensors on the device, whatever thread asks; they are whole on return."""
+    def copy(self, after: Computed | None = None) -> list[torch.Tensor]:
+        """The tensors on the device, whatever thread asks; they are whole on return.
+
+        after: what has to be computed before, so that its memory can be taken again.
+        """
+        if after is not None:
+            after.synchronize()
         if self._device.type != "cuda":
             return [tensor.to(self._device, copy=True) for tensor in self._stored]
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # PyTorch's
+        stream = _stream(self._device)
         with torch.cuda.stream(stream):
             tensors = [tensor.to(self._device, non_blocking=True) for tensor in self._stored]
         stream.synchronize()
         return tensors
+
+    def computed(self) -> Computed | None:
+        """The moment when the device has done what it was told so far; None for one at once."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _put(self, tensors: Sequence[torch.Tensor]) -> None:
         for slot, tensor in zip(self._slots, tensors, strict=True):
@@ -71,7 +92,8 @@ class StoredBlock:
 class Carrier:
     """Copies stored blocks to their device, each while the network is still at the one before.
 
-    After the last comes the first: it is there when the next step begins.
+    Not earlier: two at a time are on the device, however far ahead of it this process is. After the
+    last comes the first: it is there when the next step begins.
     """
 
     def __init__(self, blocks: Mapping[int, StoredBlock]) -> None:
@@ -81,12 +103,18 @@ class Carrier:
         self._after = dict(zip(layers, [*layers[1:], *layers[:1]], strict=True))
         self._thread = ThreadPoolExecutor(1, "offload")
         self._coming: tuple[int, Future[list[torch.Tensor]]] | None = None
+        self._computed: Computed | None = None
 
-    def __call__(self, layer: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def __call__(self, layer: int) -> Iterator[None]:
         """The layer's block is on its device as long as the context lasts."""
-        if layer not in self._blocks:
-            return contextlib.nullcontext()
-        return self._blocks[layer].holding(self._bring(layer))
+        block = self._blocks.get(layer)
+        if block is None:
+            yield
+            return
+        with block.holding(self._bring(layer)):
+            yield
+        self._computed = block.computed()
 
     def _bring(self, layer: int) -> list[torch.Tensor]:
         """The tensors of `layer` on its device; starts to copy the next one's."""
@@ -101,7 +129,14 @@ class Carrier:
         return tensors
 
     def _start(self, layer: int) -> tuple[int, Future[list[torch.Tensor]]]:
-        return layer, self._thread.submit(torch.inference_mode()(self._blocks[layer].copy))
+        copy = torch.inference_mode()(self._blocks[layer].copy)
+        return layer, self._thread.submit(copy, self._computed)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies to a device: PyTorch keeps freed memory for each stream apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch's
 
 
 def _slots(owner: Any) -> Iterator[_Slot]:

@@ -100,5 +100,6 @@ def test_the_forms_of_bitsandbytes_are_near_half_precision(flag: str, folder: Pa
     expected = Solo(load(folder, half)).feed(range(60)).float()
     error = Solo(load(folder, policy)).feed(range(60)).float() - expected
     assert error.norm() < (0.1 if flag == "load_8bit" else 0.7) * expected.norm()
-    offloaded = DeviceMap(GPU, (GPU, IN_MEMORY, IN_MEMORY, ON_DISK), GPU)
-    assert_same(folder, policy, offloaded)
+    apart = DeviceMap(GPU, (GPU, IN_MEMORY, IN_MEMORY, ON_DISK), GPU)
+    error = Solo(load(folder, policy, apart)).feed(range(60)).float() - expected
+    assert error.norm() < (0.1 if flag == "load_8bit" else 0.7) * expected.norm()

@@ -149,9 +149,9 @@ def test_the_next_layer_is_copied_while_the_network_computes(
     layers = {id(stored): layer for layer, stored in model._present._blocks.items()}
     copied = {layer: threading.Event() for layer in range(4)}
 
-    def copy(stored: offload.StoredBlock) -> list[torch.Tensor]:
+    def copy(stored: offload.StoredBlock, after: Any) -> list[torch.Tensor]:
         layer = layers[id(stored)]
-        tensors = real_copy(stored)
+        tensors = real_copy(stored, after)
         order.append(("copied", layer))
         copied[layer].set()
         return tensors
@@ -169,6 +169,43 @@ def test_the_next_layer_is_copied_while_the_network_computes(
     assert [step for step in order if step != ("copied", 0)] == [
         ("copied", 1), ("computes", 0), ("copied", 2), ("computes", 1),
         ("copied", 3), ("computes", 2), ("computes", 3),
+    ]  # fmt: skip
+
+
+def test_no_more_than_two_blocks_are_on_the_device_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU computes later than it is told to: the copy waits until it is done with one of two."""
+    tiny.save_model(tmp_path / "tiny", num_hidden_layers=4)
+    model = load(tmp_path / "tiny", choose_policy("cpu", "float32"), MAPS["disk"])
+    layers = {id(stored): layer for layer, stored in model._present._blocks.items()}
+    order: list[tuple[str, int]] = []
+    real_copy = offload.StoredBlock.copy
+
+    class Moment:
+        def __init__(self, layer: int) -> None:
+            self._layer = layer
+
+        def synchronize(self) -> None:
+            order.append(("done with", self._layer))
+
+    def copy(stored: offload.StoredBlock, after: Any) -> list[torch.Tensor]:
+        tensors = real_copy(stored, after)
+        order.append(("copied", layers[id(stored)]))
+        return tensors
+
+    monkeypatch.setattr(offload.StoredBlock, "copy", copy)
+    monkeypatch.setattr(offload.StoredBlock, "computed", lambda stored: Moment(layers[id(stored)]))
+    solo = Solo(model)
+    solo.feed(range(5))
+    solo.feed([1])
+    model._present._thread.shutdown()
+    assert order == [
+        ("copied", 0), ("copied", 1),
+        ("done with", 0), ("copied", 2), ("done with", 1), ("copied", 3),
+        ("done with", 2), ("copied", 0), ("done with", 3), ("copied", 1),
+        ("done with", 0), ("copied", 2), ("done with", 1), ("copied", 3),
+        ("done with", 2), ("copied", 0),
     ]  # fmt: skip
 
 
