@@ -132,7 +132,9 @@ def _files(
     changed: dict[str, Mapping[str, Any]] = {}
     findings: list[str] = []
     names = {
-        name: text for name, text in tokenizer.names.items() if settings.named_token(name) != text
+        name: text
+        for name, text in tokenizer.names.items()
+        if settings.named_token(name) != text and not _is_none(settings, name)
     }
     if names:
         findings += [
@@ -160,5 +162,11 @@ def _said(settings: TokenizerSettings, name: str) -> str:
 
 
 def _is_named(settings: TokenizerSettings, name: str) -> bool:
-    """Whether the files say anything, be it nothing."""
+    """Whether the files say anything, be it a blank."""
     return any(name in table for table in (settings.tokenizer_config, settings.special_tokens_map))
+
+
+def _is_none(settings: TokenizerSettings, name: str) -> bool:
+    """Whether the files say that there is none, as Qwen's do of BOS."""
+    table = settings.tokenizer_config
+    return name in table and table[name] is None and settings.named_token(name) is None

@@ -110,6 +110,20 @@ def test_a_folder_as_decapodas_gets_the_vocabularys_names_and_ids(
     assert (right / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
+def test_a_name_that_is_null_is_no_fault(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen's tokenizer_config.json says so of BOS, and its config.json has an id all the same."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for file in trained.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**read(settings), "bos_token": None}), "utf-8")
+    assert main(["repair", str(folder), "right"]) == 0
+    assert "nothing to put right" in capsys.readouterr().err and not Path("right").exists()
+
+
 def test_the_row_that_config_and_tokenizer_lack_is_added(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
