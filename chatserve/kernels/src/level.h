@@ -72,7 +72,7 @@ struct Activations {
 enum class Epilogue : int { store, add, swiglu };
 
 // Where a product goes: out[M][stride]; `bias` per output row or null (for `swiglu` in panel order).
-// `deltas`, where any row has one: [M] -> [kPanelRows] or null, added like the bias; of one panel, so
+// `deltas`, where any row has one: [M] -> [kPanelRows] or null, added before the bias; of one panel, so
 // that a call computes no other.
 struct Output {
   Epilogue epilogue;

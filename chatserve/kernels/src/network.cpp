@@ -282,8 +282,15 @@ void Network::quantise_stage(int thread, const float* x, size_t stride, const fl
 }
 
 void Network::multiply_stage(int thread, int index, int num_rows, const Output& to) {
+  const PackedMatrix& w = matrix(index);
+  const Activations a = activations(w);
+  const bool is_plain = adapted_.is_empty();
   for (int begin, end; units_.claim(thread, &begin, &end);) {
-    multiply_panels(thread, index, num_rows, begin, end, to);
+    if (is_plain) {
+      level_.multiply(w.view(), a, num_rows, begin, end, ahead(num_rows), to);
+    } else {
+      multiply_panels(thread, index, num_rows, begin, end, to);
+    }
   }
 }
 

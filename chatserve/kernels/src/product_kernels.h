@@ -37,7 +37,6 @@ inline void multiply_panel(const Matrix& w, int panel, int num_rows, const Activ
 }
 
 inline void finish_row(const Output& to, size_t row, int panel, const float* tile) {
-  const float* delta = to.deltas ? to.deltas[row] : nullptr;
   if (to.epilogue == Epilogue::swiglu) {
     constexpr int half = kPanelRows / 2;
     float* out = to.out + row * to.stride + panel * half;
@@ -46,10 +45,6 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
       if (to.bias) {
         gate = Simd::add(gate, Simd::load(to.bias + panel * kPanelRows + i));
         up = Simd::add(up, Simd::load(to.bias + panel * kPanelRows + half + i));
-      }
-      if (delta) {
-        gate = Simd::add(gate, Simd::load(delta + i));
-        up = Simd::add(up, Simd::load(delta + half + i));
       }
       F divisor = Simd::add(Simd::set1(1.0f), exponential(Simd::sub(Simd::zero(), gate)));
       Simd::store(out + i, Simd::mul(Simd::div(gate, divisor), up));
@@ -60,7 +55,6 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
   for (int i = 0; i < kPanelRows; i += kLanes) {
     F v = Simd::load(tile + i);
     if (to.bias) v = Simd::add(v, Simd::load(to.bias + panel * kPanelRows + i));
-    if (delta) v = Simd::add(v, Simd::load(delta + i));
     if (to.epilogue == Epilogue::add) v = Simd::add(v, Simd::load(out + i));
     Simd::store(out + i, v);
   }
@@ -69,6 +63,14 @@ inline void finish_row(const Output& to, size_t row, int panel, const float* til
 inline void add_tile_row(float* row, const float* other) {
   for (int i = 0; i < kPanelRows; i += kLanes) {
     Simd::store(row + i, Simd::add(Simd::load(row + i), Simd::load(other + i)));
+  }
+}
+
+// Not inlined: what adapters need must not change the code of products without them.
+[[gnu::noinline]] void add_deltas(const float* const* deltas, int num_rows, int terms,
+                                  float (*tile)[kPanelRows]) {
+  for (int m = 0; m < num_rows; m++) {
+    if (deltas[m]) add_tile_row(tile[terms * m], deltas[m]);
   }
 }
 
@@ -96,6 +98,7 @@ void multiply_range(const Matrix& w, const Activations& a, int num_rows, int fir
       } else {
         multiply_panel<BITS, SCALING, false>(w, panel, terms * count, part, 0, tile);
       }
+      if (to.deltas) add_deltas(to.deltas + begin, count, terms, tile);
       for (int m = 0; m < count; m++) {
         float* row = tile[terms * m];
         if (terms == 2) add_tile_row(row, row + kPanelRows);
