@@ -53,8 +53,8 @@ def test_an_all_zero_row_stays_zero() -> None:
     weight = weights(4, 64)
     weight[2] = 0
     codes, scales = quantise_rows(weight, torch.bfloat16)
-    for matmul in MATMULS.values():
-        y = matmul(torch.ones(1, 64, dtype=torch.bfloat16), codes, scales)
+    for name in sorted(MATMULS.keys() - {"triton"}):  # whose tests interpret it
+        y = MATMULS[name](torch.ones(1, 64, dtype=torch.bfloat16), codes, scales)
         assert torch.isfinite(y).all() and y[0, 2] == 0
 
 

@@ -64,6 +64,14 @@ def test_int4_product(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert is_close(actual, x.float() @ dequantise_int4(packed, scales).T)
 
 
+def test_an_all_zero_row_stays_zero() -> None:
+    x, weight = operands(1, 5, 64, torch.float32)
+    weight[2] = 0
+    codes, scales = quantise_rows(weight, torch.float32)
+    actual = matmul_int8(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE))
+    assert torch.isfinite(actual).all() and actual[0, 2] == 0
+
+
 def test_no_rows_give_no_rows() -> None:
     codes, scales = quantise_rows(torch.randn(8, 32), torch.float32)
     packed, groups = quantise_int4(torch.randn(8, 32))
