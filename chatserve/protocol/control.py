@@ -20,8 +20,8 @@ HEARTBEAT_PATH = "/control/heartbeat"
 LEAVE_PATH = "/control/leave"
 NONCE_HEADER = "X-Chatserve-Nonce"
 MAX_NONCE_LEN = 64
-MAX_CARDS = 1000
-"""Of one worker: its names, each alone and with each of its adapters."""
+MAX_CARDS = 50 * 65
+"""Of one worker: its names, each alone and with each of its adapters (`config.MAX_ADAPTERS`)."""
 
 WorkerState = Literal["loading", "ready", "draining"]
 

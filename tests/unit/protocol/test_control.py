@@ -9,6 +9,7 @@ import pytest
 
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.control import (
+    MAX_CARDS,
     Heartbeat,
     ModelCard,
     Registration,
@@ -54,7 +55,7 @@ def test_round_trip() -> None:
         ({"status": {**STATUS, "state": "happy"}}, "status.state"),
         ({"status": {**STATUS, "tick": -1}}, "status.tick"),
         ({"status": {**STATUS, "models": []}}, "status.models"),
-        ({"status": {**STATUS, "models": [CARD] * 1001}}, "status.models"),
+        ({"status": {**STATUS, "models": [CARD] * (MAX_CARDS + 1)}}, "status.models"),
         ({"status": {**STATUS, "models": [{**CARD, "name": "a\x1b[2J"}]}}, "status.models.0.name"),
         ({"status": {**STATUS, "models": [{**CARD, "name": "a\nb"}]}}, "status.models.0.name"),
         ({"status": {**STATUS, "models": [{**CARD, "name": ""}]}}, "status.models.0.name"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chatserve.config import MAX_ADAPTERS
 from chatserve.errors import InvalidRequest, ModelNotFound, NoWorkerAvailable
 from chatserve.protocol.adapters import LoadAdapter, UnloadAdapter, parse
 from chatserve.protocol.control import ModelCard, WorkerStatus
@@ -82,6 +83,13 @@ def test_cards_name_their_base() -> None:
     assert sql.description["trained_on"] == "trained/on" and sql.context_length == 1000
     assert sql.description["fingerprint"] != base.description["fingerprint"] == "fp_fake"
     assert [card.name for card in slot.status().models] == NAMES
+
+
+def test_heartbeats_have_room_for_all_adapters_of_all_names() -> None:
+    adapters = FakeAdapters(*(f"adapter-{index}" for index in range(MAX_ADAPTERS)))
+    model = FakeModel(names=[f"name-{index}" for index in range(50)], adapters=adapters)
+    cards = ModelSlot.filled(FakeEngine(), model).status().models
+    assert len(cards) == 50 * (1 + MAX_ADAPTERS)
 
 
 # ---- bodies ----
