@@ -239,6 +239,8 @@ def _replace(path: Path, text: str) -> None:
 
 def _measurement(table: Mapping[str, Any]) -> Measurement:
     form = table["form"]
+    if len(table["quantiles"]) != NUM_QUANTILES + 1:
+        raise ValueError("other quantiles")
     return Measurement(
         form=MeasuredForm(
             _text(form["name"]), _text(form["device"]), _text(form["dtype"]),
