@@ -14,7 +14,13 @@ from typing import Any
 
 from chatserve.errors import ModelLoadError, UsageError
 from chatserve.models.adapter_config import merged_adapters
-from chatserve.models.registry import FAMILIES, LLAMA_PROBE, OTHER_NAMES, Family
+from chatserve.models.registry import (
+    APPLIED_DELTA,
+    FAMILIES,
+    LLAMA_PROBE,
+    OTHER_NAMES,
+    Family,
+)
 from chatserve.models.special_tokens import Rendered, Special
 from chatserve.models.templates import ChatMessage, ChatTemplate
 from chatserve.models.templates.builtin import ALIASES, BUILTIN
@@ -48,11 +54,11 @@ class WeightsFacts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The folder's own name, the config's and those of the adapters that are merged into it.
+        """The folder's own name, the config's, and those of what was added: a delta, adapters.
 
         Lower case, without what they lie in.
         """
-        named = [self.name, self.config.get("_name_or_path")]
+        named = [self.name, self.config.get("_name_or_path"), self.config.get(APPLIED_DELTA)]
         for adapter in merged_adapters(self.config):
             named += [adapter.get("name"), adapter.get("base")]
         texts = (name.rstrip("/\\") for name in named if isinstance(name, str))

@@ -33,6 +33,7 @@ from chatserve.models.manifest import (
     sample,
 )
 from chatserve.models.merged_folder import COMPANIONS
+from chatserve.models.registry import APPLIED_DELTA
 from chatserve.models.safetensors_writer import FolderWriter
 from chatserve.models.weight_files import member, read_json
 from chatserve.models.weights import TensorInfo, WeightSource
@@ -64,6 +65,7 @@ def apply_delta(
     after a kill, `target` is what it was.
     """
     _refuse_same(base, delta)
+    _refuse_made(base)
     with ExitStack() as stack:
         base_weights = _open(stack, base, "BASE")
         delta_weights = _open(stack, delta, "DELTA")
@@ -212,6 +214,17 @@ def _refuse_same(base: Path, delta: Path) -> None:
         )
 
 
+def _refuse_made(base: Path) -> None:
+    """Raises `ModelLoadError` where a delta is in the base already: shapes may not tell."""
+    if os.path.lexists(base / "config.json") and (
+        applied := read_json(base, "config.json").get(APPLIED_DELTA)
+    ):
+        raise ModelLoadError(
+            f"{base}: was made with the delta {str(applied)[:80]!r}, adding one again would spoil "
+            f"it; BASE is the original LLaMA. To use it as it is: chatserve chat {base}"
+        )
+
+
 def _open(stack: ExitStack, folder: Path, what: str) -> WeightSource:
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -319,7 +332,7 @@ def _num_layers(infos: Mapping[str, TensorInfo]) -> int:
 
 
 def _config(delta: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """The delta's, with what is true of the sum."""
+    """The delta's, with what is true of the sum, and its name: a chat template may depend on it."""
     config = read_json(delta, "config.json")
     config.pop("auto_map", None)
     for key in ("torch_dtype", "dtype"):
@@ -328,6 +341,7 @@ def _config(delta: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
     embedding = infos.get("model.embed_tokens.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
+    config[APPLIED_DELTA] = delta.resolve().name
     return config
 
 

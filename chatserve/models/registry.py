@@ -57,5 +57,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )  # fmt: skip
 
+# In the config.json of a model that `apply-delta` made: the name of the delta.
+APPLIED_DELTA = "applied_delta"
+
 # Names of other families on LLaMA with 32001 rows; they are not Vicuna v0.
 OTHER_NAMES = ("alpaca", "koala", "wizard", "guanaco", "gpt4all")

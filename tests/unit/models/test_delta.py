@@ -124,6 +124,16 @@ def test_tokenizer_and_config_come_from_the_delta(base: Path, tmp_path: Path) ->
     assert checkpoint.config["vocab_size"] == VOCAB + 1  # whatever the delta's config said
     assert checkpoint.config["torch_dtype"] == "float16"
     assert "auto_map" not in checkpoint.config
+    assert checkpoint.config["applied_delta"] == "d"
+
+
+def test_no_delta_is_added_twice(base: Path, tmp_path: Path) -> None:
+    """Neither v1.1, which keeps all shapes, nor v0, whose row is there already."""
+    for rows in (VOCAB, VOCAB + 1):
+        delta = write_folder(tmp_path / f"delta-{rows}", delta_tensors(vocab=rows))
+        made = tmp_path / f"made-{rows}"
+        apply_delta(base, delta, made)
+        refused(f"was made with the delta 'delta-{rows}'", made, delta, tmp_path / "again")
 
 
 def test_progress_ends_with_everything(base: Path, delta: Path, tmp_path: Path) -> None:
