@@ -105,7 +105,8 @@ def count_values(path: Path, config: ModelConfig) -> int:
 def _folder(path: Path) -> Path:
     if not path.exists():
         raise ModelLoadError(
-            f"{path}: no such folder; an adapter is a folder with {ADAPTER_CONFIG} on this machine"
+            f"{path}: no such folder; an adapter is a folder with {ADAPTER_CONFIG} on this "
+            f"machine; `chatserve pull NAME` fetches a published one and prints its path"
         )
     if not path.is_dir():
         raise ModelLoadError(

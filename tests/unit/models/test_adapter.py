@@ -224,7 +224,7 @@ def test_an_empty_file_is_what_early_scripts_saved(tmp_path: Path) -> None:
 
 
 def test_what_is_no_adapter_says_what_it_is(tmp_path: Path) -> None:
-    refused(tmp_path / "none", "no such folder")
+    refused(tmp_path / "none", "`chatserve pull NAME` fetches")
     refused(tmp_path, "has no adapter_config.json")
     folder = adapters.write(tmp_path / "a", as_bin=True)
     refused(folder / "adapter_model.bin", "pass the folder")
