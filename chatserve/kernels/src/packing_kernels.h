@@ -135,6 +135,7 @@ inline Affine round_affine4(const float* x, int8_t* codes) {
 // How far the ends of a group are drawn in before codes are fitted: what little lies outside is
 // rounded to the ends, and the steps for all others are finer.
 constexpr float kReaches[] = {1.0f, 0.93f, 0.86f, 0.79f};
+constexpr float kMostZero = 255.0f / kZeroSteps;  // a zero point has 8 bits
 constexpr int kNumReaches = sizeof(kReaches) / sizeof(*kReaches);
 constexpr int kFits = 2;  // of scale and minimum to the codes, and of the codes to them
 constexpr int kMaxGroups = kMaxColumns / kGroup;
@@ -199,12 +200,14 @@ inline void fit_lanes(const float (*x)[kLanes], float* scales, float* mean_codes
   Simd::store(low, least);
   Simd::store(high, most);
   for (int lane = 0; lane < kLanes; lane++) {
-    // of a group of one value, which no line fits
+    // of a group of one value, which no line fits, or of one so far from 0 that the best line's zero
+    // point is no code: from the least to the most, 0 among them
     scales[lane] = (high[lane] - low[lane]) / 15;
-    mean_codes[lane] = high[lane] > 0 ? 15.0f : 0.0f;
+    mean_codes[lane] = scales[lane] > 0 ? (means[lane] - low[lane]) / scales[lane] : 0.0f;
     float error = FLT_MAX;
     for (int r = 0; r < kNumReaches; r++) {
-      if (errors[r][lane] < error && fitted[r][lane] > 0) {
+      const float zero = codes[r][lane] - means[lane] / fitted[r][lane];
+      if (errors[r][lane] < error && fitted[r][lane] > 0 && zero >= 0 && zero <= kMostZero) {
         error = errors[r][lane];
         scales[lane] = fitted[r][lane];
         mean_codes[lane] = codes[r][lane];

@@ -149,6 +149,20 @@ def test_zero_points_fit_weights_of_any_kind_better_than_what_takes_the_same_roo
         assert error(FOUR_BITS, size) < share * symmetric, name
 
 
+@settings(max_examples=30)
+@given(seeds, st.floats(-10, 10), st.sampled_from((0.0, 1e-4, 1e-2, 0.1, 1.0)))
+def test_groups_far_from_zero_keep_the_steps_that_reach_from_there(
+    kernels: Kernels, team: Team, seed: int, mean: float, spread: float
+) -> None:
+    """A line that fits the weights alone may have its zero point where there is no code."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = mean + spread * torch.randn(8, 32, generator=draw)
+    near = unpacked(packed(kernels, team, weights, FOUR_BITS))
+    for row, errors in zip(weights, near - weights, strict=True):
+        step = float(row.clamp(min=0).max() - row.clamp(max=0).min()) / 15
+        assert float(errors.square().mean().sqrt()) <= 0.5 * step + 1e-6
+
+
 @settings(max_examples=10)
 @given(row_counts, column_counts, seeds)
 def test_zero_points_are_nearly_exact_for_weights_that_have_four_bits_already(
