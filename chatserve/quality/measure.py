@@ -134,9 +134,7 @@ class _Run:
 
         return rows.float()[places], [candidate(policy) for policy in self._policies]
 
-    def _compare_logits(
-        self, x: torch.Tensor, candidates: Sequence[_Candidate]
-    ) -> list[torch.Tensor]:
+    def _compare_logits(self, x: torch.Tensor, candidates: Sequence[_Candidate]) -> list[float]:
         """Fills the candidates' divergences; returns the reference's losses."""
         norm = self._weights.read("model.norm.weight")
         for each in candidates:
@@ -145,7 +143,7 @@ class _Run:
         for start, rows in self._reader().slices(self._head):
             for each in candidates:
                 each.served.load_head(start, rows)
-        losses: list[torch.Tensor] = []
+        losses: list[float] = []
         kept = torch.empty(_BLOCK, self._config.vocab_size)
         for start in range(0, len(x), _BLOCK):
             part = slice(start, start + _BLOCK)
@@ -157,7 +155,7 @@ class _Run:
             for few in self._few_rows(len(normed)):
                 next_ids = self._next_ids[part][few]
                 log_probabilities = reference[few].log_softmax(-1)
-                losses.append(next_losses(log_probabilities, next_ids))
+                losses += next_losses(log_probabilities, next_ids)
                 for each, its in zip(candidates, logits, strict=True):
                     each.divergence.add(its[few], log_probabilities, next_ids)
         return losses
