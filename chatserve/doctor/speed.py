@@ -55,9 +55,16 @@ def try_model(weights: str, options: ModelOptions) -> tuple[Decode | None, list[
             return None, [refused("weights", "fail", error)]
     measured = weight_bytes(async_engine.engine.model)
     decode = Decode(measured, dict(served.description), tokens_per_s, num_steps, load_s)
-    way_out = "answers stay right, but may come slower"
-    fallen = [Finding("fallback", "warn", note, way_out) for note in notes]
+    fallen = [_fallen(note) for note in notes]
     return decode, [check_weights(weights, decode), *fallen]
+
+
+def _fallen(note: str) -> Finding:
+    """A warning of the worker's; that of damaged weights names its own way out."""
+    text, _, command = note.rpartition("; look closer: ")
+    if text:
+        return Finding("weights", "warn", text, command)
+    return Finding("fallback", "warn", note, "answers stay right, but may come slower")
 
 
 def check_weights(weights: str, decode: Decode) -> Finding:

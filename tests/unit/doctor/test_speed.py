@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from chatserve.models.weight_bytes import WeightBytes
 from tests import tiny
 from tests.unit.models.vocabularies import smollm2
 
-OPTIONS = ModelOptions(device="cpu", dtype="float32", offline=True)
-PACKED = ModelOptions(device="cpu", load_8bit=True, offline=True)
+# the random weights of these tests read nothing
+OPTIONS = ModelOptions(device="cpu", dtype="float32", offline=True, self_check=False)
+PACKED = ModelOptions(device="cpu", load_8bit=True, offline=True, self_check=False)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,14 @@ def test_no_kernels_are_a_fallback(folder: Path, monkeypatch: pytest.MonkeyPatch
     _, (weights, *fallen) = try_model(str(folder), PACKED)
     assert weights.facts["kernels"] is None
     assert any("CHATSERVE_KERNELS=off" in finding.text for finding in fallen)
+
+
+def test_weights_that_read_nothing_are_not_merely_slow(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, max_position_embeddings=4096)
+    _, (_, damaged) = try_model(str(tmp_path), replace(OPTIONS, self_check=True))
+    assert damaged.name == "weights" and damaged.status == "warn"
+    assert "hardly better than chance" in damaged.text
+    assert damaged.way_out == f"chatserve repair {tmp_path}"
 
 
 def test_an_operator_that_metal_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
