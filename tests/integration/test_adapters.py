@@ -56,9 +56,9 @@ class House:
             )
         )
 
-    def add(self, worker_id: str, engine: Any, model: Any) -> RunningServer:
-        """A worker that is ready; heartbeats come only when it has news."""
-        slot = ModelSlot.filled(engine, model)
+    def add(self, worker_id: str, engine: Any, model: Any, *, loads: bool = False) -> None:
+        """A worker that is ready, or loads at first; heartbeats come only when it has news."""
+        slot = ModelSlot(model.names) if loads else ModelSlot.filled(engine, model)
         senders: list[HeartbeatSender] = []
 
         async def on_change() -> None:
@@ -86,7 +86,9 @@ class House:
 
         self._stack.callback(stop)
         self.wait_for(lambda: worker_id in self.registry._workers)
-        return worker
+        if loads:
+            slot.fill(engine, model)
+            worker.call(senders[0].deliver())
 
     def wait_for(self, condition: Any) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -327,12 +329,13 @@ def test_what_one_worker_refuses_no_other_keeps(street: House) -> None:
     assert list(good.loaded()) == list(bad.loaded()) == ["law"]
 
 
-def test_a_worker_that_starts_anew_gets_what_the_old_one_had(street: House) -> None:
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_worker_that_starts_anew_gets_what_the_old_one_had(street: House, loads: bool) -> None:
     old, new = FakeAdapters(), FakeAdapters()
     street.add("old", FakeEngine(), FakeModel(adapters=old))
     assert street.load("sql", "x").status_code == 200
     street.controller.loop.call_soon_threadsafe(street.registry.remove, "old")
-    street.add("new", FakeEngine(), FakeModel(adapters=new))
+    street.add("new", FakeEngine(), FakeModel(adapters=new), loads=loads)
     street.wait_for(lambda: street.registry.ready("fake:sql"))
     assert new.paths == ["x"]
     # nor is it told again what has been unloaded since

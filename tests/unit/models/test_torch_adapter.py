@@ -96,6 +96,23 @@ def test_logits_are_pefts_and_the_merged_weights(
 
 
 @torch.no_grad()
+def test_the_head_changes_the_wanted_rows(plain: Llama, tmp_path: Path) -> None:
+    pairs = adapters.random_pairs({"lm_head": (320, 64)})
+    folder = adapters.write(tmp_path / "a", pairs, target_modules=["lm_head"])
+    adapter = plain.build_adapter(load_adapter(folder, plain.config))
+    segments = [Segment(0, 20, 0, [0], adapter), Segment(20, 20, 0, [1])]
+    ids, positions = IDS[:20] * 2, [*range(20)] * 2
+
+    def run(rows: list[int]) -> torch.Tensor:
+        return plain.forward(Batch(ids, positions, segments, rows), plain.build_kv_pool(2, 32))
+
+    every = run([*range(40)])
+    assert (every[19] - every[39]).abs().max() > 0.1
+    for rows in ([19, 39], [5, 6, 25], [39], [3]):
+        assert (run(rows) - every[rows]).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_half_precision_is_as_near_as_its_merge(base: Path, plain: Llama, tmp_path: Path) -> None:
     pairs = adapters.random_pairs(adapters.tiny_shapes(ALL))
     folder = adapters.write(tmp_path / "a", pairs, target_modules=ALL[:-1])
