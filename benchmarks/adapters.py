@@ -64,13 +64,16 @@ def main() -> None:
         "what": "adapters at run time", "model": arguments.weights, "streams": streams,
         "rank": arguments.rank, "context": CONTEXT, "prompt": PROMPT,
         "adapter_bytes": adapters[0].num_bytes,
-        "median_us": measure(steps, arguments.rounds), **describe(),
+        **measure(steps, arguments.rounds), **describe(),
     }  # fmt: skip
     print(json.dumps(line))
 
 
-def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, int]:
-    """Microseconds; the cases take turns, so that none has the quieter minute."""
+def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, int]]:
+    """Microseconds; the cases take turns, so that none has the quieter minute.
+
+    The fastest tenth says more than the median where other programs use the cores, too.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name, step in steps.items():
@@ -79,7 +82,14 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, int]:
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
-    return {name: round(1e6 * statistics.median(each)) for name, each in seconds.items()}
+
+    def table(pick: Callable[[list[float]], float]) -> dict[str, int]:
+        return {name: round(1e6 * pick(each)) for name, each in seconds.items()}
+
+    return {
+        "median_us": table(statistics.median),
+        "fastest_tenth_us": table(lambda each: sorted(each)[len(each) // 10]),
+    }
 
 
 def random_adapter(model: KernelLlama, rank: int, seed: int) -> NetworkAdapter:
