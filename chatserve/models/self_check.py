@@ -42,11 +42,11 @@ def check_reading(checkpoint: Checkpoint, tokenizer: Tokenizer, loss: float) -> 
     if diagnosis is not None:
         raise ModelLoadError(f"{checkpoint.path}: {explain(diagnosis)}; {way_out(checkpoint)}")
     if not is_readable:
+        closer = f"; look closer: chatserve repair {checkpoint.path}"
         logger.warning(
             "%s reads plain English hardly better than chance (%.1f nats a token): random or "
-            "damaged weights, or another model's config.json or tokenizer; look closer: chatserve "
-            "repair %s",
-            checkpoint.path, loss, checkpoint.path,
+            "damaged weights, or another model's config.json or tokenizer%s",
+            checkpoint.path, loss, closer if checkpoint.path.is_dir() else "",
         )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def explain(diagnosis: Diagnosis) -> str:
 
 
 def way_out(checkpoint: Checkpoint) -> str:
-    """The command that puts it right."""
-    target = "TARGET.gguf" if checkpoint.metadata is not None else "TARGET"
-    return f"put it right: chatserve repair {checkpoint.path} {target}"
+    """The command that puts it right; a `.gguf` file has to be made again."""
+    if not checkpoint.path.is_dir():
+        return "make the .gguf file again from a folder that is right, or take another one"
+    return f"put it right: chatserve repair {checkpoint.path} TARGET"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from chatserve.config import WorkerConfig
 from chatserve.engine import serving
-from chatserve.errors import ModelLoadError
+from chatserve.errors import ModelLoadError, UsageError
 from chatserve.models import reading, self_check
 from chatserve.models.batch import Batch, Segment
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +25,7 @@ from chatserve.models.config import ModelConfig
 from chatserve.models.conversion_faults import Fault, RotaryRows, SwappedGateUp, suspected_rows
 from chatserve.models.device import choose_policy
 from chatserve.models.loader import load_model
+from chatserve.models.repair import find_repairs
 from chatserve.models.rotary_layout import RowOrder, put_right, row_orders
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from tests import tiny
@@ -147,6 +149,15 @@ def test_a_spoilt_folder_is_refused_with_the_command_and_served_without_the_chec
     assert caught.value.exit_code == 3
     assert caught.value.message.endswith(command) and "\n" not in caught.value.message
     served(folder, self_check=False)
+
+
+def test_the_way_out_is_a_command_that_takes_these_weights(trained: Path, tmp_path: Path) -> None:
+    with closing((checkpoint := open_checkpoint(trained)).weights):
+        assert self_check.way_out(checkpoint) == f"put it right: chatserve repair {trained} TARGET"
+        one_file = dataclasses.replace(checkpoint, path=tmp_path / "model.gguf")
+    assert self_check.way_out(one_file).startswith("make the .gguf file again")
+    with pytest.raises(UsageError, match=r"make the \.gguf file again"):
+        find_repairs(one_file.path)
 
 
 def test_the_head_that_config_json_takes_away_is_missed(trained: Path, tmp_path: Path) -> None:
