@@ -24,7 +24,7 @@ from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
-from chatserve.errors import DoesNotFit, ModelLoadError
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.hub import resolve_weights
 from chatserve.models import reading
 from chatserve.models.adapter_config import merged_adapters
@@ -100,6 +100,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     merged, named = split_adapters(config.adapter)
+    adapter_root = _adapter_root(config)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
     gpu_options = GPUOptions(
         config.num_gpus, config.gpus, config.max_gpu_memory, config.cpu_offloading
@@ -157,8 +158,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         if config.self_check:
             most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
-        root = Path(config.adapter_root).expanduser() if config.adapter_root is not None else None
-        adapters = Adapters(checkpoint, _adaptable(model), root)
+        adapters = Adapters(checkpoint, _adaptable(model), adapter_root)
         for name, folder in named.items():
             adapters.load(name, folder)
     prompts = PromptBuilder(
@@ -209,6 +209,16 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
     )
     return async_engine, served
+
+
+def _adapter_root(config: WorkerConfig) -> Path | None:
+    """Raises `UsageError` for what is no folder: nothing could ever be loaded from it."""
+    if config.adapter_root is None:
+        return None
+    root = Path(config.adapter_root).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"--adapter-root {root}: no such folder; make it, or leave the flag out")
+    return root
 
 
 def _adaptable(model: object) -> AdaptableNetwork | None:

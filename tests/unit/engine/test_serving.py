@@ -149,6 +149,15 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(
     assert caught.value.exit_code == 3
 
 
+def test_an_adapter_root_that_is_no_folder_is_found_at_once(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "nowhere"
+    with pytest.raises(UsageError, match=r"--adapter-root .*nowhere: no such folder"):
+        load(WorkerConfig(weights=str(folder / "not read"), adapter_root=str(root)))
+    root.mkdir()
+    _, served = load(WorkerConfig(weights=str(folder), adapter_root=str(root)))
+    assert not served.adapters.loaded()
+
+
 def test_the_fingerprint_tells_weights_form_and_template_apart(
     folder: Path, tmp_path: Path
 ) -> None:
