@@ -63,7 +63,7 @@ def _fallen(note: str) -> Finding:
     """A warning of the worker's; that of damaged weights names its own way out."""
     text, _, command = note.rpartition("; look closer: ")
     if text:
-        return Finding("weights", "warn", text, command)
+        return Finding("reading", "warn", text, command)
     return Finding("fallback", "warn", note, "answers stay right, but may come slower")
 
 

@@ -93,9 +93,11 @@ class House:
         self._num_requests = 0
         run: Callable[..., torch.Tensor] = Runner.run
 
-        def run_when_admitted(runner: object, batch: Sequence[Scheduled]) -> torch.Tensor:
+        def run_when_admitted(
+            runner: object, batch: Sequence[Scheduled], *rest: object
+        ) -> torch.Tensor:
             self.turnstile.pass_through(len(batch))
-            return run(runner, batch)
+            return run(runner, batch, *rest)
 
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(Runner, "run", run_when_admitted)

@@ -102,7 +102,7 @@ def test_no_kernels_are_a_fallback(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_weights_that_read_nothing_are_not_merely_slow(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, max_position_embeddings=4096)
     _, (_, damaged) = try_model(str(tmp_path), replace(OPTIONS, self_check=True))
-    assert damaged.name == "weights" and damaged.status == "warn"
+    assert damaged.name == "reading" and damaged.status == "warn"
     assert "hardly better than chance" in damaged.text
     assert damaged.way_out == f"chatserve repair {tmp_path}"
 
