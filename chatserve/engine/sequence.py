@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from chatserve.engine.block_manager import BlockTable
+from chatserve.engine.grammar import Grammar
 from chatserve.engine.speculation import Drafter
 from chatserve.errors import ChatserveError
 
@@ -37,8 +38,12 @@ class SamplingParams:
     """How one sequence is continued. The defaults are OpenAI's.
 
     Temperature 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None lets the engine
-    draw one. `max_tokens` counts generated tokens. `stop` are texts, never shown; `stop_token_ids`
-    are ids beside the model's own end-of-sequence ids.
+    draw one. `max_tokens` counts generated tokens; 0 only computes the prompt. `stop` are texts,
+    never shown; `stop_token_ids` are ids beside the model's own end-of-sequence ids.
+
+    `logprobs` None: none; else those of each token and of so many likely ones at its place, of the
+    distribution that it is drawn from (see `TokenLogprobs`). `prompt_logprobs`: the same for the
+    prompt's tokens, of what the model says unchanged. `grammar`: what the answer must match.
     """
 
     temperature: float = 1.0
@@ -55,6 +60,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -106,6 +114,20 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The natural logarithm of a token's probability, and the likeliest tokens at its place.
+
+    `top`: (id, logprob), falling; of equal ones the lower id first. What a grammar, a filter or
+    `min_tokens` rules out has no probability: it is not in `top`, whose rest adds up to 1. A greedy
+    sequence has them of temperature 1, without filters.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class TokenEvent:
     """What one step did for one sequence: it may have got several tokens.
@@ -113,6 +135,10 @@ class TokenEvent:
     `text` is the newly safe text (may be empty while a character or a stop string is incomplete).
     `num_cached_tokens` of the prompt came from the prefix cache. The last event of a sequence has a
     `finish_reason` or an `error`, never both.
+
+    Where they are asked for, `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs`
+    comes in pieces, in order, as the prompt is computed: None for its first token. An event may
+    have nothing but those.
     """
 
     seq_id: str
@@ -123,6 +149,8 @@ class TokenEvent:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: ChatserveError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
     @property
     def is_last(self) -> bool:

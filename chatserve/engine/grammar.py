@@ -1,0 +1,37 @@
+"""What the engine asks of a grammar: which tokens may come next. No parser, no schema, no torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Matcher(Protocol):
+    """How far one answer has come in a grammar. For one thread at a time."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but an end token may follow."""
+        ...
+
+    def fill_mask(self, words: NDArray[np.uint32]) -> None:
+        """Set bit i of word w where token 32 * w + i may come next, and clear the others.
+
+        End tokens are set where the answer may end. Called in a thread while the network computes.
+        Raises `GenerationFailed`.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on behind `token_id`. Raises `GenerationFailed` for one that the mask ruled out."""
+        ...
+
+
+class Grammar(Protocol):
+    """Compiled, and shared by all answers that must match it. Safe to use from any thread."""
+
+    def matcher(self) -> Matcher:
+        """One at the beginning of an answer."""
+        ...
