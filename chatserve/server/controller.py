@@ -35,7 +35,7 @@ from chatserve.protocol.control import (
     parse,
     proof_of,
 )
-from chatserve.protocol.openai import model_of
+from chatserve.protocol.fields import model_of
 from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers

@@ -28,7 +28,7 @@ from chatserve.errors import (
     UsageError,
 )
 from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
-from chatserve.protocol.openai import MAX_BODY_BYTES
+from chatserve.protocol.fields import MAX_BODY_BYTES
 from chatserve.server.error_response import error_response
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})

@@ -10,13 +10,9 @@ from dataclasses import dataclass
 
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
-from chatserve.protocol.openai import (
-    ChatRequest,
-    CompletionRequest,
-    SamplingRequest,
-    parse_chat,
-    parse_completion,
-)
+from chatserve.protocol.chat import ChatRequest, parse_chat
+from chatserve.protocol.completions import CompletionRequest, parse_completion
+from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
 

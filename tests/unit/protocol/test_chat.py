@@ -1,4 +1,4 @@
-"""What a request may hold: limits at their edges, types, refusals by name."""
+"""What a chat may ask for: limits at their edges, types, refusals by name."""
 
 from __future__ import annotations
 
@@ -8,27 +8,14 @@ from typing import Any
 import pytest
 
 from chatserve.errors import ChatserveError, InvalidRequest, UnsupportedParameter
-from chatserve.protocol.openai import (
-    MAX_LOGIT_BIAS,
-    MAX_MESSAGES,
-    MAX_PROMPTS,
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    model_of,
-    parse_chat,
-    parse_completion,
-)
+from chatserve.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest, parse_chat
+from chatserve.protocol.sampling_request import MAX_LOGIT_BIAS
 
 USER = {"role": "user", "content": "hi"}
 
 
 def chat(**fields: Any) -> ChatRequest:
     return parse_chat(json.dumps({"model": "m", "messages": [USER], **fields}).encode())
-
-
-def completion(**fields: Any) -> CompletionRequest:
-    return parse_completion(json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
 
 
 def refusal(**fields: Any) -> ChatserveError:
@@ -235,79 +222,5 @@ def test_message_without_a_field(field: str) -> None:
     assert refusal(messages=[message]).param == f"messages[0].{field}"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("a", ["a"]),
-        ("", [""]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [[1, 2]]),
-        ([[1], [2, 3]], [[1], [2, 3]]),
-        (["a"] * MAX_PROMPTS, ["a"] * MAX_PROMPTS),
-    ],
-)
-def test_prompts(prompt: Any, expected: list[Any]) -> None:
-    assert completion(prompt=prompt).prompt == expected
-
-
-@pytest.mark.parametrize(
-    "prompt", [None, 1, [], [[]], [True], [1, "a"], [1.0], {"a": 1}, ["a"] * 65, [[1]] * 65]
-)
-def test_prompts_refused(prompt: Any) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        completion(prompt=prompt)
-    assert caught.value.param == "prompt"
-
-
-def test_prompts_times_choices_have_a_limit() -> None:
-    assert completion(prompt=["a"] * 8, n=8).num_choices == 8
-    with pytest.raises(InvalidRequest) as caught:
-        completion(prompt=["a"] * 13, n=5)
-    assert (caught.value.code, caught.value.param) == ("invalid_value", "prompt")
-    assert "13 entries and n is 5, together 65 answers; the limit is 64" in caught.value.message
-
-
-def test_completion_fields() -> None:
-    assert completion(echo=False, suffix=None, logprobs=None, best_of=1).best_of == 1
-    assert completion(n=3, best_of=3).num_choices == 3
-    for field, value in (("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 2)):
-        with pytest.raises(UnsupportedParameter) as caught:
-            completion(**{field: value})
-        assert caught.value.param == field
-    with pytest.raises(UnsupportedParameter):
-        completion(max_completion_tokens=5)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"[]", b'"x"', b"null", b"\xff", b'{"model":"\\ud800"}', b"[" * 100_000],
-)
-def test_bodies_that_are_no_objects(body: bytes) -> None:
-    with pytest.raises(InvalidRequest):
-        parse_chat(body)
-    with pytest.raises(InvalidRequest):
-        model_of(body)
-
-
-def nested(depth: int) -> bytes:
-    """A body in which the deepest list is at `depth`, the body itself being level 1."""
-    return b'{"model":"m","metadata":' + b'{"a":' * (depth - 1) + b"1" + b"}" * (depth - 1) + b"}"
-
-
-def test_nesting() -> None:
-    assert model_of(nested(64)) == "m"
-    for depth in (65, 900):
-        with pytest.raises(InvalidRequest, match="64 levels"):
-            model_of(nested(depth))
-
-
 def test_brackets_in_text_are_not_nesting() -> None:
     assert content_of("[" * 10_000) == "[" * 10_000
-
-
-def test_model_of() -> None:
-    assert model_of(b'{"model":"a","x":[1]}') == "a"
-    for body in (b"{}", b'{"model":1}', b'{"model":null}'):
-        with pytest.raises(InvalidRequest) as caught:
-            model_of(body)
-        assert caught.value.param == "model"

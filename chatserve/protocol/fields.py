@@ -1,0 +1,137 @@
+"""What every request body is read with: JSON, limits, unknown fields, no-ops, labels.
+
+Knows no field of any route. Nothing is dropped in silence: an unknown field is refused, and one
+that chatserve does not implement is accepted only with a value that changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from chatserve.errors import ChatserveError, InvalidRequest, UnsupportedParameter
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_NESTING = 64
+INT64 = 2**63
+
+NOTHING: tuple[Any, ...] = (None, [], {})
+# they label a request and never change its answer
+LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+
+
+def model_of(body: bytes) -> str:
+    """The model a request asks for; nothing else of it is looked at."""
+    model = read_object(body).get("model")
+    if not isinstance(model, str):
+        raise InvalidRequest("model is missing or not a text", param="model")
+    return model
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises `InvalidRequest` for any other."""
+    try:
+        payload = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(payload, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    # brackets bound the depth from above, and spare nearly every request the walk
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING and _is_too_deep(payload):
+        raise InvalidRequest(f"the body is nested deeper than {MAX_NESTING} levels")
+    return payload
+
+
+def _is_too_deep(payload: dict[str, Any]) -> bool:
+    level: list[Any] = [payload]
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def validate(
+    kind: type[Request],
+    payload: dict[str, Any],
+    no_ops: Mapping[str, tuple[Any, ...]],
+    *,
+    labels: Set[str] = LABELS,
+) -> Request:
+    """`payload` as a `kind`, less no-ops and labels; raises naming the first field at fault."""
+    fields = without_no_ops(payload, no_ops)
+    for label in labels & fields.keys():
+        check_label(label, fields.pop(label))
+    # one at a time: a list of a million errors is a way to run out of memory
+    refuse_unknown(fields, frozenset(kind.model_fields))
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _as_invalid_request(error) from error
+
+
+def without_no_ops(
+    payload: dict[str, Any], no_ops: Mapping[str, tuple[Any, ...]], *, prefix: str = ""
+) -> dict[str, Any]:
+    """`payload` less the fields of `no_ops`, refusing those whose value asks for something."""
+    for name in no_ops.keys() & payload.keys():
+        value = payload[name]
+        # by type too: 0 is not False
+        if not any(type(value) is type(no_op) and value == no_op for no_op in no_ops[name]):
+            raise UnsupportedParameter(
+                f"{prefix}{name} is not supported; leave it out", param=prefix + name
+            )
+    return {name: value for name, value in payload.items() if name not in no_ops}
+
+
+def check_label(name: str, value: Any) -> None:
+    expected = dict if name == "metadata" else str
+    if value is not None and not isinstance(value, expected):
+        kind = "an object" if expected is dict else "a text"
+        raise InvalidRequest(f"{name} must be {kind}", param=name)
+
+
+def refuse_unknown(fields: dict[str, Any], known: frozenset[str], *, prefix: str = "") -> None:
+    for name in fields:
+        if name not in known:
+            shown = prefix + name[:64]
+            raise UnsupportedParameter(f"{shown} is not a known field; leave it out", param=shown)
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+TYPE_NAMES = {
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "model_type": "an object",
+}
+
+
+def _as_invalid_request(error: ValidationError) -> ChatserveError:
+    first = error.errors(include_url=False)[0]
+    param = ".".join(str(part) for part in first["loc"])
+    value, kind = first["input"], first["type"]
+    if kind == "missing":
+        return InvalidRequest(f"{param} is missing", param=param)
+    if kind in TYPE_NAMES:
+        return InvalidRequest(f"{param} must be {TYPE_NAMES[kind]}", param=param)
+    message = first["msg"].removeprefix("Input ")
+    shown = f" is {value}: it" if is_number(value) else ""
+    return InvalidRequest(f"{param}{shown} {message}", param=param)

@@ -1,0 +1,119 @@
+"""The fields that chat and text completions share: sampling, stops, streaming.
+
+Knows no prompt and no route.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from chatserve.errors import InvalidRequest
+from chatserve.protocol.fields import INT64, is_number, refuse_unknown, without_no_ops
+
+MAX_CHOICES = 8
+# of one request: more could never be in the queue together
+MAX_SEQUENCES = 64
+MAX_STOPS = 4
+MAX_STOP_BYTES = 256
+MAX_LOGIT_BIAS = 1024
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise InvalidRequest("stop must be a text or a list of texts", param="stop")
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop has {len(stops)} texts, the limit is {MAX_STOPS}", param="stop")
+    for stop in stops:
+        if not 1 <= len(stop.encode()) <= MAX_STOP_BYTES:
+            raise InvalidRequest(
+                f"a stop text must have 1 to {MAX_STOP_BYTES} bytes, one has {len(stop.encode())}",
+                param="stop",
+            )
+    return tuple(stops)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidRequest("logit_bias must map token ids to numbers", param="logit_bias")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"logit_bias has {len(value)} entries, the limit is {MAX_LOGIT_BIAS}",
+            param="logit_bias",
+        )
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        param = f"logit_bias.{key[:20]}"
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise InvalidRequest(f"{param}: the key must be a token id", param=param)
+        if not is_number(bias) or not -100 <= bias <= 100:
+            raise InvalidRequest(f"{param} must be a number from -100 to 100", param=param)
+        biases[int(key)] = float(bias)
+    return biases
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    include_usage: bool = False
+
+
+def _stream_options(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    options = without_no_ops(
+        value, {"include_obfuscation": (None, False)}, prefix="stream_options."
+    )
+    refuse_unknown(options, frozenset(StreamOptions.model_fields), prefix="stream_options.")
+    return options
+
+
+class SamplingRequest(BaseModel):
+    """The fields that chat and text completions share. None means: the model's default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field(max_length=500)
+    stream: bool | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(_stream_options)] = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = Field(
+        default_factory=dict
+    )
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    def check_streaming(self) -> None:
+        """Raises `InvalidRequest` for options of a stream that was not asked for."""
+        if self.stream_options is not None and not self.is_stream:
+            raise InvalidRequest("stream_options needs stream: true", param="stream_options")

@@ -1,0 +1,40 @@
+"""Bodies: JSON, depth, the model that is asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from chatserve.errors import InvalidRequest
+from chatserve.protocol.chat import parse_chat
+from chatserve.protocol.fields import model_of
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"x"', b"null", b"\xff", b'{"model":"\\ud800"}', b"[" * 100_000],
+)
+def test_bodies_that_are_no_objects(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_chat(body)
+    with pytest.raises(InvalidRequest):
+        model_of(body)
+
+
+def nested(depth: int) -> bytes:
+    """A body in which the deepest list is at `depth`, the body itself being level 1."""
+    return b'{"model":"m","metadata":' + b'{"a":' * (depth - 1) + b"1" + b"}" * (depth - 1) + b"}"
+
+
+def test_nesting() -> None:
+    assert model_of(nested(64)) == "m"
+    for depth in (65, 900):
+        with pytest.raises(InvalidRequest, match="64 levels"):
+            model_of(nested(depth))
+
+
+def test_model_of() -> None:
+    assert model_of(b'{"model":"a","x":[1]}') == "a"
+    for body in (b"{}", b'{"model":1}', b'{"model":null}'):
+        with pytest.raises(InvalidRequest) as caught:
+            model_of(body)
+        assert caught.value.param == "model"
