@@ -19,6 +19,7 @@ from chatserve.catalogue import ALIASES, CHAINS
 from chatserve.errors import HubError, ModelLoadError, UsageError
 from chatserve.hub_cache import CachedModel, cached_models, find_cached, is_whole
 from chatserve.hub_reference import DEFAULT_REVISION, Reference, checked_revision, parse
+from chatserve.models.gguf_names import model_path
 
 if TYPE_CHECKING:
     from chatserve.hub_download import Download
@@ -76,7 +77,7 @@ def find_local(text: str, revision: str = DEFAULT_REVISION) -> Path | Reference:
     if is_path(text):
         _refuse_revision(revision, text)
         check_path(text)
-        return Path(text).expanduser()
+        return model_path(Path(text).expanduser())
     if text in CHAINS and text not in ALIASES:
         _refuse_revision(revision, text)
     if text in CHAINS and revision == DEFAULT_REVISION and is_whole(made_folder(text)):

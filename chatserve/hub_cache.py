@@ -15,6 +15,7 @@ from chatserve import cache, config
 from chatserve.catalogue import ALIASES, DELTAS
 from chatserve.errors import ModelLoadError
 from chatserve.hub_reference import DEFAULT_REVISION, RECORD, Reference
+from chatserve.models.gguf_names import model_files, model_stem
 
 Kind = Literal["model", "delta", "adapter"]
 
@@ -43,7 +44,7 @@ def cached_models() -> list[CachedModel]:
             model_id, gguf = str(record.get("id")), record.get("gguf")
             name, revision = names.get(model_id, model_id), str(record.get("revision"))
             if isinstance(gguf, str):
-                name, path = f"{model_id}:{gguf.removesuffix('.gguf')}", path / gguf
+                name, path = f"{model_id}:{model_stem(gguf)}", path / gguf
             kind = _kind(path, model_id)
             models.append(CachedModel(name, revision, _num_bytes(path), path, kind))
         elif path.name == config.DEFAULT_WEIGHTS:
@@ -82,7 +83,7 @@ def _folders(parent: Path) -> Iterator[Path]:
 
 def _find_below(reference: Reference, parent: Path) -> Path | None:
     folder = parent / reference.folder_name
-    if reference.gguf is None and is_whole(folder):
+    if reference.gguf is None and _is_of(folder, reference) and is_whole(folder):
         return folder
     ggufs = []
     for path in _folders(parent):
@@ -90,13 +91,20 @@ def _find_below(reference: Reference, parent: Path) -> Path | None:
             continue
         record = cache.read_record(path / RECORD)
         gguf = record.get("gguf")
-        if isinstance(gguf, str) and record.get("id") == reference.model_id:
+        if isinstance(gguf, str) and _is_of(path, reference):
             ggufs.append(path / gguf)
     return _choose_gguf(ggufs, reference)
 
 
+def _is_of(folder: Path, reference: Reference) -> bool:
+    """Whether the folder's record, if it has one, says no other repository or revision."""
+    record = cache.read_record(folder / RECORD)
+    found = record.get("id", reference.model_id), record.get("revision", reference.revision)
+    return found == (reference.model_id, reference.revision)
+
+
 def _choose_gguf(files: list[Path], reference: Reference) -> Path | None:
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if all(part.is_file() for part in model_files(file))]
     if not files:
         return None
     from chatserve.hub_files import best_ggufs
@@ -133,6 +141,6 @@ def _kind(path: Path, model_id: str) -> Kind:
 
 
 def _num_bytes(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
+    if path.suffix == ".gguf":
+        return sum(file.stat().st_size for file in model_files(path) if file.is_file())
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())

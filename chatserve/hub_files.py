@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chatserve.errors import HubError, ModelLoadError
 from chatserve.hub_client import RemoteFile
+from chatserve.models.gguf_names import first_files, model_stem, part_of
 from chatserve.models.weight_files import read_json
 
 _SMALL_FILES = frozenset(
@@ -27,7 +28,6 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)", re.ASCII)
 _GGUF = re.compile(r"(?!mmproj)\w[\w.+-]*\.gguf", re.ASCII | re.IGNORECASE)
-_SPLIT_GGUF = re.compile(r".*-\d+-of-\d+\.gguf", re.IGNORECASE)
 _MAX_SHOWN = 30
 
 
@@ -36,7 +36,7 @@ class Choice:
     """What to fetch.
 
     small: come first. weights: the large ones; where `index` names a file of `small`, that says
-    which. gguf: the one file that is the whole model.
+    which. gguf: the file that is the whole model, or the first of its parts.
     """
 
     small: tuple[RemoteFile, ...]
@@ -95,8 +95,11 @@ def shards(
 
 
 def best_ggufs(names: Sequence[str], wanted: str | None) -> list[str]:
-    """Those of the files that a user may mean: the whole name wins over a part of it."""
-    files = sorted(name for name in names if _GGUF.fullmatch(name))
+    """The models that a user may mean: the whole name wins over a part of it.
+
+    Of a model in several files the first, whether it is there or not.
+    """
+    files = first_files(name for name in names if _GGUF.fullmatch(name))
     if wanted is None:
         return files
     fits = {name: _fit(name, wanted) for name in files}
@@ -125,16 +128,9 @@ def _holds(whole: Choice | None, adapter: RemoteFile, by_name: dict[str, RemoteF
 
 
 def _choose_gguf(by_name: dict[str, RemoteFile], model_id: str, wanted: str | None) -> Choice:
-    fitting = best_ggufs(list(by_name), wanted)
-    names = [name for name in best_ggufs(list(by_name), None) if not _SPLIT_GGUF.fullmatch(name)]
-    found = [name for name in fitting if name in names]
+    found, names = best_ggufs(list(by_name), wanted), best_ggufs(list(by_name), None)
     if len(found) == 1:
-        return Choice((), (by_name[found[0]],), gguf=found[0])
-    if fitting and not found:
-        raise HubError(
-            f"{model_id}: {fitting[0]} is one of several parts of a model, chatserve reads GGUF "
-            "models of one file; join them with llama.cpp's gguf-split, or name another"
-        )
+        return Choice((), _all_parts(by_name, model_id, found[0]), gguf=found[0])
     if not names:
         raise HubError(
             f"{model_id} has no GGUF file at its top level; download the one you want yourself and "
@@ -144,13 +140,27 @@ def _choose_gguf(by_name: dict[str, RemoteFile], model_id: str, wanted: str | No
     why = "several GGUF files" if found else f"no GGUF file that {wanted!r} names"
     raise HubError(
         f"{model_id} holds {why} ({', '.join(shown[:_MAX_SHOWN])}); name one of them: "
-        f"`chatserve pull {model_id}:{shown[0][: -len('.gguf')]}`"
+        f"`chatserve pull {model_id}:{model_stem(shown[0])}`"
     )
+
+
+def _all_parts(by_name: dict[str, RemoteFile], model_id: str, first: str) -> tuple[RemoteFile, ...]:
+    """The file, or all files of the model that it begins."""
+    part = part_of(first)
+    names = part.names if part else [first]
+    for name in names:
+        if name not in by_name:
+            raise HubError(
+                f"{model_id} lacks {name}, one of {len(names)} parts of {model_stem(first)}; the "
+                "repository is incomplete, try another revision or another file"
+            )
+    return tuple(by_name[name] for name in names)
 
 
 def _fit(name: str, wanted: str) -> int:
     """2 for the whole name, 1 for a part of it between dots or dashes, as `Q4_K_M` mostly is."""
-    stem, wanted = name.lower().removesuffix(".gguf"), wanted.lower().removesuffix(".gguf")
+    stem = model_stem(name).lower()
+    wanted = model_stem(f"{wanted.lower().removesuffix('.gguf')}.gguf")
     if stem == wanted:
         return 2
     return 1 if re.search(rf"(^|[-.]){re.escape(wanted)}($|[-.])", stem) else 0

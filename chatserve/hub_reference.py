@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from chatserve.errors import UsageError
+from chatserve.models.gguf_names import model_stem
 
 DEFAULT_REVISION = "main"
 RECORD = "chatserve-hub.json"
@@ -38,11 +39,11 @@ class Reference:
         name = self.model_id.replace("/", "--")
         if self.revision == DEFAULT_REVISION:
             return name
-        return f"{name}@{self.revision.replace('/', '--')}"
+        return f"{name}@{self.revision.replace('/', '%2F')}"  # no revision has a % in it
 
     def gguf_folder_name(self, file: str) -> str:
         """A GGUF file has a folder of its own: beside other weights it would not be looked at."""
-        return f"{self.folder_name}+{file[: -len('.gguf')]}"
+        return f"{self.folder_name}+{model_stem(file)}"
 
 
 def parse(text: str) -> Reference | None:

@@ -24,7 +24,7 @@ from chatserve.models.adapter_config import (
 )
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
-from chatserve.models.weight_files import WeightFiles, find_weight_files, read_json
+from chatserve.models.weight_files import WeightFiles, find_weight_files, gguf_hint, read_json
 from chatserve.models.weights import DirectSource, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
@@ -81,9 +81,10 @@ def open_checkpoint(path: Path, *, headers_only: bool = False) -> Checkpoint:
         raise ModelLoadError(
             f"{path}: is a file but not a .gguf; pass the folder that holds config.json and weights"
         )
-    from chatserve.models.gguf import GGUFFile, GGUFWeights  # and NumPy, which takes a while
+    from chatserve.models.gguf import GGUFWeights  # and NumPy, which takes a while
+    from chatserve.models.gguf_parts import open_gguf
 
-    file = GGUFFile.open(path)
+    file = open_gguf(path)
     with ExitStack() as stack:
         stack.callback(file.close)
         weights = GGUFWeights(file)
@@ -212,4 +213,6 @@ def _refuse_delta(folder: Path, config: Mapping[str, Any], weights: WeightSource
 def _why_no_config(folder: Path) -> str:
     if not any(folder.iterdir()):
         return f"{folder}: is empty; download a model into it (config.json, weights, tokenizer)"
-    return f"{folder}: has no config.json; pass a folder in Hugging Face layout or a .gguf file"
+    return gguf_hint(folder) or (
+        f"{folder}: has no config.json; pass a folder in Hugging Face layout or a .gguf file"
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from chatserve.errors import ModelLoadError
 from chatserve.models.gguf_file import GGUFFile
 from chatserve.models.gguf_header import quote
+from chatserve.models.gguf_parts import GGUFSource
 from chatserve.models.gguf_quants import Floats
 from chatserve.models.weights import TensorInfo
 
@@ -67,7 +68,7 @@ class GGUFWeights:
     network does not have.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFSource) -> None:
         self._file = file
         self._config = hf_config(file.metadata, source=str(file.path))
         self._sources: dict[str, str] = {}  # HF name -> GGUF name
@@ -239,11 +240,6 @@ class _Metadata:
         kind = self._metadata.get("general.type", "model")
         if kind != "model":
             self._fail(f"it holds a {quote(kind)}, not a model; give the file of the model itself")
-        if self._metadata.get("split.count", 0) not in (0, 1):
-            self._fail(
-                f"it is one of {quote(self._metadata['split.count'])} parts; "
-                "merge them with `llama-gguf-split --merge`"
-            )
         if self._get("expert_count"):
             self._fail("mixture-of-experts models are not supported; take a dense one")
         if self._get("attention.causal") is False:

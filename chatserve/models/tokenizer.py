@@ -184,8 +184,8 @@ def _tell_of_blanks(path: Path, settings: TokenizerSettings, parts: TokenizerPar
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     # Here because only this way to a tokenizer needs torch, which the GGUF reader imports.
-    from chatserve.models.gguf_file import GGUFFile
+    from chatserve.models.gguf_parts import open_gguf
 
-    file = GGUFFile.open(path)
+    file = open_gguf(path)
     file.close()
     return file.metadata

@@ -48,6 +48,14 @@ def find_weight_files(folder: Path) -> WeightFiles:
     raise ModelLoadError(_why_no_weights(folder))
 
 
+def has_weight_files(folder: Path) -> bool:
+    """Whether the folder has weights in Hugging Face layout, whole or not."""
+    return any(
+        os.path.lexists(folder / name) or os.path.lexists(folder / f"{name}.index.json")
+        for name in _SINGLE_FILES.values()
+    )
+
+
 def member(folder: Path, name: str) -> Path:
     """The regular file `name` directly inside `folder`.
 
@@ -91,6 +99,14 @@ def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> di
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def gguf_hint(folder: Path) -> str | None:
+    """What to do with a folder that holds several GGUF models; None where there are none."""
+    ggufs = sorted(name for name in os.listdir(folder) if name.lower().endswith(".gguf"))
+    if not ggufs:
+        return None
+    return f"{folder}: holds GGUF files; pass one of them, such as {folder / ggufs[0]}"
 
 
 def _is_plain_name(name: str) -> bool:
@@ -137,9 +153,8 @@ def _why_no_weights(folder: Path) -> str:
                 f"{folder}: has {name}, one of {int(match[1])} shards, but no {stem}.index.json; "
                 "download that file too"
             )
-    ggufs = [name for name in names if name.lower().endswith(".gguf")]
-    if ggufs:
-        return f"{folder}: holds GGUF files; pass one of them, such as {folder / ggufs[0]}"
+    if hint := gguf_hint(folder):
+        return hint
     wanted = "model.safetensors, pytorch_model.bin or an index of shards"
     found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return f"{folder}: no weights found (wanted {wanted}; found {found or 'nothing'})"

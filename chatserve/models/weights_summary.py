@@ -12,7 +12,7 @@ from typing import Any
 
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.fingerprint import weights_fingerprint
-from chatserve.models.gguf import GGUFFile
+from chatserve.models.gguf_parts import open_gguf
 from chatserve.models.receipt import Receipt, read_receipt
 
 
@@ -60,7 +60,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
     num_bytes: Counter[str] = Counter()
     if checkpoint.metadata is not None:  # a GGUF file has types that torch does not
-        with closing(GGUFFile.open(checkpoint.path)) as file:
+        with closing(open_gguf(checkpoint.path)) as file:
             names = file.type_names()
             for name, info in file.tensors().items():
                 num_bytes[names[name]] += info.num_bytes

@@ -158,7 +158,7 @@ def test_bin_is_taken_where_there_are_no_safetensors(hub: HubStandIn) -> None:
 def test_a_revision_is_asked_for_and_kept_apart(hub: HubStandIn, home: Path) -> None:
     hub.revision = "refs/pr/1"
     folder = resolve_weights(ID, revision="refs/pr/1")
-    assert folder == home / "models" / "org--tiny@refs--pr--1"
+    assert folder == home / "models" / "org--tiny@refs%2Fpr%2F1"
     assert "/revision/refs%2Fpr%2F1?" in hub.requests[0].path
     fails("has no org/tiny (revision main)")
 
@@ -541,19 +541,37 @@ def test_a_gguf_file_is_chosen_by_a_part_of_its_name(hub: HubStandIn, home: Path
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ("Q6_K", "no GGUF file that 'Q6_K' names (m-q8_0.gguf, m.Q2_K.gguf"),
+        ("Q6_K", "no GGUF file that 'Q6_K' names (m-f16-00001-of-00003.gguf, m-q8_0.gguf, m.Q2_K.gguf"),
         ("m", "several GGUF files"),
-        ("f16", "m-f16-00001-of-00002.gguf is one of several parts"),
+        ("f16", "lacks m-f16-00002-of-00003.gguf, one of 3 parts of m-f16"),
     ],
 )
 def test_a_gguf_file_that_cannot_be_meant_is_refused(
     hub: HubStandIn, wanted: str, reason: str
 ) -> None:
-    parts = [f"m-f16-0000{number}-of-00002.gguf" for number in (1, 2)]
+    parts = [f"m-f16-0000{number}-of-00003.gguf" for number in (1, 3)]
     hub.files = {name: b"x" for name in [*GGUFS, *parts]}
     with pytest.raises(HubError) as error:
         resolve_weights(f"{ID}:{wanted}")
     assert reason in str(error.value) and hub.fetched() == []
+
+
+@pytest.mark.parametrize(
+    "wanted", ["f16", "m-f16", "m-f16-00002-of-00003", "m-f16-00001-of-00003.gguf"]
+)
+def test_all_parts_of_a_model_come_by_its_name(hub: HubStandIn, home: Path, wanted: str) -> None:
+    parts = [f"m-f16-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    hub.files = {name: name.encode() for name in [*GGUFS, *parts]}
+    path = resolve_weights(f"{ID}:{wanted}")
+    assert path == home / "models" / "org--tiny+m-f16" / parts[0]
+    assert sorted(hub.fetched()) == parts
+    assert resolve_weights(f"{ID}:{wanted}", offline=True) == path
+    assert resolve_weights(str(path.with_name(parts[2])), offline=True) == path
+    (model,) = cached_models()
+    assert (model.name, model.path, model.num_bytes) == ("org/tiny:m-f16", path, 3 * len(parts[0]))
+    path.with_name(parts[1]).unlink()  # a part that was deleted is all that comes again
+    hub.requests.clear()
+    assert resolve_weights(f"{ID}:{wanted}") == path and hub.fetched() == [parts[1]]
 
 
 def test_the_only_gguf_file_needs_no_name(hub: HubStandIn) -> None:

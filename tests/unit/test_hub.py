@@ -26,8 +26,16 @@ from chatserve.cli.commands import list as list_command
 from chatserve.cli.commands import pull as pull_command
 from chatserve.default_model import SMOLLM2_135M, WheelModel
 from chatserve.errors import HubError, ModelLoadError, UsageError
-from chatserve.hub import ALIASES, cached_models, find_reference, is_path, resolve_weights
+from chatserve.hub import (
+    ALIASES,
+    cached_models,
+    find_local,
+    find_reference,
+    is_path,
+    resolve_weights,
+)
 from chatserve.hub_download import RECORD
+from chatserve.hub_reference import Reference
 
 CONTENT = b"GGUF" + bytes(1000)
 TINY = WheelModel(
@@ -194,9 +202,19 @@ def test_an_endpoint_that_is_no_url_is_refused(
 
 def test_a_model_in_our_cache_needs_no_network(home: Path) -> None:
     folder = put_model(home / "models" / "org--name", id="org/name", revision="main")
-    other = put_model(home / "models" / "org--name@v2--x", id="org/name", revision="v2/x")
+    other = put_model(home / "models" / "org--name@v2%2Fx", id="org/name", revision="v2/x")
     assert resolve_weights("org/name") == folder
     assert resolve_weights("org/name", revision="v2/x") == other
+
+
+def test_revisions_that_differ_in_slash_and_dashes_share_no_folder(home: Path) -> None:
+    slash, dashes = Reference("org/name", "v2/x"), Reference("org/name", "v2--x")
+    assert slash.folder_name != dashes.folder_name
+    put_model(home / "models" / slash.folder_name, id="org/name", revision="v2/x")
+    assert find_local("org/name", "v2--x") == dashes
+    # a folder of earlier days, in which the other one lies
+    put_model(home / "models" / dashes.folder_name, id="org/name", revision="v2/x")
+    assert find_local("org/name", "v2--x") == dashes
 
 
 def test_a_snapshot_of_the_hubs_own_cache_needs_no_network(tmp_path: Path) -> None:

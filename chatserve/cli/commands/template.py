@@ -83,9 +83,10 @@ def open_tokenizer(path: Path) -> tuple[WeightsFacts, Tokenizer, dict[str, str]]
     if path.is_dir():
         metadata, model_config = None, read_json(path, "config.json")
     else:
-        from chatserve.models.gguf import GGUFFile, hf_config
+        from chatserve.models.gguf import hf_config
+        from chatserve.models.gguf_parts import open_gguf
 
-        file = GGUFFile.open(path)
+        file = open_gguf(path)
         file.close()
         metadata, model_config = file.metadata, hf_config(file.metadata)
     tokenizer = load_tokenizer(path, metadata)

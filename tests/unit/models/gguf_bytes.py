@@ -67,11 +67,13 @@ def write_model(
     keys: Mapping[str, Any] | None = None,
     *,
     kind: int | None = None,
+    tensors_per_file: int = 0,
 ) -> Path:
     """A model of 2 layers, 8 wide, 2 heads, 1 key/value head, written by llama.cpp's own package.
 
     `keys` without a general or tokenizer prefix are the architecture's; None leaves one out.
-    Tensors of bytes are blocks of the type `kind`.
+    Tensors of bytes are blocks of the type `kind`. `tensors_per_file`: write several files,
+    `NAME-00001-of-0000N.gguf`.
     """
     import gguf
 
@@ -81,7 +83,7 @@ def write_model(
         "attention.layer_norm_rms_epsilon": 1e-5,
         "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "b"],
     }  # fmt: skip
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_file)
     for key, value in {**defaults, **(keys or {})}.items():
         full = key if key.startswith(("general.", "tokenizer.", "split.")) else None
         _add(writer, full or f"{architecture}.{key}", value)

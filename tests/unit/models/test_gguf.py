@@ -403,7 +403,6 @@ def test_a_missing_key_is_named(key: str) -> None:
             "'gemma3' is not supported from GGUF .supported: llama, mistral, qwen2, qwen3.",
         ),
         ({"general.type": "adapter"}, "holds a 'adapter', not a model"),
-        ({"split.count": 3}, "one of 3 parts; merge them"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.attention.causal": False}, "encoder"),
         ({"llama.block_count": 0}, "llama.block_count is 0, not a positive whole number"),
