@@ -29,7 +29,7 @@ from pathlib import Path
 from chatserve import environment
 from chatserve.errors import UsageError
 
-VERSION = 9
+VERSION = 10
 """Of `src/interface.h`; a library with another one is not used."""
 GROUP = 32
 """Columns that share a scale; every width must be a multiple."""
@@ -128,7 +128,9 @@ class Sampling(Structure):
         ("stream", c_uint64),
         ("position", c_int64),
         ("masked_until", c_int64),
-        *((name, c_void_p) for name in ("seen_ids", "offset_ids", "offsets", "masked_ids")),
+        *((name, c_void_p) for name in (
+            "seen_ids", "offset_ids", "offsets", "masked_ids", "allowed",
+        )),
         *((name, c_int32) for name in (
             "num_seen", "num_offsets", "num_masked", "top_k", "is_greedy",
         )),
@@ -167,6 +169,10 @@ _FUNCTIONS = {
     "cs_sampler_destroy": (None, c_void_p),
     "cs_sampler_sample": (
         c_int, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p, c_int, c_void_p,
+    ),
+    "cs_sampler_logprobs": (
+        c_int, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int,
+        c_int, c_void_p, c_void_p,
     ),
 }  # fmt: skip
 

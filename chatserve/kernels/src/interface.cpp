@@ -162,6 +162,19 @@ bool is_valid(const cs_sampling& row) {
          (row.is_greedy || row.temperature > 0);
 }
 
+// Rows to sample from, or to tell the probabilities of.
+bool are_valid(const cs_sampler& sampler, size_t stride, int num_places, const int32_t* places,
+               const cs_sampling* const* rows, int num_rows) {
+  if (num_rows < 0 || stride < static_cast<size_t>(sampler.sampler.vocab()) ||
+      (places ? !are_within(places, num_rows, num_places) : num_rows > num_places)) {
+    return false;
+  }
+  for (int r = 0; r < num_rows; r++) {
+    if (!is_valid(*rows[r])) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int cs_version(void) { return CS_VERSION; }
@@ -406,14 +419,23 @@ void cs_sampler_destroy(cs_sampler* sampler) { delete sampler; }
 int cs_sampler_sample(cs_sampler* sampler, float* logits, size_t stride, int num_places,
                       const int32_t* places, const cs_sampling* const* rows, int num_rows,
                       int32_t* out) {
-  const int vocab = sampler->sampler.vocab();
-  if (num_rows < 0 || num_rows > num_places || stride < static_cast<size_t>(vocab) ||
-      (places && !are_within(places, num_rows, num_places))) {
-    return CS_BAD_ARGUMENT;
-  }
-  for (int r = 0; r < num_rows; r++) {
-    if (!is_valid(*rows[r])) return CS_BAD_ARGUMENT;
-  }
+  if (!are_valid(*sampler, stride, num_places, places, rows, num_rows)) return CS_BAD_ARGUMENT;
   return sampler->sampler.sample(logits, stride, places, rows, num_rows, out) ? CS_OK
                                                                              : CS_NO_MEMORY;
+}
+
+int cs_sampler_logprobs(cs_sampler* sampler, float* logits, size_t stride, int num_places,
+                        const int32_t* places, const cs_sampling* const* rows, const int32_t* ids,
+                        const int32_t* num_tops, int num_rows, int max_tops, float* out,
+                        int32_t* top_ids) {
+  const int vocab = sampler->sampler.vocab();
+  if (!are_valid(*sampler, stride, num_places, places, rows, num_rows) || max_tops < 0 ||
+      max_tops > vocab || !are_within(ids, num_rows, vocab) ||
+      !are_within(num_tops, num_rows, max_tops + 1)) {
+    return CS_BAD_ARGUMENT;
+  }
+  return sampler->sampler.logprobs(logits, stride, places, rows, ids, num_tops, num_rows, max_tops,
+                                   out, top_ids)
+             ? CS_OK
+             : CS_NO_MEMORY;
 }

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised with every change of this file; the Python side refuses another number.
-#define CS_VERSION 9
+#define CS_VERSION 10
 
 enum { CS_OK = 0, CS_BAD_ARGUMENT = 1, CS_NO_MEMORY = 2 };
 
@@ -77,6 +77,7 @@ typedef struct {
   const int32_t* offset_ids;
   const float* offsets;       // added to the logits of offset_ids
   const int32_t* masked_ids;
+  const uint32_t* allowed;    // bit i of word w: 32 w + i may be picked; null: all
   int32_t num_seen, num_offsets, num_masked;
   int32_t top_k;  // 0: off
   int32_t is_greedy;
@@ -157,6 +158,15 @@ CS_API void cs_sampler_destroy(cs_sampler* sampler);
 CS_API int cs_sampler_sample(cs_sampler* sampler, float* logits, size_t stride, int num_places,
                              const int32_t* places, const cs_sampling* const* rows, int num_rows,
                              int32_t* out);
+// Of logits that are changed already, by cs_sampler_sample or in a step, or never; lists of `rows` and
+// `allowed` are not looked at. out[num_rows][1 + max_tops]: the natural logarithm of the probability
+// with which ids[r] is picked, NaN where no logit is finite, or one is NaN or +inf; then those of the
+// num_tops[r] likeliest, falling, whose ids are in top_ids[num_rows][max_tops], -1 where there are no
+// more. A greedy row has them as if its temperature were 1, and no filter.
+CS_API int cs_sampler_logprobs(cs_sampler* sampler, float* logits, size_t stride, int num_places,
+                               const int32_t* places, const cs_sampling* const* rows,
+                               const int32_t* ids, const int32_t* num_tops, int num_rows,
+                               int max_tops, float* out, int32_t* top_ids);
 
 #ifdef __cplusplus
 }

@@ -148,6 +148,8 @@ struct LevelKernels {
   // The first look at blocks [first, last) of a row's logits; then a token id, or -1. See sampling.h.
   void (*look)(const SamplingJob&, int first, int last);
   int32_t (*pick)(const SamplingJob&);
+  // The logprob of an id into out[0], those of so many likeliest ids behind it.
+  void (*logprobs)(const SamplingJob&, int32_t id, int num_tops, float* out, int32_t* top_ids);
   // One row's ranks [rank] of x [columns], and what they add to the rows of one panel [kPanelRows].
   void (*shrink)(const LowRank&, const float* x, int columns, float* ranks);
   void (*expand)(const LowRank&, const float* ranks, int panel, float* delta);

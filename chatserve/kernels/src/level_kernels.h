@@ -74,13 +74,14 @@ inline F exponential(F x) {
 #include "row_kernels.h"
 #include "sampling_look_kernels.h"
 #include "sampling_pick_kernels.h"
+#include "logprob_kernels.h"
 
 namespace {
 
 constexpr LevelKernels level_kernels(const char* name, bool (*is_supported)()) {
   return {name,     is_supported, Simd::kOffset8, Simd::kOffset4, pack,   unpack_row,
           multiply, quantise,     rotate,         store_kv,       attend, rms_norm,
-          look,     pick,         shrink,         expand};
+          look,     pick,         logprobs,       shrink,         expand};
 }
 
 }  // namespace

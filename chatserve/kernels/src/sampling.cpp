@@ -1,5 +1,6 @@
 #include "sampling.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -81,41 +82,57 @@ void Sampler::pick_ahead(int thread, int row) {
       level_->pick(job(ahead_.logits + ahead_.stride * row, ahead_.rows[row], row, thread));
 }
 
-bool Sampler::sample(float* logits, size_t stride, const int32_t* places,
-                     const cs_sampling* const* rows, int num_rows, int32_t* out) {
-  long work = 0;
-  for (int r = 0; r < num_rows; r++) {
-    work += static_cast<long>(vocab_) * (rows[r]->is_greedy ? 1 : kDrawPasses);
-  }
-  const bool is_shared = num_rows > 1 && work >= kSharedWork;
-  const int num_threads = is_shared ? team_.num_threads() : 1;
-  if (!reserve(num_threads, num_threads)) return false;
-
+// work(row, thread) for every row, on all threads where they have enough to do.
+template <typename Work>
+void Sampler::for_rows(int num_rows, int num_threads, const Work& work) {
   struct Shared {
-    Sampler* self;
-    float* logits;
-    size_t stride;
-    const int32_t* places;
-    const cs_sampling* const* rows;
+    const Work& work;
     int num_rows;
-    int32_t* out;
     std::atomic<int> next{0};
-  } shared{this, logits, stride, places, rows, num_rows, out};
-  auto work_of = [](void* context, int thread) {
+  } shared{work, num_rows};
+  auto run = [](void* context, int thread) {
     Shared& all = *static_cast<Shared*>(context);
-    Sampler& self = *all.self;
     for (int r; (r = all.next.fetch_add(1, std::memory_order_relaxed)) < all.num_rows;) {
-      const SamplingJob job = self.job(all.logits + all.stride * (all.places ? all.places[r] : r),
-                                       all.rows[r], thread, thread);
-      self.level_->look(job, 0, self.num_blocks());
-      all.out[r] = self.level_->pick(job);
+      all.work(r, thread);
     }
   };
-  if (is_shared) {
-    team_.run(work_of, &shared);
+  if (num_threads > 1) {
+    team_.run(run, &shared);
   } else {
-    work_of(&shared, 0);
+    run(&shared, 0);
   }
+}
+
+int Sampler::threads_for(int num_rows, int num_passes) const {
+  const bool is_shared = num_rows > 1 && static_cast<long>(vocab_) * num_passes >= kSharedWork;
+  return is_shared ? team_.num_threads() : 1;
+}
+
+bool Sampler::sample(float* logits, size_t stride, const int32_t* places,
+                     const cs_sampling* const* rows, int num_rows, int32_t* out) {
+  int num_passes = 0;
+  for (int r = 0; r < num_rows; r++) num_passes += rows[r]->is_greedy ? 1 : kDrawPasses;
+  const int num_threads = threads_for(num_rows, num_passes);
+  if (!reserve(num_threads, num_threads)) return false;
+  for_rows(num_rows, num_threads, [&](int r, int thread) {
+    const SamplingJob row = job(logits + stride * (places ? places[r] : r), rows[r], thread, thread);
+    level_->look(row, 0, num_blocks());
+    out[r] = level_->pick(row);
+  });
+  return true;
+}
+
+bool Sampler::logprobs(float* logits, size_t stride, const int32_t* places,
+                       const cs_sampling* const* rows, const int32_t* ids, const int32_t* num_tops,
+                       int num_rows, int max_tops, float* out, int32_t* top_ids) {
+  const int num_threads = threads_for(num_rows, num_rows * kDrawPasses);
+  if (!reserve(num_threads, num_threads)) return false;
+  for_rows(num_rows, num_threads, [&](int r, int thread) {
+    int32_t* tops = top_ids + static_cast<size_t>(max_tops) * r;
+    std::fill(tops, tops + max_tops, -1);
+    level_->logprobs(job(logits + stride * (places ? places[r] : r), rows[r], thread, thread),
+                     ids[r], num_tops[r], out + (1 + static_cast<size_t>(max_tops)) * r, tops);
+  });
   return true;
 }
 

@@ -57,6 +57,11 @@ class Sampler {
   bool sample(float* logits, size_t stride, const int32_t* places, const cs_sampling* const* rows,
               int num_rows, int32_t* out);
 
+  // See cs_sampler_logprobs. False when there is no memory.
+  bool logprobs(float* logits, size_t stride, const int32_t* places, const cs_sampling* const* rows,
+                const int32_t* ids, const int32_t* num_tops, int num_rows, int max_tops, float* out,
+                int32_t* top_ids);
+
   // Picking ahead: a network that computes the logits has them looked at while they are in its
   // caches, and picks.
 
@@ -87,6 +92,9 @@ class Sampler {
   };
 
   bool reserve(int num_rows, int num_threads);
+  int threads_for(int num_rows, int num_passes) const;
+  template <typename Work>
+  void for_rows(int num_rows, int num_threads, const Work& work);
   SamplingJob job(float* logits, const cs_sampling* params, int row, int thread) const;
 
   Team& team_;

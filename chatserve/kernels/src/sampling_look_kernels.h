@@ -57,6 +57,19 @@ inline void remove_between(float* x, const int32_t* ids, int count, int first, i
   for (; i < count && is_between(ids[i], first, last); i++) x[ids[i]] = -INFINITY;
 }
 
+// `last` is a multiple of 32, or the end of the vocabulary.
+inline void remove_not_allowed(float* x, const uint32_t* allowed, int first, int last) {
+  for (int begin = first; begin < last; begin += 32) {
+    uint32_t removed = ~allowed[begin / 32];
+    if (last - begin < 32) removed &= (1u << (last - begin)) - 1;
+    if (removed == ~0u) {
+      for (int i = 0; i < 32; i++) x[begin + i] = -INFINITY;
+      continue;
+    }
+    for (; removed; removed &= removed - 1) x[begin + __builtin_ctz(removed)] = -INFINITY;
+  }
+}
+
 // The next blocks' entries come from memory, one after the other, unless somebody asks early.
 inline void fetch(const void* entries) {
   for (int i = 0; i < 4; i++) __builtin_prefetch(static_cast<const char*>(entries) + 64 * i);
@@ -80,6 +93,7 @@ inline void apply_lists(const SamplingJob& job, int first, int last) {
   fetch(p.offsets + i);
   if (p.position < p.masked_until) remove_between(x, p.masked_ids, p.num_masked, first, last);
   remove_between(x, job.forbidden_ids, job.num_forbidden, first, last);
+  if (p.allowed) remove_not_allowed(x, p.allowed, first, last);
 }
 
 // ---- the first look: one pass over the vocabulary ----
@@ -173,11 +187,8 @@ inline bool needs_mass(const SamplingJob& job) {
   return !p.is_greedy && !has_top_k(job) && (p.top_p < 1 || p.min_p_margin == -INFINITY);
 }
 
-// Blocks [first, last): penalties, the largest logits, and the weights against each block's own.
-void look(const SamplingJob& job, int first, int last) {
-  const int begin = first * kSamplingBlock;
-  const int end = block_end((last - 1) * kSamplingBlock, job.vocab);
-  apply_lists(job, begin, end);
+// Blocks [first, last): the largest logits, and the weights against each block's own.
+inline void survey(const SamplingJob& job, int first, int last) {
   const bool is_weighed = needs_mass(job);
   const Weigher weigh(0, is_weighed ? job.params->temperature : 1);
   for (int b = first; b < last; b++) {
@@ -190,6 +201,12 @@ void look(const SamplingJob& job, int first, int last) {
       job.blocks.mass[b] = block_mass(job, from, to, weigh.against(best));
     }
   }
+}
+
+// Blocks [first, last): penalties, then what is left.
+void look(const SamplingJob& job, int first, int last) {
+  apply_lists(job, first * kSamplingBlock, block_end((last - 1) * kSamplingBlock, job.vocab));
+  survey(job, first, last);
 }
 
 }  // namespace

@@ -193,9 +193,8 @@ inline int keep_largest(const SamplingJob& job, int n, float low, float high, do
   return count;
 }
 
-// Candidates that top-k leaves.
-inline int gather_top_k(const SamplingJob& job, float best) {
-  const int k = job.params->top_k;
+// The k largest become candidates.
+inline int gather_top_k(const SamplingJob& job, float best, int k) {
   const int num_maxima = num_blocks(job) * kLanes;
   // at least k logits are not below the k-th largest of the maxima
   float low = -FLT_MAX;
@@ -252,8 +251,7 @@ inline int walk(const float* weights, int n, double before, double target) {
   return last;
 }
 
-inline int32_t draw_of_all(const SamplingJob& job, double u, double all, const Weigher& weigh) {
-  const double target = u * all;
+inline int32_t draw_of_all(const SamplingJob& job, double target, const Weigher& weigh) {
   const float* mass = job.blocks.mass;
   double before = 0, total = 0;
   int begin = 0;
@@ -271,40 +269,51 @@ inline int32_t draw_of_all(const SamplingJob& job, double u, double all, const W
   return begin + walk(weights, count, before, target);
 }
 
-inline int32_t draw_of_candidates(const SamplingJob& job, int n, double u) {
-  double total = 0;
-  for (int i = 0; i < n; i++) total += job.scratch.weights[i];
-  return job.scratch.ids[walk(job.scratch.weights, n, 0, u * total)];
-}
-
 // Candidates that min-p leaves of the first n.
 inline int keep_min_p(const SamplingJob& job, int n, float best) {
   const auto& s = job.scratch;
   const float limit = min_p_limit(job, best);
   int count = 0;
   for (int i = 0; i < n; i++) {
+    const float x = s.values[i];
+    s.values[count] = x;
     s.weights[count] = s.weights[i];
     s.ids[count] = s.ids[i];
-    count += s.values[i] >= limit;
+    count += x >= limit;
   }
   return count;
 }
 
 inline bool is_finite(float x) { return std::fabs(x) <= FLT_MAX; }
 
+// What may be drawn: so many candidates with their weights, or kAll, whose weights the blocks have.
+constexpr int kAll = -1;
+
+struct Kept {
+  int count;
+  double total;  // of their weights
+};
+
+inline double candidates_total(const SamplingJob& job, int n) {
+  double total = 0;
+  for (int i = 0; i < n; i++) total += job.scratch.weights[i];
+  return total;
+}
+
 // With the weights of the whole vocabulary.
-inline int32_t pick_by_mass(const SamplingJob& job, double u, const Weigher& weigh, float best) {
+inline Kept keep_by_mass(const SamplingJob& job, const Weigher& weigh, float best) {
   const double total = weigh_blocks(job, weigh);
-  if (!(job.params->top_p < 1)) return draw_of_all(job, u, total, weigh);
+  if (!(job.params->top_p < 1)) return {kAll, total};
   int n = gather_top_p(job, best, total, weigh);
   if (job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
-  return draw_of_candidates(job, n, u);
+  return {n, candidates_total(job, n)};
 }
 
 // With the weights of the few that top-k or min-p leave.
-inline int32_t pick_by_rank(const SamplingJob& job, double u, const Weigher& weigh, float best) {
+inline Kept keep_by_rank(const SamplingJob& job, const Weigher& weigh, float best) {
   const bool is_ranked = has_top_k(job);
-  int n = is_ranked ? gather_top_k(job, best) : gather(job, min_p_limit(job, best));
+  int n = is_ranked ? gather_top_k(job, best, job.params->top_k)
+                    : gather(job, min_p_limit(job, best));
   weigh_candidates(job, n, weigh);
   if (is_ranked && job.params->top_p < 1) {
     // behind the candidates stand -inf values, so their weights do not count
@@ -313,7 +322,11 @@ inline int32_t pick_by_rank(const SamplingJob& job, double u, const Weigher& wei
     n = keep_largest(job, n, -FLT_MAX, best, job.params->top_p * total, mass);
   }
   if (is_ranked && job.params->min_p_margin > -INFINITY) n = keep_min_p(job, n, best);
-  return draw_of_candidates(job, n, u);
+  return {n, candidates_total(job, n)};
+}
+
+inline Kept keep(const SamplingJob& job, const Weigher& weigh, float best) {
+  return needs_mass(job) ? keep_by_mass(job, weigh, best) : keep_by_rank(job, weigh, best);
 }
 
 int32_t pick(const SamplingJob& job) {
@@ -323,7 +336,9 @@ int32_t pick(const SamplingJob& job) {
   if (p.is_greedy) return first_equal(job, best);
   const Weigher weigh(best, p.temperature);
   const double u = uniform(p.stream, static_cast<uint64_t>(p.position));
-  return needs_mass(job) ? pick_by_mass(job, u, weigh, best) : pick_by_rank(job, u, weigh, best);
+  const Kept kept = keep(job, weigh, best);
+  if (kept.count == kAll) return draw_of_all(job, u * kept.total, weigh);
+  return job.scratch.ids[walk(job.scratch.weights, kept.count, 0, u * kept.total)];
 }
 
 }  // namespace
