@@ -1,6 +1,7 @@
 """Messages or text to token ids that fit the context. Knows no HTTP schema.
 
-Nothing is cut away in silence: what does not fit is refused with the numbers.
+Nothing is cut away in silence: what does not fit is refused with the numbers. Old turns give way
+only where that is asked for, and it is said which.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatserve.engine.rolling import Rolled, Turns, most_that_fit
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.models.templates import ChatTemplate
 from chatserve.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_MAX_RESERVE = 1024
 
 # "developer" is OpenAI's newer name for "system".
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -70,22 +74,38 @@ class PromptBuilder:
 
         Raises `InvalidRequest`, and `ContextLengthExceeded` when no room for an answer is left.
         """
-        turns = self._checked(messages)
-        if self._system_message is not None and turns[0].role != "system":
-            turns.insert(0, Message("system", self._system_message))
-        rendered = self._template.render(turns)
-        ids = self._tokenizer.encode(
-            rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
-        )
-        if not ids:
-            raise InvalidRequest(
-                f"the chat template {self._template.name} turns this chat into an empty prompt; "
-                "send a message with text",
-                param="messages",
-            )
-        self._check_known(ids, "messages")
+        ids = self._chat_ids(self._checked(messages))
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
+
+    def rolling_chat(self, messages: Sequence[Message], asked: int | None) -> Rolled:
+        """The same, but the oldest turns give way until `asked` tokens of an answer have room.
+
+        Without `asked` it is a quarter of the context, at most 1,024 tokens, and less where the
+        last turn alone leaves less. Raises as `chat` does where even that does not fit.
+        """
+        turns = self._checked(messages)
+        whole = self._chat_ids(turns)
+        reserve = min(self.context_length // 4, _MAX_RESERVE) if asked is None else asked
+        room = self.context_length - max(1, reserve)
+        if len(whole) <= room:
+            return Rolled(whole)
+        order = Turns([turn.role for turn in turns])
+        built: dict[int, list[int]] = {}
+
+        def ids_of(num_kept: int) -> list[int]:
+            if num_kept not in built:
+                built[num_kept] = self._chat_ids([turns[i] for i in order.places(num_kept)])
+            return built[num_kept]
+
+        last = ids_of(1)
+        if len(last) > room:
+            self._check_last_turn(len(last), asked)
+            num_kept = 1
+        else:
+            num_kept = most_that_fit(order.count, lambda number: len(ids_of(number)) <= room)
+        ids = ids_of(num_kept)
+        return Rolled(ids, order.dropped(num_kept), len(whole) - len(ids))
 
     def completion(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt to be continued: text, which is never read as special tokens, or ids.
@@ -123,6 +143,22 @@ class PromptBuilder:
                 param="max_tokens",
             )
         return asked
+
+    def _chat_ids(self, turns: Sequence[Message]) -> list[int]:
+        if self._system_message is not None and turns[0].role != "system":
+            turns = [Message("system", self._system_message), *turns]
+        rendered = self._template.render(turns)
+        ids = self._tokenizer.encode(
+            rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
+        )
+        if not ids:
+            raise InvalidRequest(
+                f"the chat template {self._template.name} turns this chat into an empty prompt; "
+                "send a message with text",
+                param="messages",
+            )
+        self._check_known(ids, "messages")
+        return ids
 
     def _checked(self, messages: Sequence[Message]) -> list[Message]:
         if not messages:
@@ -167,6 +203,22 @@ class PromptBuilder:
                 f"has only {self._vocab_size}; the tokenizer's files are another model's",
                 param=param,
             )
+
+    def _check_last_turn(self, num_tokens: int, asked: int | None) -> None:
+        """Of a chat that has nothing left to drop."""
+        wanted = 1 if asked is None else asked
+        if num_tokens + wanted <= self.context_length:
+            return
+        limit, way_out = "", "shorten the last message"
+        if asked is not None:
+            limit = f" and max_tokens is {asked:,}, together {num_tokens + asked:,}"
+            way_out += " or ask for fewer"
+        raise ContextLengthExceeded(
+            f"the last turn, with the system message, has {num_tokens:,} tokens{limit}; "
+            f"{self._model_name} holds {self.context_length:,} and only earlier turns are dropped; "
+            f"{way_out}",
+            param="messages",
+        )
 
     def _check_length(self, num_tokens: int, param: str, way_out: str) -> None:
         if num_tokens >= self.context_length:
