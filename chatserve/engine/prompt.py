@@ -78,6 +78,13 @@ class PromptBuilder:
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
 
+    def chat_ids(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a chat of any length; without `add_generation_prompt` of what has been said."""
+        turns = self._checked(messages, may_end_with_answer=not add_generation_prompt)
+        return self._chat_ids(turns, add_generation_prompt=add_generation_prompt)
+
     def rolling_chat(self, messages: Sequence[Message], asked: int | None) -> Rolled:
         """The same, but the oldest turns give way until `asked` tokens of an answer have room.
 
@@ -144,10 +151,12 @@ class PromptBuilder:
             )
         return asked
 
-    def _chat_ids(self, turns: Sequence[Message]) -> list[int]:
+    def _chat_ids(
+        self, turns: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
         if self._system_message is not None and turns[0].role != "system":
             turns = [Message("system", self._system_message), *turns]
-        rendered = self._template.render(turns)
+        rendered = self._template.render(turns, add_generation_prompt=add_generation_prompt)
         ids = self._tokenizer.encode(
             rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
         )
@@ -160,7 +169,9 @@ class PromptBuilder:
         self._check_known(ids, "messages")
         return ids
 
-    def _checked(self, messages: Sequence[Message]) -> list[Message]:
+    def _checked(
+        self, messages: Sequence[Message], *, may_end_with_answer: bool = False
+    ) -> list[Message]:
         if not messages:
             raise InvalidRequest("messages is empty; send at least one", param="messages")
         turns = []
@@ -173,7 +184,7 @@ class PromptBuilder:
                 )
             _check_unicode(message.content, f"messages[{index}].content")
             turns.append(Message(role, message.content))
-        if turns[-1].role == "assistant":
+        if turns[-1].role == "assistant" and not may_end_with_answer:
             raise InvalidRequest(
                 "the last message is the assistant's, and continuing it is not supported; "
                 "end the chat with a user message",

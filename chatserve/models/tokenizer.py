@@ -86,10 +86,29 @@ class Tokenizer:
             self._bytes_of[token_id] = known
         return known
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of whole ids; bytes that are no character become U+FFFD."""
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.strips_leading_space else text
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary writes one token; empty for an id without a token."""
+        special = self.special_tokens.by_id.get(token_id)
+        if special is not None:
+            return special.text
+        is_known = 0 <= token_id < self.vocab_size
+        return (self._first.id_to_token(token_id) or "") if is_known else ""
+
+    def decode(self, ids: Iterable[int], *, shows_special: bool = False) -> str:
+        """The text of whole ids; bytes that are no character become U+FFFD.
+
+        Control tokens are no text unless `shows_special` wants them as they are written.
+        """
+        ids, start = list(ids), ""
+        if shows_special and ids and ids[0] == self.bos_id:
+            start = self.piece(ids.pop(0))
+        bytes_of = self._shown_bytes if shows_special else self.token_bytes
+        text = b"".join(map(bytes_of, ids)).decode("utf-8", "replace")
+        return start + (text.removeprefix(" ") if self.strips_leading_space else text)
+
+    def _shown_bytes(self, token_id: int) -> bytes:
+        special = self.special_tokens.by_id.get(token_id)
+        return self.token_bytes(token_id) if special is None else special.text.encode()
 
     def _starts_with_bos(self, parts: Rendered) -> bool:
         first = next((part for part in parts if part), "")
