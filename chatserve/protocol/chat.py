@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.fields import (
     INT64,
     NOTHING,
+    no_op_schemas,
     read_object,
     refuse_unknown,
     validate,
@@ -51,6 +52,40 @@ MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
 # developer is what OpenAI now calls the system role
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
+# what `read_messages` accepts, for the OpenAPI document; a test holds the two together
+_TEXT_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": _TEXT_PART_SCHEMA,
+            "minItems": 1,
+            "maxItems": MAX_CONTENT_PARTS,
+        },
+    ]
+}
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": _CONTENT_SCHEMA,
+            **no_op_schemas(MESSAGE_NO_OPS),
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    },
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+}
+
 
 @dataclass(frozen=True)
 class ChatMessage:
@@ -58,7 +93,8 @@ class ChatMessage:
     content: str
 
 
-def _messages(value: Any) -> list[ChatMessage]:
+def read_messages(value: Any) -> list[ChatMessage]:
+    """Raises `InvalidRequest` naming the message at fault."""
     if not isinstance(value, list):
         raise InvalidRequest("messages must be a list", param="messages")
     if not 1 <= len(value) <= MAX_MESSAGES:
@@ -113,7 +149,9 @@ def _text_part(value: Any, param: str) -> str:
 class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], BeforeValidator(_messages)]
+    messages: Annotated[
+        list[ChatMessage], BeforeValidator(read_messages), WithJsonSchema(MESSAGES_SCHEMA)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
 
     @property

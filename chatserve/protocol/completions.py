@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.fields import read_object, validate
 from chatserve.protocol.sampling_request import MAX_CHOICES, MAX_SEQUENCES, SamplingRequest
 
 MAX_PROMPTS = 64
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# what `_prompts` accepts; a test holds the two together
+PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        _IDS_SCHEMA,
+        {
+            "type": "array",
+            "items": {"anyOf": [{"type": "string"}, _IDS_SCHEMA]},
+            "minItems": 1,
+            "maxItems": MAX_PROMPTS,
+        },
+    ]
+}
 
 COMPLETION_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (None,),
@@ -44,7 +59,9 @@ def _is_ids(value: Any) -> bool:
 class CompletionRequest(SamplingRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)
+    ]
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
 

@@ -14,6 +14,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from chatserve.errors import ChatserveError, InvalidRequest, UnsupportedParameter
+from chatserve.protocol.leniency import ignored_fields
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_NESTING = 64
@@ -86,14 +87,17 @@ def without_no_ops(
     payload: dict[str, Any], no_ops: Mapping[str, tuple[Any, ...]], *, prefix: str = ""
 ) -> dict[str, Any]:
     """`payload` less the fields of `no_ops`, refusing those whose value asks for something."""
-    for name in no_ops.keys() & payload.keys():
+    for name in [name for name in payload if name in no_ops]:
         value = payload[name]
         # by type too: 0 is not False
         if not any(type(value) is type(no_op) and value == no_op for no_op in no_ops[name]):
-            raise UnsupportedParameter(
-                f"{prefix}{name} is not supported; leave it out", param=prefix + name
-            )
+            _refuse(prefix + name, "is not supported")
     return {name: value for name, value in payload.items() if name not in no_ops}
+
+
+def no_op_schemas(no_ops: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """What `without_no_ops` accepts, as JSON Schema, by name."""
+    return {name: {"enum": list(values)} for name, values in no_ops.items()}
 
 
 def check_label(name: str, value: Any) -> None:
@@ -104,10 +108,18 @@ def check_label(name: str, value: Any) -> None:
 
 
 def refuse_unknown(fields: dict[str, Any], known: frozenset[str], *, prefix: str = "") -> None:
-    for name in fields:
-        if name not in known:
-            shown = prefix + name[:64]
-            raise UnsupportedParameter(f"{shown} is not a known field; leave it out", param=shown)
+    """Raises for the first of `fields` that is not `known`; a lenient server takes them out."""
+    for name in [name for name in fields if name not in known]:
+        _refuse(prefix + name[:64], "is not a known field")
+        del fields[name]
+
+
+def _refuse(name: str, reason: str) -> None:
+    """Returns where the server is lenient and the field may be left out."""
+    ignored = ignored_fields()
+    if ignored is None:
+        raise UnsupportedParameter(f"{name} {reason}; leave it out", param=name)
+    ignored.add(name)
 
 
 def is_number(value: Any) -> bool:

@@ -5,12 +5,19 @@ Knows no prompt and no route.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest
-from chatserve.protocol.fields import INT64, is_number, refuse_unknown, without_no_ops
+from chatserve.protocol.fields import (
+    INT64,
+    is_number,
+    no_op_schemas,
+    refuse_unknown,
+    without_no_ops,
+)
 
 MAX_CHOICES = 8
 # of one request: more could never be in the queue together
@@ -18,6 +25,28 @@ MAX_SEQUENCES = 64
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
+
+# what the functions below accept, for the OpenAPI document; a test holds the two together
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_BYTES}
+STOPS_SCHEMA = {
+    "anyOf": [
+        _STOP_SCHEMA,
+        {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
+LOGIT_BIAS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        },
+        {"type": "null"},
+    ]
+}
+STREAM_NO_OPS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (None, False)}
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -59,7 +88,10 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True,
+        json_schema_extra=lambda schema: schema["properties"].update(no_op_schemas(STREAM_NO_OPS)),
+    )  # fmt: skip
 
     include_usage: bool = False
 
@@ -67,9 +99,7 @@ class StreamOptions(BaseModel):
 def _stream_options(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    options = without_no_ops(
-        value, {"include_obfuscation": (None, False)}, prefix="stream_options."
-    )
+    options = without_no_ops(value, STREAM_NO_OPS, prefix="stream_options.")
     refuse_unknown(options, frozenset(StreamOptions.model_fields), prefix="stream_options.")
     return options
 
@@ -92,10 +122,10 @@ class SamplingRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = Field(
-        default_factory=dict
-    )
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = ()
+    logit_bias: Annotated[
+        dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(LOGIT_BIAS_SCHEMA)
+    ] = Field(default_factory=dict)
 
     @property
     def asked_tokens(self) -> int | None:
