@@ -26,11 +26,13 @@ _SPREAD = 64
 class BlockTable:
     """One sequence's blocks in order. `salt` keeps its cached blocks apart from other salts'.
 
-    `hashes` are of its tokens' full blocks, each chained to the one before; `num_published` of them
-    have been offered to the cache.
+    `reads_cache` is false for who wants all of its tokens computed, and not only their keys and
+    values. `hashes` are of its tokens' full blocks, each chained to the one before; `num_published`
+    of them have been offered to the cache.
     """
 
     salt: bytes = b""
+    reads_cache: bool = True
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -149,6 +151,8 @@ class BlockManager:
 
     def _find(self, table: BlockTable, token_ids: Rows[int]) -> list[int]:
         """The cached blocks that hold the beginning of `token_ids`."""
+        if not table.reads_cache:
+            return []
         self._extend_hashes(table, token_ids, len(token_ids) // self.block_size)
         found: list[int] = []
         for digest in table.hashes:

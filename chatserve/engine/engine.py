@@ -6,16 +6,17 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
+from chatserve.engine.masks import Failures, Masks
 from chatserve.engine.output import OutputText, TokenBytes
 from chatserve.engine.runner import Runner
-from chatserve.engine.sampler import build_sampler
-from chatserve.engine.sampler_state import SamplerState
+from chatserve.engine.sampler import build_sampler, on_host
+from chatserve.engine.sampler_state import UNCHANGED, SamplerState
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import (
     FinishReason,
@@ -23,12 +24,16 @@ from chatserve.engine.sequence import (
     SamplingParams,
     Sequence,
     TokenEvent,
+    TokenLogprobs,
 )
 from chatserve.engine.speculation import Drafter
+from chatserve.engine.turn import Live, Turn
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.batch import Model
 
 logger = logging.getLogger(__name__)
+
+Scores = dict[str, tuple[TokenLogprobs | None, ...]]
 
 
 class EngineTokenizer(TokenBytes, Protocol):
@@ -42,24 +47,6 @@ class EngineTokenizer(TokenBytes, Protocol):
 
     @property
     def strips_leading_space(self) -> bool: ...
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What one sequence says in one step: a token, and more while its draft turns out right."""
-
-    sequence: Sequence
-    state: SamplerState
-    draft_ids: Rows[int]
-    row: int
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    reason: FinishReason | None = None
-    is_failed: bool = False
-
-    @property
-    def num_accepted(self) -> int:
-        return max(0, len(self.token_ids) - 1)
 
 
 class Engine:
@@ -103,7 +90,8 @@ class Engine:
         )
         self._seed = seed
         self._speculation = speculation
-        self._live: dict[str, tuple[Sequence, OutputText, SamplerState]] = {}
+        self._masks = Masks()
+        self._live: dict[str, Live] = {}
 
     @property
     def has_work(self) -> bool:
@@ -175,11 +163,12 @@ class Engine:
             seed = self._seed if self._seed is not None else secrets.randbits(63)
         if adapter is not None:
             salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
+        table = BlockTable(salt, reads_cache=params.prompt_logprobs is None)
         sequence = Sequence(
-            seq_id, tuple(prompt_ids), params, seed, choice, group, BlockTable(salt),
-            adapter=adapter,
-        )  # fmt: skip
-        if self._speculation:
+            seq_id, tuple(prompt_ids), params, seed, choice, group, table, adapter=adapter
+        )
+        # a grammar's mask is known for the next token only
+        if self._speculation and params.grammar is None and params.max_tokens > 1:
             sequence.drafter = Drafter(sequence.token_ids)
         self._scheduler.add(sequence)
         output = OutputText(
@@ -191,12 +180,12 @@ class Engine:
             params, sequence.prompt_ids, seed=seed, choice=choice, end_ids=self._tokenizer.eos_ids,
             vocab_size=self._vocab_size,
         )  # fmt: skip
-        self._live[seq_id] = (sequence, output, state)
+        self._live[seq_id] = Live(sequence, output, state)
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free what it holds; unknown and finished ones are left alone."""
         if live := self._live.pop(seq_id, None):
-            self._scheduler.remove(live[0])
+            self._scheduler.remove(live.sequence)
 
     def step(self) -> list[TokenEvent]:
         """Run one batch. Returns an event for each sequence that got a token, ended or failed.
@@ -232,38 +221,81 @@ class Engine:
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
         states: list[SamplerState | None] = []
         for item in batch:
+            states += [None] * len(item.scored)
             if item.is_sampled:
-                states.append(self._live[item.sequence.seq_id][2])
+                states.append(self._live[item.sequence.seq_id].state)
                 states += [None] * len(item.draft_ids)  # depends on what is picked before it
-        ahead = self._sampler.ahead(states)
-        logits = self._runner.run(batch, ahead)
-        turns = self._say(batch, logits, ahead.token_ids if ahead else None)
+        self._masks.begin(states)
+        try:
+            # who waits for a mask is sampled after the step
+            ahead = self._sampler.ahead([s if s and s.matcher is None else None for s in states])
+            logits = self._runner.run(batch, ahead)
+        finally:
+            failures = self._masks.finish()
+        scores: Scores = {}
+        if any(_wants_logprobs(item) for item in batch):
+            logits = on_host(logits)
+            scores = self._score(batch, logits)
+        turns = self._say(batch, logits, ahead.token_ids if ahead else None, failures)
+        events = []
         for item in batch:
-            turn = turns.get(item.sequence.seq_id)
+            seq_id = item.sequence.seq_id
+            turn = turns.get(seq_id)
             self._scheduler.complete(item, turn.num_accepted if turn else 0)
-        return [self._close(turn) for turn in turns.values()]
+            if turn or item.is_final or seq_id in scores:
+                events.append(self._close(item, turn, scores.get(seq_id, ())))
+        return events
 
-    def _say(
-        self, batch: Rows[Scheduled], logits: torch.Tensor, picked: Rows[int] | None
-    ) -> dict[str, _Turn]:
-        """Sample each sequence's next token, and the one behind it while its draft is right.
+    def _score(self, batch: Rows[Scheduled], logits: torch.Tensor) -> Scores:
+        """How likely the tokens behind the scored positions are, by sequence.
 
-        `picked`: the next tokens by row, where the model has sampled them.
+        Raises `GenerationFailed` where the model computed no finite logits.
         """
-        turns: dict[str, _Turn] = {}
+        scores: Scores = {}
         row = 0
         for item in batch:
+            sequence, num_scored = item.sequence, len(item.scored)
+            num_top = sequence.params.prompt_logprobs
+            if num_top is not None and sequence.num_computed < sequence.num_prompt_tokens:
+                told = self._sampler.logprobs(
+                    logits, [UNCHANGED] * num_scored, range(row, row + num_scored),
+                    [sequence.token_ids[position + 1] for position in item.scored],
+                    [num_top] * num_scored,
+                )  # fmt: skip
+                if None in told:
+                    raise GenerationFailed("the model computed no finite logits")
+                is_first = sequence.num_scored == 0 and not sequence.num_generated_tokens
+                # nothing comes before the first token that could tell
+                if is_first or told:
+                    scores[sequence.seq_id] = (*([None] * is_first), *told)
+            row += num_scored + (1 + len(item.draft_ids)) * item.is_sampled
+        return scores
+
+    def _say(
+        self,
+        batch: Rows[Scheduled],
+        logits: torch.Tensor,
+        picked: Rows[int] | None,
+        failures: Failures,
+    ) -> dict[str, Turn]:
+        """Sample each sequence's next token, and the one behind it while its draft is right.
+
+        `picked`: the next tokens by row, where the model has sampled them; those that wait for a
+        mask are not among them. `failures`: masks that there are not.
+        """
+        turns: dict[str, Turn] = {}
+        row = 0
+        for item in batch:
+            row += len(item.scored)
             if item.is_sampled:
-                seq_id = item.sequence.seq_id
-                turns[seq_id] = _Turn(item.sequence, self._live[seq_id][2], item.draft_ids, row)
+                live = self._live[item.sequence.seq_id]
+                turns[item.sequence.seq_id] = Turn(live, item, row, error=failures.get(live.state))
                 row += 1 + len(item.draft_ids)
-        speaking = list(turns.values())
+        speaking = [turn for turn in turns.values() if turn.error is None]
         while speaking:
-            rows = [turn.row for turn in speaking]
-            if picked is not None:
-                token_ids, picked = [picked[row] for row in rows], None
-            else:
-                token_ids = self._sampler.sample(logits, [turn.state for turn in speaking], rows)
+            token_ids = self._pick(logits, speaking, picked)
+            picked = None
+            self._tell(logits, speaking, token_ids)
             speaking = [
                 turn
                 for turn, token_id in zip(speaking, token_ids, strict=True)
@@ -271,46 +303,69 @@ class Engine:
             ]
         return turns
 
-    def _advance(self, turn: _Turn, token_id: int) -> bool:
-        """Append a sampled token; true if the draft foretold it and the sequence goes on."""
-        if token_id < 0:
-            turn.is_failed = True
-            return False
-        sequence = turn.sequence
-        sequence.token_ids.append(token_id)
-        turn.state.add(token_id)
-        turn.token_ids.append(token_id)
-        params, output = sequence.params, self._live[sequence.seq_id][1]
-        is_eos = token_id in self._tokenizer.eos_ids and not params.ignore_eos
-        is_end = is_eos or token_id in params.stop_token_ids
-        text, is_stop = output.add(token_id, is_hidden=is_end)
-        if is_end or is_stop:
-            turn.reason = "stop"
-        elif sequence.num_generated_tokens >= params.max_tokens:
-            turn.reason = "length"
-        if turn.reason and not is_stop:
-            text += output.finish()
-        turn.text += text
-        num_said = len(turn.token_ids)
-        is_foretold = num_said <= len(turn.draft_ids) and turn.draft_ids[num_said - 1] == token_id
-        turn.row += 1
-        return is_foretold and turn.reason is None
+    def _pick(
+        self, logits: torch.Tensor, speaking: Rows[Turn], picked: Rows[int] | None
+    ) -> Rows[int]:
+        """The next token of each turn: `picked` already, or sampled now."""
+        late = [turn for turn in speaking if picked is None or turn.state.matcher is not None]
+        sampled = iter(
+            self._sampler.sample(logits, [turn.state for turn in late], [turn.row for turn in late])
+        )
+        if picked is None:
+            return list(sampled)
+        return [
+            picked[turn.row] if turn.state.matcher is None else next(sampled) for turn in speaking
+        ]
 
-    def _close(self, turn: _Turn) -> TokenEvent:
+    def _tell(self, logits: torch.Tensor, speaking: Rows[Turn], token_ids: Rows[int]) -> None:
+        """Note how likely the tokens were, for the turns that are asked for it."""
+        asked = [
+            (turn, token_id, turn.sequence.params.logprobs)
+            for turn, token_id in zip(speaking, token_ids, strict=True)
+            if turn.sequence.params.logprobs is not None and token_id >= 0
+        ]
+        if not asked:
+            return
+        told = self._sampler.logprobs(
+            logits,
+            [turn.state for turn, _, _ in asked],
+            [turn.row for turn, _, _ in asked],
+            [token_id for _, token_id, _ in asked],
+            [num_top or 0 for _, _, num_top in asked],
+        )
+        for (turn, _, _), logprobs in zip(asked, told, strict=True):
+            if logprobs is not None:
+                turn.logprobs.append(logprobs)
+
+    def _advance(self, turn: Turn, token_id: int) -> bool:
+        try:
+            return turn.advance(token_id, self._tokenizer.eos_ids)
+        except ChatserveError as error:  # a grammar that does not know its own mask
+            turn.error = error
+            return False
+
+    def _close(
+        self, item: Scheduled, turn: Turn | None, scores: tuple[TokenLogprobs | None, ...]
+    ) -> TokenEvent:
         """Say what became of the sequence."""
-        sequence = turn.sequence
-        if turn.is_failed:
-            return self._fail(sequence, GenerationFailed("the model computed no finite logits"))
-        if turn.reason:
+        sequence = item.sequence
+        if turn and turn.error:
+            return self._fail(sequence, turn.error)
+        reason: FinishReason | None = "length" if item.is_final else None
+        if turn:
+            reason = turn.reason
+        if reason:
             self.abort(sequence.seq_id)
         return TokenEvent(
             seq_id=sequence.seq_id,
-            text=turn.text,
-            token_ids=tuple(turn.token_ids),
+            text=turn.text if turn else "",
+            token_ids=tuple(turn.token_ids) if turn else (),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_generated_tokens=sequence.num_generated_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=turn.reason,
+            finish_reason=reason,
+            logprobs=tuple(turn.logprobs) if turn else (),
+            prompt_logprobs=scores,
         )
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
@@ -331,3 +386,8 @@ class Engine:
             num_generated_tokens=sequence.num_generated_tokens,
             error=error,
         )
+
+
+def _wants_logprobs(item: Scheduled) -> bool:
+    params = item.sequence.params
+    return params.logprobs is not None or params.prompt_logprobs is not None

@@ -43,7 +43,8 @@ class Runner(Generic[Pool]):
     def run(self, items: Rows[Scheduled], ahead: Ahead | None = None) -> torch.Tensor:
         """Logits (R, V) of what is sampled, in order; R may be 0.
 
-        A sampled item has a row for the end of the sequence and one for each token of its draft.
+        An item has a row for each position that is scored; a sampled one then has a row for the end
+        of the sequence and one for each token of its draft.
         `ahead`: see `Batch`.
         Stores the scheduled tokens' keys and values in each sequence's blocks.
         """
@@ -55,6 +56,7 @@ class Runner(Generic[Pool]):
             sequence, first = item.sequence, item.sequence.num_computed
             start, end = len(token_ids), first + item.num_tokens
             token_ids += sequence.token_ids[first:end]
+            output_rows += (start + position - first for position in item.scored)
             if item.is_sampled:
                 output_rows.append(len(token_ids) - 1)
             if item.draft_ids:

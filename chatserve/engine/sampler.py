@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from chatserve.engine.sampler_state import SamplerState, min_p_margin, uniform
-from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.sequence import SamplingParams, TokenLogprobs
 from chatserve.models.batch import Model
 from chatserve.models.kernel_sampler import Ahead, KernelSampler, build_kernel_sampler
 
@@ -51,8 +51,9 @@ class Sampler:
     ) -> list[int]:
         """Pick one id for each state, from rows `places` of logits (R, V), or all in order.
 
-        Any float dtype and device; the logits may be overwritten. A row with a NaN, with +inf or
-        without any finite logit gives -1: the caller fails that sequence alone.
+        Any float dtype and device. A row with a NaN, with +inf or without any finite logit gives
+        -1: the caller fails that sequence alone. Logits of `on_host` are left as they were sampled
+        from, others may be.
         """
         if not states:
             return []
@@ -60,11 +61,48 @@ class Sampler:
             return self._argmax(logits if places is None else logits[list(places)])
         if self._kernel is not None:
             return self._kernel.sample(logits, [state.address for state in states], places)
-        rows = logits.to("cpu", torch.float32)
-        order = range(len(states)) if places is None else places
+        return self._sample_rows(logits.to("cpu", torch.float32), states, places)
+
+    @torch.inference_mode()
+    def _sample_rows(
+        self, rows: torch.Tensor, states: Rows[SamplerState], places: Rows[int] | None
+    ) -> list[int]:
+        token_ids = []
+        for place, state in zip(places or range(len(states)), states, strict=True):
+            rows[place] = adjust(rows[place], state, self._forbidden_ids)
+            token_ids.append(sample_row(rows[place], state))
+        return token_ids
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        states: Rows[SamplerState],
+        places: Rows[int],
+        token_ids: Rows[int],
+        num_tops: Rows[int],
+    ) -> list[TokenLogprobs | None]:
+        """How likely each of `token_ids` was, from rows `places` of logits (R, V) of `on_host`.
+
+        The logits are those that the tokens were sampled from. None for a row that gives no token.
+        """
+        if not states:
+            return []
+        if self._kernel is None:
+            rows = zip(states, places, token_ids, num_tops, strict=True)
+            return [
+                row_logprobs(logits[place], state.params, token_id, num_top)
+                for state, place, token_id, num_top in rows
+            ]
+        addresses = [state.address for state in states]
+        values, top_ids = self._kernel.logprobs(logits, addresses, places, token_ids, num_tops)
+        rows_of_values, rows_of_ids = values.tolist(), top_ids.tolist()
         return [
-            sample_row(adjust(rows[place], state, self._forbidden_ids), state)
-            for place, state in zip(order, states, strict=True)
+            TokenLogprobs(token_id, own, tuple(_until_none(ids, rest)[:num_top]))
+            if own == own
+            else None
+            for token_id, (own, *rest), ids, num_top in zip(
+                token_ids, rows_of_values, rows_of_ids, num_tops, strict=True
+            )
         ]
 
     def _argmax(self, logits: torch.Tensor) -> list[int]:
@@ -74,6 +112,12 @@ class Sampler:
         best = logits.argmax(dim=-1)
         is_healthy = torch.isfinite(logits.gather(1, best[:, None])[:, 0])
         return torch.where(is_healthy, best, -1).tolist()
+
+
+def on_host(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (R, V) float32 on the CPU, each row in one piece; themselves where they are so."""
+    logits = logits.to("cpu", torch.float32)
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 def adjust(
@@ -92,6 +136,8 @@ def adjust(
     logits[torch.from_numpy(state.masked_ids)] = -torch.inf
     if forbidden_ids is not None:
         logits[forbidden_ids] = -torch.inf
+    if state.matcher is not None:
+        logits[torch.from_numpy(state.ruled_out[: len(logits)])] = -torch.inf
     return logits
 
 
@@ -105,6 +151,26 @@ def sample_row(logits: torch.Tensor, state: SamplerState) -> int:
     cumulative = weights(logits, state.params).cumsum(0)
     point = uniform(state.seed, state.choice, state.position) * cumulative[-1]
     return int(torch.searchsorted(cumulative, point, right=True))
+
+
+def row_logprobs(
+    logits: torch.Tensor, params: SamplingParams, token_id: int, num_top: int
+) -> TokenLogprobs | None:
+    """Of adjusted logits (V,) float32; None where `sample_row` gives -1. See `TokenLogprobs`."""
+    if not torch.isfinite(logits.max()):
+        return None
+    if params.is_greedy:
+        params = SamplingParams()
+    mass = weights(logits, params)
+    best, total = logits.max().double(), mass.sum().log()
+
+    def logprob(id_: int) -> float:
+        return float((logits[id_].double() - best) / params.temperature - total)
+
+    kept = torch.where(mass > 0, logits, -torch.inf)
+    top_ids = kept.sort(descending=True, stable=True).indices[:num_top].tolist()
+    top = [(id_, logprob(id_)) for id_ in top_ids if kept[id_] > -torch.inf]
+    return TokenLogprobs(token_id, logprob(token_id), tuple(top))
 
 
 def weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -145,3 +211,7 @@ def _num_up_to(logits: torch.Tensor, top_p: float, temperature: float) -> int:
     heavy = heavy.sort(descending=True).values
     before = _weigh(heavy, heavy[0].double(), temperature).cumsum(0)
     return 1 + int((before[:-1] < wanted).sum())
+
+
+def _until_none(ids: list[int], logprobs: list[float]) -> list[tuple[int, float]]:
+    return [(id_, logprob) for id_, logprob in zip(ids, logprobs, strict=True) if id_ >= 0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from chatserve.engine.grammar import Matcher
 from chatserve.engine.sequence import SamplingParams
 from chatserve.models.kernel_sampler import SamplingRecord
 
@@ -41,6 +42,10 @@ class SamplerState:
     Of the tokens so far it keeps what the parameters ask for: `seen_ids`, prompt and answer, for
     the repetition penalty; `offset_ids` with `offsets`, the logit bias less the presence and
     frequency penalties of the answer's tokens. `record` says the same to the kernels.
+
+    With a grammar, `matcher` is how far the answer has come in it, and `allowed` are its mask's
+    words, which somebody has to fill before each token. Then the grammar alone says when an answer
+    may end: `min_tokens` has no say.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class SamplerState:
         self._counts: dict[int, int] = {}
         self._is_counting = params.presence_penalty != 0 or params.frequency_penalty != 0
         self._offset_ids, self._offsets = array("i"), array("f")
+        self.matcher: Matcher | None = params.grammar.matcher() if params.grammar else None
+        self.allowed = np.zeros(-(-vocab_size // 32) if self.matcher else 0, np.uint32)
         self._masked_ids = np.array(
             sorted(id_ for id_ in {*end_ids, *params.stop_token_ids} if id_ < vocab_size),
             dtype=np.int32,
@@ -71,12 +78,13 @@ class SamplerState:
             min_p_margin=min_p_margin(params),
             stream=split_mix(seed, choice),
             position=len(prompt_ids),
-            masked_until=len(prompt_ids) + params.min_tokens,
+            masked_until=len(prompt_ids) + (0 if self.matcher else params.min_tokens),
             masked_ids=self._masked_ids.ctypes.data,
             num_masked=len(self._masked_ids),
             top_k=min(params.top_k, 2**31 - 1),
             is_greedy=params.is_greedy,
             repetition_penalty=params.repetition_penalty,
+            allowed=self.allowed.ctypes.data if self.matcher else None,
         )
         self.address = self.record.address
         if params.repetition_penalty != 1:
@@ -106,7 +114,7 @@ class SamplerState:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the largest logit it is, as the model computed them."""
-        changes = self._seen_ids or self._offset_ids or len(self.masked_ids)
+        changes = self._seen_ids or self._offset_ids or len(self.masked_ids) or self.matcher
         return self.params.is_greedy and not changes
 
     @property
@@ -127,6 +135,12 @@ class SamplerState:
         """Ids that are not to stand at this position."""
         is_masked = self.record.position < self.record.masked_until
         return self._masked_ids if is_masked else self._masked_ids[:0]
+
+    @property
+    def ruled_out(self) -> _Array:
+        """(V,) of bool: what the grammar does not allow at this position; empty without one."""
+        is_allowed: _Array = np.unpackbits(self.allowed.view(np.uint8), bitorder="little")
+        return is_allowed == 0
 
     def _count(self, token_id: int) -> None:
         params = self.params
@@ -156,3 +170,7 @@ def min_p_margin(params: SamplingParams) -> float:
 
 def _has_at(ids: array[int], place: int, token_id: int) -> bool:
     return place < len(ids) and ids[place] == token_id
+
+
+UNCHANGED = SamplerState(SamplingParams(), (), seed=0, vocab_size=0)
+"""Of no sequence: for what the model says, whatever anybody asks for."""

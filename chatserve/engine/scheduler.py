@@ -19,6 +19,8 @@ from chatserve.errors import ContextLengthExceeded
 
 logger = logging.getLogger(__name__)
 
+# logits of so many tokens of a prompt at once: 12 MB where the vocabulary has 49,152
+_MAX_SCORED = 64
 _WATERMARK = 100  # one block in so many stays free at admission, for those that run
 
 
@@ -28,12 +30,16 @@ class Scheduled:
 
     `is_sampled`: they reach the sequence's end, so that a token is sampled. `draft_ids` are guesses
     of what it will be and what follows, computed in the same step to be kept or thrown away.
+    `scored`: positions among them that tell how likely the prompt's next tokens are. `is_final`:
+    they reach the end of a sequence that no token is wanted of.
     """
 
     sequence: Sequence
     num_tokens: int
     is_sampled: bool
     draft_ids: Rows[int] = ()
+    scored: range = range(0)
+    is_final: bool = False
 
 
 @dataclass
@@ -45,8 +51,11 @@ class Plan:
     num_tokens: int = 0
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        is_sampled = num_tokens == sequence.num_uncomputed
-        self.items.append(Scheduled(sequence, num_tokens, is_sampled))
+        is_whole = num_tokens == sequence.num_uncomputed
+        is_final = is_whole and sequence.params.max_tokens == 0
+        scored = sequence.scored_within(sequence.num_computed + num_tokens)
+        is_sampled = is_whole and not is_final
+        self.items.append(Scheduled(sequence, num_tokens, is_sampled, (), scored, is_final))
         self.num_tokens += num_tokens
 
     def add_draft(self, index: int, draft_ids: Rows[int]) -> None:
@@ -146,6 +155,7 @@ class Scheduler:
         `num_accepted` of its draft have become the sequence's own; the rest leaves no trace.
         """
         sequence = item.sequence
+        sequence.num_scored = max(sequence.num_scored, item.scored.stop)
         sequence.num_computed += item.num_tokens + num_accepted
         self._blocks.publish(sequence.table, sequence.token_ids, sequence.num_computed)
         if item.draft_ids:
@@ -176,6 +186,8 @@ class Scheduler:
 
     def _prefill(self, sequence: Sequence, plan: Plan) -> None:
         budget = self._max_num_batched_tokens - plan.num_tokens
+        if sequence.params.prompt_logprobs is not None:
+            budget = min(budget, _MAX_SCORED)
         if num_tokens := min(sequence.num_uncomputed, budget):
             plan.add(sequence, num_tokens)
 
@@ -216,7 +228,7 @@ class Scheduler:
 
     def _find_leader(self, sequence: Sequence) -> Sequence:
         """Who computes the prompt: the first of its group that is still there, perhaps itself."""
-        if sequence.group is None:
+        if sequence.group is None or not sequence.table.reads_cache:
             return sequence
         leader = self._leaders.setdefault(sequence.group, sequence)
         is_alike = leader is sequence or (

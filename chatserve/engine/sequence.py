@@ -96,6 +96,8 @@ class Sequence:
     num_computed: int = 0
     num_cached_tokens: int = 0
     """How many of the prompt needed no computing when it was first admitted."""
+    num_scored: int = 0
+    """Of the prompt's tokens, behind which it is known how likely the next one is."""
     adapter: LoadedAdapter | None = None
     """What changes the base for this sequence; no other may share its keys and values."""
     drafter: Drafter | None = None
@@ -112,6 +114,14 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    def scored_within(self, end: int) -> range:
+        """Of the uncomputed positions before `end`, those that tell of a token of the prompt."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        # a preempted sequence computes some again
+        first = max(self.num_computed, self.num_scored)
+        return range(first, max(first, min(end, self.num_prompt_tokens - 1)))
 
 
 @dataclass(frozen=True, slots=True)

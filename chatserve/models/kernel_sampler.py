@@ -1,4 +1,7 @@
-"""The compiled sampler: logits and sequences' records in, token ids out. No formulas, no policy."""
+"""The compiled sampler: logits and sequences' records in, token ids and logprobs out.
+
+No formulas, no policy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from chatserve.errors import DoesNotFit
 from chatserve.kernels import library
@@ -44,6 +48,35 @@ class KernelSampler:
             raise DoesNotFit(f"no memory to sample from {vocab_size:,} tokens")
         self.handle: int = handle
         library.destroy_with(self, self._functions.cs_sampler_destroy, handle)
+
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        addresses: Sequence[int],
+        places: Sequence[int],
+        token_ids: Sequence[int],
+        num_tops: Sequence[int],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Of rows `places` of logits (R, V) float32 on the CPU, each stored in one piece: natural
+        logarithms of the probabilities with which the records at `addresses` pick `token_ids`.
+
+        The logits are as `sample` has left them, or a step that has picked ahead. Returns (N, 1 + T)
+        logprobs, first each token's own, then its `num_tops` likeliest ones', falling, whose ids
+        are in (N, T), -1 where there are no more; T is the largest of `num_tops`. NaN for a row that
+        `sample` has no id for.
+        """
+        num_rows, most = len(addresses), max(num_tops)
+        logprobs = np.empty((num_rows, 1 + most), np.float32)
+        top_ids = np.empty((num_rows, most), np.int32)
+        check(
+            self._functions.cs_sampler_logprobs(
+                self.handle, logits.data_ptr(), logits.stride(0), logits.shape[0],
+                (ctypes.c_int32 * num_rows)(*places), (ctypes.c_void_p * num_rows)(*addresses),
+                (ctypes.c_int32 * num_rows)(*token_ids), (ctypes.c_int32 * num_rows)(*num_tops),
+                num_rows, most, logprobs.ctypes.data, top_ids.ctypes.data,
+            )
+        )  # fmt: skip
+        return logprobs, top_ids
 
     def sample(
         self, logits: torch.Tensor, addresses: Sequence[int], places: Sequence[int] | None = None
