@@ -18,6 +18,7 @@ from chatserve.models.form import native_config
 from chatserve.models.rotary_layout import Layout, put_right, row_orders
 from chatserve.models.weights import TensorInfo, WeightSource
 
+MAX_FACTOR = 64  # by which positions were ever stretched, and far more
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -92,6 +93,43 @@ class WrongHead:
         return dataclasses.replace(
             checkpoint, config=config, weights=_Renamed(checkpoint.weights, names)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingScaling:
+    """No `rope_scaling` in a config whose `max_sequence_length` is a multiple of the positions.
+
+    Vicuna v1.5-16k with that entry lost: its positions run `factor` times too fast.
+    """
+
+    factor: int
+
+    @property
+    def what(self) -> str:
+        return (
+            f"config.json lacks the rope_scaling that its max_sequence_length asks for "
+            f"({{'type': 'linear', 'factor': {self.factor:.1f}}})"
+        )
+
+    def mended(self, checkpoint: Checkpoint) -> Checkpoint:
+        config = dict(checkpoint.config)
+        scaling = {"rope_type": "linear", "factor": float(self.factor)}
+        table = config.get("rope_parameters")  # where transformers 5 has it, beside the base
+        if isinstance(table, dict):
+            config["rope_parameters"] = {**table, **scaling}
+        else:
+            config["rope_scaling"] = scaling
+        return dataclasses.replace(checkpoint, config=config)
+
+
+def suspected_scaling(checkpoint: Checkpoint) -> MissingScaling | None:
+    """Scaling that config.json itself misses; looks at no weight."""
+    config = native_config(checkpoint)
+    whole = checkpoint.config.get("max_sequence_length")
+    if config.rope.kind != "default" or isinstance(whole, bool) or not isinstance(whole, int):
+        return None
+    factor, rest = divmod(whole, config.context_length)
+    return MissingScaling(factor) if factor > 1 and not rest and factor <= MAX_FACTOR else None
 
 
 def suspected_rows(checkpoint: Checkpoint) -> RotaryRows | None:

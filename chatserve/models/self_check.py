@@ -13,7 +13,12 @@ from chatserve.errors import ModelLoadError
 from chatserve.models import reading
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import is_native
-from chatserve.models.conversion_faults import Fault, other_faults, suspected_rows
+from chatserve.models.conversion_faults import (
+    Fault,
+    other_faults,
+    suspected_rows,
+    suspected_scaling,
+)
 from chatserve.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +65,8 @@ def diagnose(
     if not is_native(checkpoint.config):
         return None
     rows = suspected_rows(checkpoint)
-    suspects: list[Fault] = [rows] if rows else []
+    scaling = suspected_scaling(checkpoint)
+    suspects: list[Fault] = [each for each in (scaling, rows) if each]
     if not is_readable:
         suspects += other_faults(checkpoint)
     if not suspects:

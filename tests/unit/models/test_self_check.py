@@ -22,7 +22,14 @@ from chatserve.models import reading, self_check
 from chatserve.models.batch import Batch, Segment
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.config import ModelConfig
-from chatserve.models.conversion_faults import Fault, RotaryRows, SwappedGateUp, suspected_rows
+from chatserve.models.conversion_faults import (
+    Fault,
+    MissingScaling,
+    RotaryRows,
+    SwappedGateUp,
+    suspected_rows,
+    suspected_scaling,
+)
 from chatserve.models.device import choose_policy
 from chatserve.models.loader import load_model
 from chatserve.models.repair import find_repairs
@@ -174,6 +181,54 @@ def test_a_head_that_was_never_trained_is_found(tmp_path: Path) -> None:
     edit(folder, tie_word_embeddings=False)
     with pytest.raises(ModelLoadError, match=r"false, but its embedding is the head"):
         served(folder)
+
+
+LONG = {"max_position_embeddings": 512, "max_sequence_length": 2048}
+
+
+@pytest.fixture(scope="module")
+def stretched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained with linear scaling, as Vicuna v1.5-16k."""
+    folder = tmp_path_factory.mktemp("stretched") / "m"
+    theta = {"rope_theta": 10_000.0}
+    return save_trained(folder, rope_parameters={"rope_type": "linear", "factor": 4.0, **theta})
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_parameters": None}, {"rope_parameters": {"rope_theta": 1e4}}]
+)
+def test_scaling_that_config_json_lost_is_missed_and_put_back(
+    stretched: Path, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    served(copied(stretched, tmp_path / "right", **LONG))
+    folder = copied(stretched, tmp_path / "m", **LONG, **rope)
+    with pytest.raises(ModelLoadError, match=r"lacks the rope_scaling .*'factor': 4\.0.*repair"):
+        served(folder)
+    repair = find_repairs(folder)
+    with closing(repair.checkpoint.weights):
+        assert "rope_scaling" in repair.findings[0]
+        network = ModelConfig.from_hf(repair.checkpoint.config)
+    assert (network.rope.kind, network.rope.factor) == ("linear", 4.0)
+    assert network.context_length == 2048
+
+
+def test_right_weights_are_not_stretched_for_what_config_json_says(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = copied(trained, tmp_path / "m", **LONG)
+    checkpoint = open_checkpoint(folder)
+    with closing(checkpoint.weights):
+        assert suspected_scaling(checkpoint) == MissingScaling(4)
+    served(folder)
+
+
+@pytest.mark.parametrize("length", [512, 1000, 512 * 65, True, "2048", None])
+def test_lengths_that_ask_for_no_scaling(
+    opened: tuple[Checkpoint, Tokenizer], length: object
+) -> None:
+    checkpoint = opened[0]
+    config = {**checkpoint.config, "max_sequence_length": length}
+    assert suspected_scaling(dataclasses.replace(checkpoint, config=config)) is None
 
 
 def test_random_weights_are_served_with_one_warning(
