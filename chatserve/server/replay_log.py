@@ -1,0 +1,214 @@
+"""What it takes to repeat an answer: prompt ids, sampling with its seed, the ids that were said.
+
+Off unless asked for, because it keeps prompts. One SQLite file that only its owner can read, shared
+by all workers of this user; the oldest answers go when it is full. Knows no HTTP header and so no
+key, no engine and no text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from chatserve import environment
+from chatserve.errors import CannotWrite, UsageError
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWERS = 10_000
+MAX_BYTES = 256 * 1024 * 1024
+_MAX_QUEUED = 1000
+_BUSY_TIMEOUT_S = 5.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    place INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    num_bytes INTEGER NOT NULL,
+    record BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS sizes ON answers (place, num_bytes);
+"""
+
+
+@dataclass(frozen=True)
+class LoggedPrompt:
+    """One prompt and what each of its choices said.
+
+    `sampling`: the fields of `SamplingParams` that decide which token comes next, with the seed
+    that was drawn where the request brought none.
+    """
+
+    ids: Sequence[int]
+    sampling: Mapping[str, Any]
+    choices: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """One answer. `model` as the request named it, `adapter` by its name beside the base.
+
+    `created` in seconds since 1970. `finish_reasons`: one for each choice of each prompt; `abort`
+    for a client that left, `error` for what failed.
+    """
+
+    id: str
+    created: int
+    model: str
+    adapter: str | None
+    fingerprint: str
+    prompts: Sequence[LoggedPrompt]
+    finish_reasons: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(len(ids) for prompt in self.prompts for ids in prompt.choices)
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS)
+
+    @staticmethod
+    def from_json(data: bytes) -> LoggedAnswer:
+        fields = orjson.loads(data)
+        prompts = tuple(LoggedPrompt(**prompt) for prompt in fields.pop("prompts"))
+        return LoggedAnswer(prompts=prompts, **fields)
+
+
+def default_path() -> Path:
+    return environment.home() / "replay.db"
+
+
+class ReplayLog:
+    """Writes answers in a thread of its own; no stream ever waits for the disk."""
+
+    def __init__(
+        self, path: Path, *, max_answers: int = MAX_ANSWERS, max_bytes: int = MAX_BYTES
+    ) -> None:
+        """Makes the file where there is none. Raises `UsageError` or `CannotWrite`."""
+        self._path = path
+        self._max_answers = max_answers
+        self._max_bytes = max_bytes
+        self._queue: queue.Queue[LoggedAnswer | None] = queue.Queue(_MAX_QUEUED)
+        self._is_failing = False
+        _make_private(path)
+        with _opened(path) as database:
+            database.executescript(_SCHEMA)
+        self._thread = threading.Thread(target=self._write_all, name="replay log", daemon=True)
+        self._thread.start()
+
+    def add(self, answer: LoggedAnswer) -> None:
+        """Keep it, soon. Called from the event loop: it never waits and never fails."""
+        try:
+            self._queue.put_nowait(answer)
+        except queue.Full:
+            self._complain(answer, "the disk is too slow")
+
+    def close(self) -> None:
+        """Write what has been added."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write_all(self) -> None:
+        while True:
+            answer = self._queue.get()
+            if answer is None:
+                return
+            try:
+                self._write(answer)
+            except (sqlite3.Error, OSError, CannotWrite) as error:
+                self._complain(answer, str(error))
+            else:
+                self._is_failing = False
+
+    def _write(self, answer: LoggedAnswer) -> None:
+        record = answer.to_json()
+        if len(record) > self._max_bytes:
+            raise CannotWrite(f"it has {len(record):,} bytes, all may have {self._max_bytes:,}")
+        with _opened(self._path) as database, database:
+            database.execute(
+                "INSERT OR REPLACE INTO answers (id, num_bytes, record) VALUES (?, ?, ?)",
+                (answer.id, len(record), record),
+            )
+            # newest first, as many as there is room for
+            database.execute(
+                "DELETE FROM answers WHERE place <= (SELECT max(place) FROM (SELECT place, "
+                "count(*) OVER newer AS number, sum(num_bytes) OVER newer AS total FROM answers "
+                "WINDOW newer AS (ORDER BY place DESC)) WHERE number > ? OR total > ?)",
+                (self._max_answers, self._max_bytes),
+            )
+
+    def _complain(self, answer: LoggedAnswer, reason: str) -> None:
+        if not self._is_failing:
+            logger.warning("%s and perhaps more is not in the replay log: %s", answer.id, reason)
+        self._is_failing = True
+
+
+def find(path: Path, answer_id: str) -> LoggedAnswer | None:
+    """The answer of that id. Raises `UsageError` where no log can be read."""
+    with _read(path) as database:
+        row = database.execute("SELECT record FROM answers WHERE id = ?", (answer_id,)).fetchone()
+    return LoggedAnswer.from_json(row[0]) if row else None
+
+
+def newest(path: Path, count: int) -> list[LoggedAnswer]:
+    """The last `count` answers, newest first. Raises as `find` does."""
+    with _read(path) as database:
+        rows = database.execute("SELECT record FROM answers ORDER BY place DESC LIMIT ?", (count,))
+        return [LoggedAnswer.from_json(record) for (record,) in rows]
+
+
+@contextlib.contextmanager
+def _read(path: Path) -> Iterator[sqlite3.Connection]:
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: there is no replay log; a server started with --replay-log keeps one"
+        )
+    try:
+        with _opened(path) as database:
+            yield database
+    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} cannot be read as a replay log ({error}); remove it") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)
+    except sqlite3.Error as error:
+        raise CannotWrite(f"{path} cannot be opened ({error}); set CHATSERVE_HOME") from error
+    with contextlib.closing(database):
+        # a reader, or another worker, never waits for a writer
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        yield database
+
+
+def _make_private(path: Path) -> None:
+    """Its own before its first byte; what SQLite puts beside it gets the same mode."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CannotWrite(
+            f"--replay-log: cannot write {path} ({reason}); set CHATSERVE_HOME"
+        ) from error
+    try:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
+    if mode & 0o077:
+        raise UsageError(
+            f"--replay-log: {path} holds prompts, and others than its owner may read it (mode "
+            f"{mode:o}); chmod 600 it, or remove it"
+        )
