@@ -225,6 +225,25 @@ class FakePrompts:
         return rest if asked is None else asked
 
 
+class FakeTokenization:
+    """Every byte of a text is a token; 0 starts it."""
+
+    def __init__(self, prompts: FakePrompts) -> None:
+        self._prompts = prompts
+
+    def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [0] * add_special_tokens + list(text.encode())
+
+    def of_chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True) -> list[int]:
+        return self._prompts.chat(messages) + [1] * add_generation_prompt
+
+    def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return bytes(id_ for id_ in ids if id_ > 1 or not skip_special_tokens).decode()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [chr(id_) for id_ in ids]
+
+
 class FakeAdapters:
     """Adapters without numbers; `refusal` is raised by `load_below`."""
 
@@ -275,3 +294,7 @@ class FakeModel:
     @property
     def prompts(self) -> FakePrompts:
         return FakePrompts(self.context_length)
+
+    @property
+    def tokenization(self) -> FakeTokenization:
+        return FakeTokenization(self.prompts)

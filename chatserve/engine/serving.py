@@ -24,6 +24,7 @@ from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.tokenization import Tokenization
 from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
 from chatserve.hub import resolve_weights
 from chatserve.models import reading
@@ -83,6 +84,7 @@ class ServedModel:
     context_length: int
     vocab_size: int
     prompts: PromptBuilder
+    tokenization: Tokenization
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     strip_leading_space: bool
@@ -174,6 +176,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         context_length=limits.context_length,
         vocab_size=model.vocab_size,
         prompts=prompts,
+        tokenization=Tokenization(tokenizer, prompts, model.vocab_size),
         stop=prompts.stop,
         stop_token_ids=prompts.stop_token_ids,
         strip_leading_space=tokenizer.strips_leading_space,

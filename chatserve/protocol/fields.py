@@ -25,9 +25,11 @@ NOTHING: tuple[Any, ...] = (None, [], {})
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 
 
-def model_of(body: bytes) -> str:
+def model_of(body: bytes, default: str | None = None) -> str:
     """The model a request asks for; nothing else of it is looked at."""
     model = read_object(body).get("model")
+    if model is None:
+        model = default
     if not isinstance(model, str):
         raise InvalidRequest("model is missing or not a text", param="model")
     return model

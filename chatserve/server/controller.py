@@ -36,6 +36,7 @@ from chatserve.protocol.control import (
     proof_of,
 )
 from chatserve.protocol.fields import model_of
+from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
@@ -99,6 +100,8 @@ class ControllerRoutes:
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
         app.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        app.add_api_route(TOKENIZE_PATH, self.forward_tokens, methods=["POST"])
+        app.add_api_route(DETOKENIZE_PATH, self.forward_tokens, methods=["POST"])
         app.add_api_route(LOAD_PATH, self.load_adapter, methods=["POST"])
         app.add_api_route(UNLOAD_PATH, self.unload_adapter, methods=["POST"])
         app.add_api_route("/health/live", self.live)
@@ -110,12 +113,20 @@ class ControllerRoutes:
 
     async def forward(self, request: Request) -> Response:
         """Any completion: to a worker as it came, and back as it comes."""
+        return await self._forward(request, None)
+
+    async def forward_tokens(self, request: Request) -> Response:
+        """The same, and the model may be left out where there is only one."""
+        bases = [card.name for card in self._registry.cards() if card.parent is None]
+        return await self._forward(request, bases[0] if len(bases) == 1 else None)
+
+    async def _forward(self, request: Request, default_model: str | None) -> Response:
         try:
             body = await request.body()
             if len(body) <= MAX_INLINE_BODY_BYTES:
-                model = model_of(body)
+                model = model_of(body, default_model)
             else:
-                model = await asyncio.to_thread(model_of, body)
+                model = await asyncio.to_thread(model_of, body, default_model)
             return await self._relay.forward(request, model, body)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

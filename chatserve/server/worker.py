@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi import FastAPI
 from sse_starlette.event import ServerSentEvent as OutgoingEvent
@@ -33,11 +31,12 @@ from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
+from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
+from chatserve.server.token_routes import TokenRoutes
 
 PING_INTERVAL_S = 15
 STALL_S = 30.0
-NUM_PREPARATION_THREADS = 2
 CLIENT_CLOSED_REQUEST = 499
 
 Prepare = Callable[[bytes, ServedModel], Prepared]
@@ -74,12 +73,13 @@ def create_slot_app(
 
     `on_change` is awaited when there is another model name, or one less.
     """
-    worker = WorkerRoutes(slot, control_token, ping_interval_s)
+    pool = PreparationPool()
     app = FastAPI(
-        lifespan=worker.lifespan, redirect_slashes=False,
+        lifespan=lambda _app: pool.open(), redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    worker.add_to(app)
+    WorkerRoutes(slot, control_token, ping_interval_s, pool).add_to(app)
+    TokenRoutes(slot, pool).add_to(app)
     AdapterRoutes(slot, on_change).add_to(app)
     install_error_handlers(app)
     return Edge(app, policy or AccessPolicy())
@@ -111,16 +111,17 @@ class EventStream(EventSourceResponse):
 class WorkerRoutes:
     """The routes of one worker and what they share."""
 
-    def __init__(self, slot: ModelSlot, control_token: str | None, ping_interval_s: float) -> None:
+    def __init__(
+        self,
+        slot: ModelSlot,
+        control_token: str | None,
+        ping_interval_s: float,
+        pool: PreparationPool,
+    ) -> None:
         self._slot = slot
         self._control_token = control_token
         self._ping_interval_s = ping_interval_s
-        self._pool: ThreadPoolExecutor | None = None
-
-    @asynccontextmanager
-    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        with ThreadPoolExecutor(NUM_PREPARATION_THREADS, "prepare") as self._pool:
-            yield
+        self._pool = pool
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/v1/models", self.models)
@@ -188,9 +189,7 @@ class WorkerRoutes:
     async def _answer(self, request: Request, prepare: Prepare, prefix: str) -> Response:
         engine, model = self._slot.served()
         body = await request.body()
-        # templates and tokenizers take their time: not on the loop that serves every stream
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._pool, prepare, body, model)
+        prepared = await self._pool.run(prepare, body, model)
         request_id = prefix + uuid.uuid4().hex
         head = ReplyHead(
             request_id, int(time.time()), prepared.model,

@@ -1,0 +1,52 @@
+"""Text to token ids of any length and back, for clients that count and look. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chatserve.engine.prompt import Message, PromptBuilder
+from chatserve.errors import InvalidRequest
+from chatserve.models.tokenizer import Tokenizer
+
+
+class Tokenization:
+    """The tokens of one model. `vocab_size`: rows of its embedding, which may have padding."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: PromptBuilder, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._num_ids = max(vocab_size, tokenizer.vocab_size)
+
+    def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """As of a prompt to be continued: text, which is never read as special tokens.
+
+        Raises `InvalidRequest` for what is no Unicode.
+        """
+        add_bos = add_special_tokens and self._tokenizer.adds_bos
+        return self._tokenizer.encode(text, add_bos=add_bos)
+
+    def of_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """What the network reads of a chat; without `add_generation_prompt` it may end anyhow.
+
+        Raises `InvalidRequest` for a chat that the template has no form for.
+        """
+        return self._prompts.chat_ids(messages, add_generation_prompt=add_generation_prompt)
+
+    def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; special tokens as they are written.
+
+        Bytes that are no character become U+FFFD. Raises `InvalidRequest` for an unknown id.
+        """
+        for token_id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token_id < self._num_ids:
+                raise InvalidRequest(
+                    f"tokens: there is no token {token_id}, the vocabulary has {self._num_ids:,}",
+                    param="tokens",
+                )
+        return self._tokenizer.decode(ids, shows_special=not skip_special_tokens)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return [self._tokenizer.piece(token_id) for token_id in ids]
