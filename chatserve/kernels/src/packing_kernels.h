@@ -60,13 +60,21 @@ inline void row_to_float(const void* rows, Dtype dtype, size_t first, int count,
   }
 }
 
-inline float largest_magnitude(const float* x, int count) {
-  I most = Simd::izero();
+inline I largest_lanes(const float* x, int count, I most) {
   for (int k = 0; k < count; k += kLanes) most = Simd::umax(most, Simd::magnitude(Simd::load(x + k)));
-  uint32_t bits = Simd::ulargest(most);
+  return most;
+}
+
+// NaN or infinite if any value is.
+inline float largest_of(I lanes) {
+  const uint32_t bits = Simd::ulargest(lanes);
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+inline float largest_magnitude(const float* x, int count) {
+  return largest_of(largest_lanes(x, count, Simd::izero()));
 }
 
 // Signed codes of `count` columns under one scale.
@@ -276,64 +284,140 @@ inline Lane place_of(int row, RowMap map) {
   return {row / half, row % half + (map == RowMap::up ? half : 0)};
 }
 
-inline void put_row(const Matrix& w, Lane at, const int8_t* codes) {
-  uint8_t* panel = w.codes + w.panel_bytes * at.panel + 4 * at.lane;
-  if (w.bits == 8) {
-    for (int k = 0; k < w.columns; k += 4, panel += 4 * kPanelRows) {
-      uint32_t word;
-      std::memcpy(&word, codes + k, 4);
-      // adding 128 to a byte flips its top bit
-      if (Simd::kOffset8) word ^= 0x80808080u;
-      std::memcpy(panel, &word, 4);
-    }
-    return;
-  }
-  // adding 8 to a half byte flips its top bit
+// Rows side by side in one panel are packed together, so that whole lines of the cache are written;
+// some columns of them at a time, which stay in the first cache.
+constexpr int kTileRows = kPanelRows / 2;
+constexpr int kTileColumns = 512;
+constexpr int kTileStride = static_cast<int>(chatserve::code_stride(kTileColumns));
+
+// Consecutive rows of the weight whose places in one panel are neighbours, as they are in the file.
+struct RowRun {
+  Lane at;
+  int count;
+  const void* rows;
+  size_t first;  // value in `rows`
+  Dtype dtype;
+};
+
+// The low half bytes of eight codes, interleaved in four bytes.
+inline uint32_t half_bytes_of(uint64_t codes, uint32_t flip) {
+  constexpr uint32_t kHalfBytes = 0x0f0f0f0fu;
+  const uint32_t low = static_cast<uint32_t>(codes), high = static_cast<uint32_t>(codes >> 32);
+  return ((low & kHalfBytes) ^ flip) | ((high & kHalfBytes) ^ flip) << 4;
+}
+
+// Codes [kRows][kTileStride] of eight columns at a time.
+template <int kRows>
+inline void put_rows(const Matrix& w, int columns, const int8_t* codes, uint8_t* out) {
+  // adding half of their range to codes flips their top bits
   static_assert(Simd::kOffset4 == 8);
-  const uint32_t flip = has_floor(w.scaling) ? 0 : 0x08080808u, half_bytes = 0x0f0f0f0fu;
-  for (int k = 0; k < w.columns; k += 8, panel += 4 * kPanelRows) {
-    uint32_t low, high;
-    std::memcpy(&low, codes + k, 4);
-    std::memcpy(&high, codes + k + 4, 4);
-    const uint32_t word = ((low & half_bytes) ^ flip) | ((high & half_bytes) ^ flip) << 4;
-    std::memcpy(panel, &word, 4);
+  const uint32_t flip4 = has_floor(w.scaling) ? 0 : 0x08080808u;
+  constexpr uint64_t kFlip8 = Simd::kOffset8 ? 0x8080808080808080u : 0;
+  const int words = w.bits / 4;
+  for (int k = 0; k < columns; k += 8, out += words * 4 * kPanelRows) {
+    uint32_t first[kRows], second[kRows];
+    CS_UNROLL for (int r = 0; r < kRows; r++) {
+      uint64_t eight;
+      std::memcpy(&eight, codes + r * kTileStride + k, 8);
+      if (w.bits == 4) {
+        first[r] = half_bytes_of(eight, flip4);
+      } else {
+        eight ^= kFlip8;
+        first[r] = static_cast<uint32_t>(eight);
+        second[r] = static_cast<uint32_t>(eight >> 32);
+      }
+    }
+    std::memcpy(out, first, sizeof(first));
+    if (w.bits == 8) std::memcpy(out + 4 * kPanelRows, second, sizeof(second));
   }
 }
 
-void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtype, RowMap map) {
+// Codes [row][kTileStride] of columns [first, first + columns).
+inline void put_tile(const Matrix& w, const RowRun& run, int first, int columns, const int8_t* codes) {
+  uint8_t* out = w.codes + w.panel_bytes * run.at.panel + 4 * run.at.lane;
+  out += static_cast<size_t>(first) / 8 * w.bits / 4 * 4 * kPanelRows;
+  if (run.count == kTileRows) return put_rows<kTileRows>(w, columns, codes, out);
+  for (int r = 0; r < run.count; r++) put_rows<1>(w, columns, codes + r * kTileStride, out + 4 * r);
+}
+
+// One row's codes of groups [first, first + columns) / kGroup, and their scales.
+inline void round_row_groups(const Matrix& w, Lane at, int first, int columns, const float* x,
+                             int8_t* codes) {
+  const int stride = group_halves(w.scaling);
+  uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride + at.lane;
+  halves += static_cast<size_t>(first / kGroup) * stride;
+  for (int k = 0; k < columns; k += kGroup, halves += stride) {
+    uint16_t half;
+    if (w.scaling == Scaling::affine) {
+      const Affine affine = round_affine4(x + k, codes + k);
+      half = affine.scale;
+      halves[kPanelRows] = affine.minimum;
+    } else if (w.bits == 4) {
+      half = round_group4(x + k, codes + k);
+    } else {
+      half = half_not_below(largest_magnitude(x + k, kGroup) / 127);
+      round_codes(x + k, kGroup, half_to_float(half), 127, codes + k);
+    }
+    *halves = half;
+  }
+}
+
+// One scale for a row: it is looked through before it is rounded.
+inline float scale_of_row(const Matrix& w, const RowRun& run, int row) {
+  float x[kTileColumns];
+  I most = Simd::izero();
+  for (int k = 0; k < w.columns; k += kTileColumns) {
+    const int columns = std::min(kTileColumns, w.columns - k);
+    row_to_float(run.rows, run.dtype, run.first + static_cast<size_t>(row) * w.columns + k, columns, x);
+    most = largest_lanes(x, columns, most);
+  }
+  const float scale = largest_of(most) / 127;
+  return scale < FLT_MIN ? 0 : scale;  // its inverse would overflow; such a row is zero
+}
+
+inline void pack_run(const Matrix& w, const RowRun& run) {
+  float scales[kTileRows] = {};
+  for (int r = 0; r < run.count && w.scaling == Scaling::row; r++) {
+    scales[r] = scale_of_row(w, run, r);
+    w.row_scales[run.at.panel * kPanelRows + run.at.lane + r] = scales[r];
+  }
+  float x[kTileColumns];
+  int8_t codes[kTileRows * kTileStride];
+  for (int k = 0; k < w.columns; k += kTileColumns) {
+    const int columns = std::min(kTileColumns, w.columns - k);
+    for (int r = 0; r < run.count; r++) {
+      const size_t first = run.first + static_cast<size_t>(r) * w.columns + k;
+      row_to_float(run.rows, run.dtype, first, columns, x);
+      if (w.scaling == Scaling::row) {
+        round_codes(x, columns, scales[r], 127, codes + r * kTileStride);
+      } else {
+        const Lane at = {run.at.panel, run.at.lane + r};
+        round_row_groups(w, at, k, columns, x, codes + r * kTileStride);
+      }
+    }
+    put_tile(w, run, k, columns, codes);
+  }
+}
+
+// A row whose groups are fitted as a whole.
+inline void pack_centred_row(const Matrix& w, const RowRun& run) {
   static thread_local float x[kMaxColumns];
   static thread_local int8_t codes[kMaxColumns];
-  for (int i = 0; i < num_rows; i++) {
-    Lane at = place_of(start + i, map);
-    row_to_float(rows, dtype, static_cast<size_t>(i) * w.columns, w.columns, x);
-    if (w.scaling == Scaling::centred) {
-      uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
-      w.row_scales[at.panel * kPanelRows + at.lane] =
-          round_centred4(x, w.columns, codes, halves + at.lane);
-    } else if (w.scaling != Scaling::row) {
-      const int stride = group_halves(w.scaling);
-      uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride;
-      for (int g = 0; g < w.groups; g++, halves += stride) {
-        uint16_t half;
-        if (w.scaling == Scaling::affine) {
-          const Affine affine = round_affine4(x + g * kGroup, codes + g * kGroup);
-          half = affine.scale;
-          halves[kPanelRows + at.lane] = affine.minimum;
-        } else if (w.bits == 4) {
-          half = round_group4(x + g * kGroup, codes + g * kGroup);
-        } else {
-          half = half_not_below(largest_magnitude(x + g * kGroup, kGroup) / 127);
-          round_codes(x + g * kGroup, kGroup, half_to_float(half), 127, codes + g * kGroup);
-        }
-        halves[at.lane] = half;
-      }
-    } else {
-      float scale = largest_magnitude(x, w.columns) / 127;
-      if (scale < FLT_MIN) scale = 0;  // its inverse would overflow; such a row is zero
-      round_codes(x, w.columns, scale, 127, codes);
-      w.row_scales[at.panel * kPanelRows + at.lane] = scale;
-    }
-    put_row(w, at, codes);
+  const Lane at = run.at;
+  uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
+  row_to_float(run.rows, run.dtype, run.first, w.columns, x);
+  w.row_scales[at.panel * kPanelRows + at.lane] =
+      round_centred4(x, w.columns, codes, halves + at.lane);
+  put_tile(w, run, 0, w.columns, codes);
+}
+
+void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtype, RowMap map) {
+  const bool is_centred = w.scaling == Scaling::centred;
+  for (int i = 0, count; i < num_rows; i += count) {
+    const Lane at = place_of(start + i, map);
+    count = is_centred ? 1 : std::min(num_rows - i, kTileRows - at.lane % kTileRows);
+    const RowRun run = {at, count, rows, static_cast<size_t>(i) * w.columns, dtype};
+    is_centred ? pack_centred_row(w, run) : pack_run(w, run);
   }
 }
 

@@ -22,7 +22,7 @@ LARGEST_HALF = 65504.0
 NORMAL = float(np.finfo(np.float32).tiny)
 
 row_counts = st.sampled_from((1, 2, 31, 32, 33, 63, 64, 65, 161))
-column_counts = st.sampled_from((32, 64, 96, 160, 320))
+column_counts = st.sampled_from((32, 64, 96, 160, 320, 544))
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -121,6 +121,29 @@ def test_weights_of_a_q4_1_file_come_back_to_the_bit(
     weight = torch.from_numpy(values.reshape(rows, columns))
     packing = Packing(4, is_grouped=True, has_minima=True)
     assert torch.equal(unpacked(packed(kernels, team, weight, packing)), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_packed_alike_together_and_one_by_one(
+    kernels: Kernels, team: Team, packing: Packing, dtype: torch.dtype
+) -> None:
+    values = weights(96, 1056, seed=3, most=6e4).to(dtype)
+    alone, together = (KernelMatrix(kernels, team, 96, 1056, packing) for _ in range(2))
+    for index in range(96):
+        alone.load_rows(index, values[index : index + 1])
+    for start in range(0, 96, 21):  # across panels, and ending within them
+        together.load_apart(start, values[start : start + 21])
+    assert unpacked(alone).equal(unpacked(together))
+    halves = [KernelMatrix(kernels, team, 96, 1056, packing) for _ in range(2)]
+    for step, matrix in zip((1, 21), halves, strict=True):
+        rows = GateUpRows(matrix)
+        for first in (0, 48):  # gate, then up
+            for start in range(first, first + 48, step):
+                end = min(start + step, first + 48)
+                rows.load_apart(start, values[start:end])
+    assert unpacked(halves[0]).equal(unpacked(halves[1]))
+    places = [row // 16 * 32 + row % 16 for row in range(48)]
+    assert unpacked(halves[1])[places].equal(unpacked(alone)[:48])
 
 
 @settings(max_examples=10)
