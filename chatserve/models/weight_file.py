@@ -87,16 +87,22 @@ class WeightFile:
 
     def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
+        try:
+            while done < len(view):
+                count = self._read_at(view[done:], offset + done)
+                if not count:
+                    raise ModelLoadError(f"{self.path}: became shorter while it was read")
+                done += count
+        except OSError as error:
+            raise ModelLoadError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        """As many bytes as the system gives at once; 0 at the end of the file."""
+        if hasattr(os, "preadv"):  # threads read side by side
+            return os.preadv(self._file.fileno(), [view], offset)
         with self._lock:
-            try:
-                self._file.seek(offset)
-                while done < len(view):
-                    count = self._file.readinto(view[done:])
-                    if not count:
-                        raise ModelLoadError(f"{self.path}: became shorter while it was read")
-                    done += count
-            except OSError as error:
-                raise ModelLoadError(f"{self.path}: cannot be read ({error.strerror})") from error
+            self._file.seek(offset)
+            return self._file.readinto(view)
 
 
 def allocate(num_bytes: int) -> torch.Tensor:
