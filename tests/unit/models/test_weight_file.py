@@ -61,12 +61,14 @@ def test_no_reader_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Each read begins only when another has begun: one after the other would wait for ever."""
     (tmp_path / "weights").write_bytes(CONTENT)
     together, real = threading.Barrier(2), os.preadv
+    readers = set[int]()
 
     def wait(*args: object) -> int:
+        readers.add(threading.get_ident())
         together.wait(timeout=30)
         return real(*args)  # type: ignore[arg-type]  # as it was called
 
     with closing(WeightFile(tmp_path / "weights")) as weights, ThreadPoolExecutor(2) as threads:
         monkeypatch.setattr(os, "preadv", wait)
         parts = list(threads.map(weights.read, (0, 700), (700, 700)))
-    assert b"".join(parts) == CONTENT[:1400]
+    assert b"".join(parts) == CONTENT[:1400] and len(readers) == 2
