@@ -12,11 +12,11 @@ import os
 import time
 from pathlib import Path
 
-from chatserve.config import WorkerConfig
+from chatserve.config import WorkerConfig, split_adapters
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
 from chatserve.progress import Progress
 from chatserve.server import command_line
-from tests.fakes import FakeEngine, FakeModel, FakeStats
+from tests.fakes import FakeAdapters, FakeEngine, FakeModel, FakeStats
 
 FAILURES = {
     "missing": ModelLoadError("no such folder: missing; check the path"),
@@ -34,7 +34,11 @@ class DyingEngine(FakeEngine):
 
 def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeModel]:
     path = Path(config.weights)
-    model = FakeModel(names=config.model_names, description={"device": config.device})
+    model = FakeModel(
+        names=config.model_names,
+        description={"device": config.device},
+        adapters=FakeAdapters(*split_adapters(config.adapter)[1]),
+    )
     if path.name in FAILURES:
         raise FAILURES[path.name]
     if path.name == "segfault":

@@ -245,12 +245,16 @@ class FakeTokenization:
 
 
 class FakeAdapters:
-    """Adapters without numbers; `refusal` is raised by `load_below`."""
+    """Adapters without numbers; `refusal` is raised by whatever would read one. `paths`: of those
+    that have been served."""
 
-    def __init__(self, *names: str, refusal: ChatserveError | None = None) -> None:
+    def __init__(
+        self, *names: str, base: str = "trained/on", refusal: ChatserveError | None = None
+    ) -> None:
         self.refusal = refusal
         self.paths: list[str] = []
-        self._loaded = {name: fake_adapter(name) for name in names}
+        self._loaded = {name: fake_adapter(name, base=base) for name in names}
+        self._staged: dict[str, tuple[str, LoadedAdapter]] = {}
 
     def loaded(self) -> Mapping[str, LoadedAdapter]:
         return self._loaded
@@ -259,8 +263,20 @@ class FakeAdapters:
         if self.refusal is not None:
             raise self.refusal
         self.paths.append(path)
-        self._loaded = {**self._loaded, name: fake_adapter(name)}
+        self._loaded = {**self._loaded, name: fake_adapter(name, path)}
         return self._loaded[name]
+
+    def stage_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter:
+        if self.refusal is not None:
+            raise self.refusal
+        self._staged = {name: (path, fake_adapter(name, path))}
+        return self._staged[name][1]
+
+    def settle(self, name: str, *, is_wanted: bool) -> None:
+        path, staged = self._staged.pop(name)
+        if is_wanted:
+            self.paths.append(path)
+            self._loaded = {**self._loaded, name: staged}
 
     def unload(self, name: str) -> None:
         if name not in self._loaded:
@@ -272,8 +288,8 @@ class _FakeNetwork:
     num_bytes = 0
 
 
-def fake_adapter(name: str) -> LoadedAdapter:
-    return LoadedAdapter(name, f"ad_{name}", _FakeNetwork(), "trained/on")
+def fake_adapter(name: str, path: str = "", base: str = "trained/on") -> LoadedAdapter:
+    return LoadedAdapter(name, f"ad_{name}{path}", _FakeNetwork(), base)
 
 
 @dataclass(frozen=True)

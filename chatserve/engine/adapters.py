@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from chatserve.config import ADAPTER_NAME, MAX_ADAPTERS
+from chatserve.config import ADAPTER_NAME, MAX_ADAPTERS, MAX_CARDS, MAX_NAME_LEN
 from chatserve.engine.sequence import LoadedAdapter
 from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, ModelNotFound
 from chatserve.models.adapter import Adapter, load_adapter
@@ -39,20 +40,56 @@ class AdaptableNetwork(Protocol):
     def build_adapter(self, adapter: Adapter) -> NetworkAdapter: ...
 
 
+@dataclass(frozen=True)
+class AdapterPlace:
+    """How many adapters a heartbeat can name beside a base, and how long their names may be."""
+
+    most: int = MAX_ADAPTERS
+    longest: int = MAX_NAME_LEN
+
+    @staticmethod
+    def beside(names: Sequence[str]) -> AdapterPlace:
+        """Each adapter is named with each of the base's `names`."""
+        return AdapterPlace(
+            min(MAX_ADAPTERS, MAX_CARDS // len(names) - 1),
+            MAX_NAME_LEN - 1 - max(map(len, names)),
+        )
+
+    def check(self, name: str, number: int) -> None:
+        """Raises `AdapterRefused` where `name` cannot be one of `number`."""
+        if number > self.most:
+            few = "" if self.most == MAX_ADAPTERS else " with so many --model-names"
+            raise AdapterRefused(
+                f"{number - 1} adapters are loaded, the limit is {self.most}{few}; unload one first"
+            )
+        if len(name) > self.longest:
+            raise AdapterRefused(
+                f"BASE:{name} would be longer than {MAX_NAME_LEN} characters; choose a shorter "
+                "name, or shorter --model-names",
+                param="lora_name",
+            )
+
+
 class Adapters:
     """Adapters by name. Loading and unloading may be called from any thread, one at a time."""
 
     def __init__(
-        self, checkpoint: Checkpoint, network: AdaptableNetwork | None, root: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        network: AdaptableNetwork | None,
+        root: Path | None = None,
+        place: AdapterPlace | None = None,
     ) -> None:
         """`network`: None where it can take none. `root`: the folder below which `load_below` may
         look, None for nowhere."""
         self._checkpoint = checkpoint
         self._network = network
         self._root = root
+        self._place = place or AdapterPlace()
         self._lock = threading.Lock()
         # replaced as a whole: whoever reads it needs no lock
         self._loaded: Mapping[str, LoadedAdapter] = {}
+        self._staged: LoadedAdapter | None = None
 
     def loaded(self) -> Mapping[str, LoadedAdapter]:
         return self._loaded
@@ -62,6 +99,38 @@ class Adapters:
 
         A relative path begins at the root. Raises `AdapterRefused` for another one.
         """
+        return self.load(name, self._below_root(path), replace=replace)
+
+    def stage_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter:
+        """As `load_below`, but it is served from `settle` on. There is place for one."""
+        folder = self._below_root(path)
+        with self._lock:
+            self._staged = None
+            self._check_place(name, replace=replace)
+            staged = self._staged = self._read(name, folder)
+        return staged
+
+    def settle(self, name: str, *, is_wanted: bool) -> None:
+        """Serve the adapter that is staged as `name`, or let go of it.
+
+        Raises `AdapterRefused` where it can be served no more.
+        """
+        with self._lock:
+            staged = self._staged
+            if staged is None or staged.name != name:
+                if is_wanted:
+                    raise AdapterRefused(
+                        f"no adapter {name[:80]} is staged any more; load it again",
+                        param="lora_name",
+                    )
+                return
+            self._staged = None
+            if is_wanted:
+                self._check_place(name, replace=True)
+                self._loaded = {**self._loaded, name: staged}
+                logger.info("adapter %s loaded (%s)", name, staged.fingerprint)
+
+    def _below_root(self, path: str) -> Path:
         if self._root is None:
             raise AdapterRefused(
                 "this server loads no adapters by request; start it with --adapter-root FOLDER, "
@@ -79,7 +148,7 @@ class Adapters:
                 "there",
                 param="lora_path",
             )
-        return self.load(name, folder, replace=replace)
+        return folder
 
     def load(self, name: str, path: Path, *, replace: bool = False) -> LoadedAdapter:
         """Read the adapter in the folder `path` and serve it as `name`; `replace` one of that name.
@@ -87,24 +156,8 @@ class Adapters:
         Whatever fails changes nothing. Raises `AdapterRefused` for a name that cannot be used,
         `ModelLoadError` for an adapter that cannot, `DoesNotFit`.
         """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise AdapterRefused(
-                f"{name[:80]!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and "
-                "'-'",
-                param="lora_name",
-            )
         with self._lock:
-            if name in self._loaded and not replace:
-                raise AdapterRefused(
-                    f"there is an adapter {name} already; unload it first, or send load_inplace: "
-                    "true to put another one in its place",
-                    param="lora_name",
-                )
-            if name not in self._loaded and len(self._loaded) >= MAX_ADAPTERS:
-                raise AdapterRefused(
-                    f"{len(self._loaded)} adapters are loaded, the limit is {MAX_ADAPTERS}; unload "
-                    "one first"
-                )
+            self._check_place(name, replace=replace)
             loaded = self._read(name, path)
             self._loaded = {**self._loaded, name: loaded}
         logger.info("adapter %s loaded from %s (%s)", name, path, loaded.fingerprint)
@@ -120,6 +173,24 @@ class Adapters:
                 )
             self._loaded = {key: value for key, value in self._loaded.items() if key != name}
         logger.info("adapter %s unloaded", name)
+
+    def _check_place(self, name: str, *, replace: bool) -> None:
+        """Raises `AdapterRefused` where there is none for `name`."""
+        if not ADAPTER_NAME.fullmatch(name):
+            raise AdapterRefused(
+                f"{name[:80]!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and "
+                "'-'",
+                param="lora_name",
+            )
+        if name in self._loaded:
+            if not replace:
+                raise AdapterRefused(
+                    f"there is an adapter {name} already; unload it first, or send load_inplace: "
+                    "true to put another one in its place",
+                    param="lora_name",
+                )
+            return
+        self._place.check(name, len(self._loaded) + 1)
 
     def _read(self, name: str, path: Path) -> LoadedAdapter:
         network = self._network

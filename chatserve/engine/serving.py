@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any
 import chatserve
 from chatserve import environment
 from chatserve.config import WorkerConfig, served_names, split_adapters
-from chatserve.engine.adapters import AdaptableNetwork, Adapters
+from chatserve.engine.adapters import AdaptableNetwork, AdapterPlace, Adapters
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.tokenization import Tokenization
-from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, UsageError
 from chatserve.hub import resolve_weights
 from chatserve.models import reading
 from chatserve.models.adapter_config import merged_adapters
@@ -102,6 +102,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     merged, named = split_adapters(config.adapter)
+    place = _adapter_place(names, named)
     adapter_root = _adapter_root(config)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
     gpu_options = GPUOptions(
@@ -160,7 +161,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         if config.self_check:
             most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
-        adapters = Adapters(checkpoint, _adaptable(model), adapter_root)
+        adapters = Adapters(checkpoint, _adaptable(model), adapter_root, place)
         for name, folder in named.items():
             adapters.load(name, folder)
     prompts = PromptBuilder(
@@ -212,6 +213,17 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
     )
     return async_engine, served
+
+
+def _adapter_place(names: Sequence[str], adapters: Iterable[str]) -> AdapterPlace:
+    """Raises `UsageError` where `adapters` have none beside the model's `names`."""
+    place = AdapterPlace.beside(names)
+    for number, adapter in enumerate(adapters, 1):
+        try:
+            place.check(adapter, number)
+        except AdapterRefused as error:
+            raise UsageError(f"--adapter {adapter}: {error.message}") from error
+    return place
 
 
 def _adapter_root(config: WorkerConfig) -> Path | None:

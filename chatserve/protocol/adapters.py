@@ -1,5 +1,8 @@
 """The bodies of /v1/load_lora_adapter and /v1/unload_lora_adapter, which vLLM has too.
 
+A controller loads in two steps, so that nothing has changed where one of its workers refuses: each
+stages the adapter, and once all of them have, each serves it.
+
 JSON only. Knows no folder and no engine.
 """
 
@@ -14,6 +17,8 @@ from chatserve.errors import InvalidRequest
 
 LOAD_PATH = "/v1/load_lora_adapter"
 UNLOAD_PATH = "/v1/unload_lora_adapter"
+STAGE_PATH = "/v1/stage_lora_adapter"
+SETTLE_PATH = "/v1/settle_lora_adapter"
 
 
 class _Body(BaseModel):
@@ -34,6 +39,13 @@ class LoadAdapter(_Body):
 
 class UnloadAdapter(_Body):
     lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class SettleAdapter(_Body):
+    """What becomes of a staged adapter: it is served, or let go."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+    is_wanted: bool
 
 
 Body = TypeVar("Body", bound=_Body)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from chatserve.config import MAX_CARDS
 from chatserve.errors import InvalidRequest
 
 REGISTER_PATH = "/control/register"
@@ -20,8 +21,8 @@ HEARTBEAT_PATH = "/control/heartbeat"
 LEAVE_PATH = "/control/leave"
 NONCE_HEADER = "X-Chatserve-Nonce"
 MAX_NONCE_LEN = 64
-MAX_CARDS = 50 * 65
-"""Of one worker: its names, each alone and with each of its adapters (`config.MAX_ADAPTERS`)."""
+ADAPTER_KEY = "adapter"
+"""In a card's description: the fingerprint of the adapter's own numbers."""
 
 WorkerState = Literal["loading", "ready", "draining"]
 

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import aiohttp
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chatserve.config import adapted_name
-from chatserve.errors import InvalidRequest, WorkerLost
+from chatserve.errors import AdapterRefused, InvalidRequest, WorkerLost
 from chatserve.protocol.adapters import (
-    LOAD_PATH,
+    SETTLE_PATH,
+    STAGE_PATH,
     UNLOAD_PATH,
     LoadAdapter,
+    SettleAdapter,
     UnloadAdapter,
     parse,
 )
-from chatserve.protocol.control import bearer
-from chatserve.server.error_response import error_response
+from chatserve.protocol.control import ADAPTER_KEY, WorkerStatus, bearer
+from chatserve.server.adapter_beliefs import AdapterBeliefs, Belief, Key, base_of
+from chatserve.server.error_response import error_response, status_of
 from chatserve.server.json_response import JSON_TYPE
 from chatserve.server.registry import Worker, WorkerRegistry
 
@@ -32,12 +36,15 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 300.0  # a large adapter from a slow disk
 MAX_REPLY_BYTES = 1 << 20
 
+Replies = Mapping[str, Response]
+"""By worker id."""
+
 
 class AdapterDispatch:
-    """Adapters that clients have asked for, by base and name.
+    """Loads and unloads adapters on all workers of a base, one change after the other.
 
-    A worker that starts anew has only those of its own command line: the others are sent to it
-    again, once.
+    A worker that could not be asked, as it was ejected or has just started, is put right as soon as
+    it is ready; until then no request reaches what it should not serve.
     """
 
     def __init__(
@@ -46,74 +53,115 @@ class AdapterDispatch:
         self._registry = registry
         self._session = session
         self._headers = {"Content-Type": "application/json", **bearer(control_token)}
-        self._wanted: dict[tuple[str, str], LoadAdapter] = {}
-        self._told: set[tuple[str, str, str]] = set()  # worker, base, adapter
+        self._beliefs = AdapterBeliefs()
         self._changing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._restoring: dict[str, asyncio.Task[None]] = {}
 
     async def load(self, request: Request) -> Response:
         """Loaded by every worker of the base, or by none of them."""
         asked = parse(LoadAdapter, await request.body())
-        base, name = self._split(asked.lora_name)
+        base, name = key = self._split(asked.lora_name)
         asked = asked.model_copy(update={"lora_name": adapted_name(base, name)})
         async with self._changing:
-            replies = await self._tell_all(base, name, LOAD_PATH, asked.to_json())
-            refusals = [reply for reply in replies.values() if reply.status_code != 200]
-            if refusals:
-                done = [worker for worker, reply in replies.items() if reply not in refusals]
-                await self._undo(done, base, name)
-                return refusals[0]
-            self._wanted[base, name] = asked
-        return next(iter(replies.values()))
+            workers = self._workers(base)
+            staged = await self._ask(workers, STAGE_PATH, asked.to_json())
+            refusal = _refusal(workers, staged) or _disagreement(asked, staged)
+            if refusal is not None:
+                await self._ask(_done(workers, staged), SETTLE_PATH, _settled(asked, False))
+                return refusal
+            fingerprint = _fingerprint(next(iter(staged.values())))
+            with self._beliefs.incoming(key, fingerprint):
+                replies = await self._ask(workers, SETTLE_PATH, _settled(asked, True))
+                done = _done(workers, replies)
+                if done:
+                    told = [worker.worker_id for worker in done]
+                    self._beliefs.loaded(key, asked, fingerprint, told)
+        return replies[done[0].worker_id] if done else next(iter(replies.values()))
 
     async def unload(self, request: Request) -> Response:
         """Unloaded by whoever has it; what one worker may still have is not."""
         asked = parse(UnloadAdapter, await request.body())
-        base, name = self._split(asked.lora_name)
+        base, name = key = self._split(asked.lora_name)
         asked = UnloadAdapter(lora_name=adapted_name(base, name))
         async with self._changing:
-            self._wanted.pop((base, name), None)
-            replies = (await self._tell_all(base, name, UNLOAD_PATH, asked.to_json())).values()
-        failed = [reply for reply in replies if reply.status_code not in (200, 404)]
-        return failed[0] if failed else min(replies, key=lambda reply: reply.status_code)
+            replies = await self._ask(self._workers(base), UNLOAD_PATH, asked.to_json())
+            gone = [id for id, reply in replies.items() if reply.status_code in (200, 404)]
+            self._beliefs.unloaded(key, gone)
+        failed = [reply for id, reply in replies.items() if id not in gone]
+        return failed[0] if failed else min(replies.values(), key=lambda each: each.status_code)
+
+    def hear(
+        self, worker_id: str, status: WorkerStatus, *, registers: bool = False
+    ) -> WorkerStatus:
+        """What of a worker's `status` may be dispatched to; `restore` is to follow."""
+        if registers:
+            self._beliefs.forget(worker_id)
+        return self._beliefs.hear(worker_id, status)
 
     def restore(self, worker_id: str) -> None:
-        """Tell a worker that has just become ready what the others of its base have been told."""
-        for (base, name), asked in self._wanted.items():
-            worker = next((w for w in self._registry.ready(base) if w.worker_id == worker_id), None)
-            if worker is None or (worker_id, base, name) in self._told:
-                continue
-            self._told.add((worker_id, base, name))
-            if not worker.serves(asked.lora_name):
-                task = asyncio.create_task(self._restore(worker, base, name))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        """Tell a worker that is ready what it has missed."""
+        self._beliefs.keep(self._registry.worker_ids())
+        if worker_id not in self._restoring and self._next_difference(worker_id) is not None:
+            task = asyncio.create_task(self._restore(worker_id))
+            self._restoring[worker_id] = task
+            task.add_done_callback(lambda _: self._restoring.pop(worker_id))
 
     async def aclose(self) -> None:
-        for task in self._tasks:
+        tasks = list(self._restoring.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _restore(self, worker: Worker, base: str, name: str) -> None:
-        """One change at a time, so that this is not the last word on what is being unloaded."""
+    async def _restore(self, worker_id: str) -> None:
+        # one change at a time: this must not be the last word on what is being unloaded
         async with self._changing:
-            asked = self._wanted.get((base, name))
-            if asked is None or worker.serves(asked.lora_name):
-                return
-            reply = await self._tell(worker.base_url, LOAD_PATH, asked.to_json())
-        if reply.status_code == 200:
-            logger.info("%s is served by the new worker, too", asked.lora_name)
-            return
-        reason = bytes(reply.body).decode("utf-8", "replace")
-        logger.warning("%s is not served by the new worker: %s", asked.lora_name, reason[:500])
-        self._registry.forget(asked.lora_name)
+            while difference := self._next_difference(worker_id):
+                worker, key, belief = difference
+                reply = await self._put_right(worker, key, belief)
+                if reply.status_code == status_of(WorkerLost(""))[0]:
+                    return  # it is told at its next heartbeat
+                self._beliefs.tell(worker_id, belief)
+                served = adapted_name(*key)
+                if reply.status_code in (200, 404):
+                    logger.info("%s: %s is as the others have it", worker.base_url, served)
+                else:
+                    reason = _message(reply)[:500]
+                    logger.warning("%s does not serve %s: %s", worker.base_url, served, reason)
+                    self._registry.forget(served)
 
-    def _split(self, lora_name: str) -> tuple[str, str]:
-        """(base, adapter) of NAME or BASE:NAME. Raises `InvalidRequest` where NAME is vague."""
-        bases = [card.name for card in self._registry.cards() if card.parent is None]
+    def _next_difference(self, worker_id: str) -> tuple[Worker, Key, Belief] | None:
+        for key, belief in self._beliefs.differences(worker_id):
+            for worker in self._registry.ready(key[0]):
+                if worker.worker_id == worker_id:
+                    return worker, key, belief
+        return None
+
+    async def _put_right(self, worker: Worker, key: Key, belief: Belief) -> Response:
+        """What the worker says to its loading, replacing or unloading one adapter."""
+        url = worker.base_url
+        if belief.asked is None:
+            gone = UnloadAdapter(lora_name=adapted_name(*key))
+            return await self._tell(url, UNLOAD_PATH, gone.to_json())
+        asked = belief.asked.model_copy(update={"load_inplace": True})
+        staged = await self._tell(url, STAGE_PATH, asked.to_json())
+        if staged.status_code != 200:
+            return staged
+        if _fingerprint(staged) == belief.fingerprint:
+            return await self._tell(url, SETTLE_PATH, _settled(asked, True))
+        await self._tell(url, SETTLE_PATH, _settled(asked, False))
+        return error_response(
+            AdapterRefused(
+                f"{asked.lora_path} has changed since the others loaded it; load it again"
+            )
+        )
+
+    def _split(self, lora_name: str) -> Key:
+        """Base and adapter of NAME or BASE:NAME. Raises `InvalidRequest` where NAME is vague."""
+        names = [card.name for card in self._registry.cards() if card.parent is None]
         base, _, name = lora_name.rpartition(":")
         if base:
-            return base, name
+            return self._first_name(base), name
+        bases = list(dict.fromkeys(map(self._first_name, names)))
         if len(bases) == 1:
             return bases[0], name
         there = f"this server has {', '.join(bases)}" if bases else "no model is ready yet"
@@ -122,28 +170,23 @@ class AdapterDispatch:
             param="lora_name",
         )
 
-    async def _tell_all(self, base: str, name: str, path: str, body: bytes) -> dict[str, Response]:
-        """What each worker of the base says, by its URL. Raises as `pick` does where none is."""
+    def _first_name(self, base: str) -> str:
+        """One name for the model that several may name."""
+        for worker in self._registry.ready(base):
+            return base_of(worker.status)
+        return base
+
+    def _workers(self, base: str) -> list[Worker]:
+        """All that are ready. Raises as `pick` does where none is."""
         workers = self._registry.ready(base)
         if not workers:
             self._registry.pick(base).release()
-        self._told.update((worker.worker_id, base, name) for worker in workers)
-        urls = [worker.base_url for worker in workers]
-        replies = await asyncio.gather(*(self._tell(url, path, body) for url in urls))
-        return dict(zip(urls, replies, strict=True))
+        return workers
 
-    async def _undo(self, urls: Sequence[str], base: str, name: str) -> None:
-        """Put back what was there before a load that some workers have refused."""
-        before = self._wanted.get((base, name))
-        if before is not None:
-            before = before.model_copy(update={"load_inplace": True})
-            path, body = LOAD_PATH, before.to_json()
-        else:
-            path, body = UNLOAD_PATH, UnloadAdapter(lora_name=adapted_name(base, name)).to_json()
-        for url in urls:
-            reply = await self._tell(url, path, body)
-            if reply.status_code != 200:
-                logger.warning("%s cannot go back to the adapter %s of before", url, name)
+    async def _ask(self, workers: Iterable[Worker], path: str, body: bytes) -> Replies:
+        workers = list(workers)
+        replies = await asyncio.gather(*(self._tell(each.base_url, path, body) for each in workers))
+        return {each.worker_id: reply for each, reply in zip(workers, replies, strict=True)}
 
     async def _tell(self, url: str, path: str, body: bytes) -> Response:
         """What the worker at `url` says; that it says nothing is an answer, too."""
@@ -163,3 +206,61 @@ class AdapterDispatch:
                 )
             )
         return Response(content, reply.status, media_type=JSON_TYPE)
+
+
+def _settled(asked: LoadAdapter, is_wanted: bool) -> bytes:
+    return SettleAdapter(lora_name=asked.lora_name, is_wanted=is_wanted).to_json()
+
+
+def _done(workers: Iterable[Worker], replies: Replies) -> list[Worker]:
+    return [worker for worker in workers if replies[worker.worker_id].status_code == 200]
+
+
+def _refusal(workers: list[Worker], staged: Replies) -> Response | None:
+    """The first worker's that cannot load it, in its own words."""
+    for worker in workers:
+        reply = staged[worker.worker_id]
+        if reply.status_code != 200:
+            return _said_by(worker, reply) if len(workers) > 1 else reply
+    return None
+
+
+def _said_by(worker: Worker, reply: Response) -> Response:
+    """`reply` with the worker's address: of several only this one may have to be looked at."""
+    try:
+        body = orjson.loads(bytes(reply.body))
+        body["error"]["message"] += f" (said by {worker.base_url}; no worker has changed anything)"
+    except (ValueError, KeyError, TypeError):
+        return reply  # no error of ours
+    return Response(orjson.dumps(body), reply.status_code, media_type=JSON_TYPE)
+
+
+def _disagreement(asked: LoadAdapter, staged: Replies) -> Response | None:
+    found = {_fingerprint(reply) for reply in staged.values()}
+    if len(found) == 1:
+        return None
+    return error_response(
+        AdapterRefused(
+            f"{asked.lora_path} is another adapter on another worker's machine "
+            f"({', '.join(sorted(found))}); copy the same folder to all of them",
+            param="lora_path",
+        )
+    )
+
+
+def _fingerprint(staged: Response) -> str:
+    return str(_json(staged).get(ADAPTER_KEY, ""))
+
+
+def _message(reply: Response) -> str:
+    error = _json(reply).get("error")
+    text = error.get("message") if isinstance(error, dict) else None
+    return str(text or bytes(reply.body).decode("utf-8", "replace"))
+
+
+def _json(reply: Response) -> Mapping[str, object]:
+    try:
+        body = orjson.loads(bytes(reply.body))
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}

@@ -181,15 +181,17 @@ class ControllerRoutes:
         host = request.client.host if request.client else ""
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{message.port}"
         await self._call_back(base_url)
-        self._registry.register(message.worker_id, base_url, message.status)
+        status = self._adapters.hear(message.worker_id, message.status, registers=True)
+        self._registry.register(message.worker_id, base_url, status)
         self._adapters.restore(message.worker_id)
         return control_response(Registered(heartbeat_interval_s=self._heartbeat_interval_s))
 
     async def heartbeat(self, request: Request) -> Response:
         message = parse(Heartbeat, await request.body())
-        is_known = self._registry.heartbeat(message.worker_id, message.status)
-        self._adapters.restore(message.worker_id)
+        status = self._adapters.hear(message.worker_id, message.status)
+        is_known = self._registry.heartbeat(message.worker_id, status)
         await self._probe(message.worker_id)
+        self._adapters.restore(message.worker_id)
         return control_response(HeartbeatReply(is_known=is_known))
 
     async def leave(self, request: Request) -> Response:

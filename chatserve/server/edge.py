@@ -27,12 +27,12 @@ from chatserve.errors import (
     UnsupportedMediaType,
     UsageError,
 )
-from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
+from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
 from chatserve.server.error_response import error_response
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
-KEYED_PATHS = frozenset({LOAD_PATH, UNLOAD_PATH})
+KEYED_PATHS = frozenset({LOAD_PATH, UNLOAD_PATH, STAGE_PATH, SETTLE_PATH})
 """They change what a server serves: open to nobody without a key, whatever else is open."""
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")

@@ -138,8 +138,17 @@ class _Server:
         while not self._registry.is_ready():
             self._has_changed.clear()
             await self._has_changed.wait()
-        names = ", ".join(name for name, _ in self._models)
-        _tell(f"ready: {url}/v1 ({names})")
+        _tell(f"ready: {url}/v1 ({', '.join(self._served())})")
+
+    def _served(self) -> Sequence[str]:
+        """Each model, and each with its adapters behind it."""
+        cards = self._registry.cards()
+        return [
+            card.name
+            for name, _ in self._models
+            for card in cards
+            if name in (card.name, card.parent)
+        ]
 
     def _supervisor(self, control_url: str, name: str, weights: str) -> Supervisor:
         worker_id = ""

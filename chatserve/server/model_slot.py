@@ -9,7 +9,7 @@ from typing import Any
 from chatserve.config import adapted_name
 from chatserve.engine.sequence import LoadedAdapter
 from chatserve.errors import NoWorkerAvailable
-from chatserve.protocol.control import ModelCard, WorkerState, WorkerStatus
+from chatserve.protocol.control import ADAPTER_KEY, ModelCard, WorkerState, WorkerStatus
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel
 
@@ -74,7 +74,10 @@ class ModelSlot:
             description = (
                 dict(model.description)
                 if adapter is None
-                else {"trained_on": (adapter.base or "")[:200]}
+                else {
+                    "trained_on": (adapter.base or "")[:200],
+                    ADAPTER_KEY: adapter.fingerprint,
+                }
             )
             return ModelCard(
                 name=name,

@@ -219,6 +219,10 @@ class WorkerRegistry:
         serving = [worker for worker in self._workers.values() if worker.serves(model)]
         return [worker for worker in serving if self._state(worker) == "ready"]
 
+    def worker_ids(self) -> list[str]:
+        self._expire()
+        return list(self._workers)
+
     def forget(self, model: str) -> None:
         """Name `model` no more, unless somebody serves it."""
         if not any(worker.serves(model) for worker in self._workers.values()):

@@ -80,7 +80,10 @@ def create_slot_app(
     )  # fmt: skip
     WorkerRoutes(slot, control_token, ping_interval_s, pool).add_to(app)
     TokenRoutes(slot, pool).add_to(app)
-    AdapterRoutes(slot, on_change).add_to(app)
+    adapters = AdapterRoutes(slot, on_change)
+    adapters.add_to(app)
+    if control_token is not None:
+        adapters.add_for_controller(app)
     install_error_handlers(app)
     return Edge(app, policy or AccessPolicy())
 

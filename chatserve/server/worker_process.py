@@ -142,7 +142,7 @@ def _announce(heartbeat: HeartbeatSender | None, slot: ModelSlot, url: str) -> N
     if heartbeat is not None:
         heartbeat.announce()
     else:
-        print(f"ready: {url}/v1 ({', '.join(slot.names)})", flush=True)
+        print(f"ready: {url}/v1 ({', '.join(card.name for card in slot.cards())})", flush=True)
 
 
 async def _fill(

@@ -179,6 +179,12 @@ def test_from_start_to_a_clean_end(serve: Any) -> None:
     assert process.out.get() == "" and process.lines_of_error() == []
 
 
+def test_the_ready_line_names_adapters(serve: Any) -> None:
+    folder = Path(__file__).parent
+    process = serve("ok", "--adapter", f"sql={folder}", "--adapter", f"law={folder}")
+    assert process.next_line().endswith("/v1 (ok, ok:sql, ok:law)")
+
+
 def test_two_models_and_their_names(serve: Any) -> None:
     process = serve("ok", "seconds", "--model-names", "first,second", "--device", "cpu")
     word, url, names = process.next_line().split(maxsplit=2)

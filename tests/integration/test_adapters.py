@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -46,6 +46,7 @@ class House:
 
     def __init__(self, stack: ExitStack, expected: str) -> None:
         self._stack = stack
+        self.beats: dict[str, Callable[[], None]] = {}
         self.registry = WorkerRegistry(time.monotonic, expected=[expected])
         policy = AccessPolicy.build("127.0.0.1", api_keys=[KEY], control_token=TOKEN)
         self.controller: RunningServer = stack.enter_context(
@@ -85,10 +86,11 @@ class House:
                 running.result(WAIT_S)
 
         self._stack.callback(stop)
+        self.beats[worker_id] = lambda: worker.call(senders[0].deliver())
         self.wait_for(lambda: worker_id in self.registry._workers)
         if loads:
             slot.fill(engine, model)
-            worker.call(senders[0].deliver())
+            self.beats[worker_id]()
 
     def wait_for(self, condition: Any) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -122,10 +124,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(folder: Path, *paths: str) -> WorkerConfig:
+def config(folder: Path, *paths: str, root: str = "root") -> WorkerConfig:
     return WorkerConfig(
         weights=str(folder / "base"), device="cpu", dtype="float32", model_names=("tiny",),
-        adapter=paths, adapter_root=str(folder / "root"),
+        adapter=paths, adapter_root=str(folder / root),
     )  # fmt: skip
 
 
@@ -325,8 +327,54 @@ def test_what_one_worker_refuses_no_other_keeps(street: House) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "out_of_memory")
     assert list(good.loaded()) == ["law"] and "fake:sql" not in street.names()
     assert street.load("law", "new", load_inplace=True).status_code == 503
-    assert good.paths == ["old", "x", "new", "old"]
+    assert good.paths == bad.paths == ["old"], "nothing else has been served meanwhile"
     assert list(good.loaded()) == list(bad.loaded()) == ["law"]
+
+
+def test_a_replacement_that_one_worker_refuses_replaces_nothing(
+    folder: Path, merged: Mapping[str, str]
+) -> None:
+    (folder / "elsewhere").mkdir()
+    sql, law = (folder / "root" / name for name in ("sql", "law"))
+    with ExitStack() as stack:
+        house = House(stack, "tiny")
+        for worker_id, root in (("a", "root"), ("b", "elsewhere")):
+            house.add(worker_id, *load(config(folder, f"sql={sql}", root=root)))
+        before = house.registry._workers["a"].status.models
+        reply = house.load("sql", law, load_inplace=True)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "adapter_refused")
+        refused_by = house.registry._workers["b"].base_url
+        assert "does not lie below" in reply.json()["error"]["message"]
+        assert f"(said by {refused_by}; no worker has changed" in reply.json()["error"]["message"]
+        for worker_id in "ab":
+            house.beats[worker_id]()
+            assert house.registry._workers[worker_id].status.models == before
+        for _ in range(4):  # the workers take turns
+            said = house.post("chat/completions", model="tiny:sql", **ASKED).json()
+            assert said["choices"][0]["message"]["content"] == merged["tiny:sql"]
+
+
+def test_a_worker_that_was_away_gets_what_it_has_missed(street: House) -> None:
+    tables = {"stays": FakeAdapters("old"), "goes": FakeAdapters("old")}
+    for worker_id, table in tables.items():
+        street.add(worker_id, FakeEngine(), FakeModel(adapters=table))
+    assert street.load("sql", "x").status_code == 200
+    street.controller.loop.call_soon_threadsafe(street.registry.eject, "goes")
+    street.wait_for(lambda: len(street.registry.ready("fake")) == 1)
+    assert street.load("law", "y").status_code == 200
+    assert street.load("sql", "z", load_inplace=True).status_code == 200
+    assert street.unload("old").status_code == 200
+    assert set(tables["goes"].loaded()) == {"old", "sql"} and tables["goes"].paths == ["x"]
+
+    def is_back() -> bool:
+        street.beats["goes"]()
+        return len(street.registry.ready("fake:law")) == 2
+
+    street.wait_for(is_back)
+    street.wait_for(lambda: set(tables["goes"].loaded()) == {"sql", "law"})
+    street.wait_for(lambda: len(street.registry.ready("fake:sql")) == 2)
+    assert sorted(tables["goes"].paths) == ["x", "y", "z"]
+    assert street.names() == ["fake", "fake:sql", "fake:law"]
 
 
 @pytest.mark.parametrize("loads", [True, False])

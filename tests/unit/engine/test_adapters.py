@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from chatserve.config import MAX_ADAPTERS
+from chatserve.config import MAX_ADAPTERS, MAX_CARDS
 from chatserve.engine import adapters as module
-from chatserve.engine.adapters import Adapters
+from chatserve.engine.adapters import AdapterPlace, Adapters
 from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import choose_policy
@@ -204,3 +205,54 @@ def test_a_root_that_is_a_link_is_followed(
     os.symlink(root, tmp_path / "way")
     table = Adapters(checkpoint, network, tmp_path / "way")
     table.load_below("sql", str(tmp_path / "way" / "sql"))
+
+
+# ---- staged first ----
+
+
+def test_a_staged_adapter_is_served_once_it_is_wanted(table: Adapters, root: Path) -> None:
+    old = table.load("sql", root / "sql")
+    with pytest.raises(AdapterRefused, match="load_inplace"):
+        table.stage_below("sql", "law")
+    new = table.stage_below("sql", "law", replace=True)
+    assert table.loaded() == {"sql": old}
+    table.settle("sql", is_wanted=True)
+    assert table.loaded() == {"sql": new} and new.fingerprint != old.fingerprint
+    with pytest.raises(AdapterRefused, match="staged any more; load it again"):
+        table.settle("sql", is_wanted=True)
+
+
+def test_a_staged_adapter_that_is_not_wanted_goes(table: Adapters) -> None:
+    gone = weakref.ref(table.stage_below("sql", "law"))
+    table.settle("law", is_wanted=False)  # of another name: none of its business
+    assert gone() is not None
+    table.settle("sql", is_wanted=False)
+    assert gone() is None and not table.loaded()
+    with pytest.raises(AdapterRefused, match="staged any more"):
+        table.settle("sql", is_wanted=True)
+
+
+def test_what_cannot_be_staged_leaves_nothing_staged(table: Adapters, root: Path) -> None:
+    table.stage_below("sql", "law")
+    half_a_file(root / "broken")
+    with pytest.raises(ModelLoadError):
+        table.stage_below("sql", "broken")
+    with pytest.raises(AdapterRefused, match="staged any more"):
+        table.settle("sql", is_wanted=True)
+    with pytest.raises(AdapterRefused, match="does not lie below"):
+        table.stage_below("sql", "../base")
+
+
+def test_many_model_names_leave_place_for_fewer_adapters(
+    checkpoint: Checkpoint, network: Any, root: Path
+) -> None:
+    names = [f"n{index}" for index in range(MAX_CARDS // 2)]
+    table = Adapters(checkpoint, network, root, AdapterPlace.beside(names))
+    table.stage_below("sql", "sql")
+    table.load("law", root / "law")
+    with pytest.raises(AdapterRefused, match="the limit is 1 with so many --model-names"):
+        table.load("sql", root / "sql")
+    with pytest.raises(AdapterRefused, match="the limit is 1"):
+        table.settle("sql", is_wanted=True)
+    table.load("law", root / "sql", replace=True)
+    assert list(table.loaded()) == ["law"]

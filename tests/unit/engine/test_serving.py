@@ -136,6 +136,21 @@ def test_adapters_are_served_described_and_fingerprinted(folder: Path, tmp_path:
     assert models[1].fingerprint == load(config(folder, adapter=(sft,)))[1].fingerprint
 
 
+@pytest.mark.parametrize(
+    ("names", "adapters", "reason"),
+    [
+        (["n" * 136], ["x" * 64], "longer than 200 characters"),
+        ([f"n{i}" for i in range(400)], ["a", "b", "c", "d"], "--adapter d: 3 .* the limit is 3"),
+    ],
+)
+def test_names_that_no_heartbeat_holds_are_refused_at_the_start(
+    folder: Path, names: list[str], adapters: list[str], reason: str
+) -> None:
+    paths = tuple(f"{name}=missing" for name in adapters)
+    with pytest.raises(UsageError, match=reason):
+        load(config(folder, adapter=paths, model_names=tuple(names)))
+
+
 def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from chatserve.config import MAX_CARDS
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.control import (
-    MAX_CARDS,
     Heartbeat,
     ModelCard,
     Registration,

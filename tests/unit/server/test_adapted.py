@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from chatserve.config import MAX_ADAPTERS
-from chatserve.errors import InvalidRequest, ModelNotFound, NoWorkerAvailable
+from chatserve.config import MAX_CARDS
+from chatserve.engine.adapters import AdapterPlace
+from chatserve.errors import AdapterRefused, InvalidRequest, ModelNotFound, NoWorkerAvailable
 from chatserve.protocol.adapters import LoadAdapter, UnloadAdapter, parse
 from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.protocol.fields import MAX_BODY_BYTES
 from chatserve.server import heartbeat
 from chatserve.server.adapted import adapter_name, fingerprint_of, names_of
 from chatserve.server.edge import KEYED_PATHS, AccessPolicy, Edge
@@ -26,6 +28,7 @@ from tests.fakes import FakeAdapters, FakeClock, FakeEngine, FakeModel
 from tests.unit.server.test_edge import HOST, JSON, Echo
 
 MODEL = FakeModel(names=("fake", "other:7b"), adapters=FakeAdapters("sql", "law"))
+WIDE = {ord(digit): chr(0x1F600 + int(digit)) for digit in "0123456789"}
 NAMES = ["fake", "other:7b", "fake:sql", "fake:law", "other:7b:sql", "other:7b:law"]
 
 
@@ -85,11 +88,26 @@ def test_cards_name_their_base() -> None:
     assert [card.name for card in slot.status().models] == NAMES
 
 
-def test_heartbeats_have_room_for_all_adapters_of_all_names() -> None:
-    adapters = FakeAdapters(*(f"adapter-{index}" for index in range(MAX_ADAPTERS)))
-    model = FakeModel(names=[f"name-{index}" for index in range(50)], adapters=adapters)
-    cards = ModelSlot.filled(FakeEngine(), model).status().models
-    assert len(cards) == 50 * (1 + MAX_ADAPTERS)
+@pytest.mark.parametrize("num_names", [1, 25, 26, 100, MAX_CARDS // 2, MAX_CARDS])
+def test_heartbeats_have_room_for_all_adapters_that_are_let_in(num_names: int) -> None:
+    """The widest: names of 4 bytes a character, as long as they may be."""
+    names = [f"{index:04}".translate(WIDE) * 34 for index in range(num_names)]
+    place = AdapterPlace.beside(names)
+    assert (
+        place.most == {1: 64, 25: 64, 26: 61, 100: 15, MAX_CARDS // 2: 1, MAX_CARDS: 0}[num_names]
+    )
+    adapters = [f"{index:02}" + "x" * 61 for index in range(place.most)]
+    for number, adapter in enumerate(adapters, 1):
+        place.check(adapter, number)
+    with pytest.raises(AdapterRefused, match=f"the limit is {place.most}"):
+        place.check("one-more", place.most + 1)
+    with pytest.raises(AdapterRefused, match="longer than 200 characters"):
+        AdapterPlace.beside(["n" * 136]).check("x" * 64, 1)
+    loaded = FakeAdapters(*adapters, base="\U0001f999" * 200)
+    status = ModelSlot.filled(FakeEngine(), FakeModel(names=names, adapters=loaded)).status()
+    assert len(status.models) == num_names * (1 + place.most)
+    message = heartbeat.Heartbeat(worker_id="w", status=status)
+    assert len(message.to_json()) < MAX_BODY_BYTES
 
 
 # ---- bodies ----

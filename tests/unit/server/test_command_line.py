@@ -11,6 +11,7 @@ import pytest
 from chatserve.cli import commands
 from chatserve.config import (
     DEFAULT_WEIGHTS,
+    MAX_CARDS,
     EngineConfig,
     ModelOptions,
     ServeConfig,
@@ -160,6 +161,13 @@ def test_name_of_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path / "here")
     assert served_names(".") == ("here",)
     assert served_names("/") == ("model",)
+
+
+def test_more_names_than_a_heartbeat_holds() -> None:
+    names = [f"n{index}" for index in range(MAX_CARDS + 1)]
+    assert served_names("/w", names[:-1]) == tuple(names[:-1])
+    with pytest.raises(UsageError, match="has 1626 names, the limit is 1,625"):
+        served_names("/w", names)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "x" * 201])
