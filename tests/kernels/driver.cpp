@@ -656,16 +656,38 @@ void check_sampler(const char* level) {
     std::vector<const cs_sampling*> rows;
     const Ints seen = {1, 5, 3000}, offset_ids = {2, 9};
     const Floats offsets = {-3.0f, 4.0f};
+    // exactly as many words as the vocabulary needs, so that a read behind them is seen
+    std::vector<uint32_t> allowed((kVocab + 31) / 32);
+    for (uint32_t& word : allowed) word = integer(0, 2) ? ~0u : integer(0, 1) ? 0u : 0x5a5a0f01u;
+    allowed[10] = 3;
     for (cs_sampling& p : params) {
       p = {0.1 + integer(0, 20) * 0.1, integer(0, 1) ? 1.0 : 0.9, integer(0, 1) ? -INFINITY : -2.0,
            static_cast<uint64_t>(round), integer(0, 100), 50, seen.data(), offset_ids.data(),
-           offsets.data(), forbidden.data(), 3, 2, 2, integer(0, 1) * 40, integer(0, 3) == 0, 1.1f};
+           offsets.data(), forbidden.data(), integer(0, 1) ? allowed.data() : nullptr, 3, 2, 2, integer(0, 1) * 40, integer(0, 3) == 0, 1.1f};
       rows.push_back(&p);
     }
     Ints out(kRows);
     require(cs_sampler_sample(sampler, logits.data(), kVocab, kRows, nullptr, rows.data(), kRows,
                               out.data()) == CS_OK, "a sample was refused");
-    for (int id : out) require(id >= 0 && id < kVocab && id != 7 && id != 2999, "a forbidden token");
+    for (int r = 0; r < kRows; r++) {
+      const int id = out[r];
+      require(id >= 0 && id < kVocab && id != 7 && id != 2999, "a forbidden token");
+      const uint32_t* words = params[r].allowed;
+      require(!words || words[id / 32] >> id % 32 & 1, "a token that is not allowed");
+    }
+    const Ints num_tops = {0, 1, 20, 5, 20};
+    Floats told(kRows * 21);
+    Ints tops(kRows * 20);
+    require(cs_sampler_logprobs(sampler, logits.data(), kVocab, kRows, nullptr, rows.data(),
+                                out.data(), num_tops.data(), kRows, 20, told.data(),
+                                tops.data()) == CS_OK, "logprobs were refused");
+    for (int r = 0; r < kRows; r++) {
+      require(told[21 * r] <= 1e-5f && std::isfinite(told[21 * r]), "a strange logprob");
+      for (int i = 0; i < 20; i++) {
+        const int id = tops[20 * r + i];
+        require(id >= -1 && id < kVocab && (i < num_tops[r] || id == -1), "a strange top");
+      }
+    }
   }
   cs_sampler_destroy(sampler);
   cs_team_destroy(team);
