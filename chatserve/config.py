@@ -19,6 +19,7 @@ MAX_NAME_LEN = 200
 INT64 = 2**63
 MAX_ADAPTERS = 64  # beside one base: every heartbeat names them all
 MAX_CARDS = 25 * (1 + MAX_ADAPTERS)  # a worker's names, alone and with each adapter: under 4 MiB
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}$", re.ASCII)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -314,7 +315,8 @@ def served_names(weights: str, model_names: Sequence[str] = ()) -> tuple[str, ..
     path = Path(weights).expanduser()
     # `.` and `..` have no name of their own
     path = path if path.name not in ("", "..") else path.resolve()
-    names = tuple(model_names) or (path.name.removesuffix(".gguf") or "model",)
+    stem = _PART_OF_GGUF.sub("", path.name.removesuffix(".gguf"))
+    names = tuple(model_names) or (stem or "model",)
     if len(names) > MAX_CARDS:
         raise UsageError(f"--model-names has {len(names)} names, the limit is {MAX_CARDS:,}")
     for name in names:
