@@ -126,7 +126,18 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(ModelOptions, EngineConfig):
+class ApiOptions:
+    """What requests may hold."""
+
+    lenient: bool = setting(
+        False, "leave out fields of requests that chatserve does not know or support, and list them"
+        " in a header of the answer, instead of refusing the request",
+        group="api",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkerConfig(ModelOptions, EngineConfig, ApiOptions):
     """One worker process: one model, one engine."""
 
     weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
@@ -179,7 +190,7 @@ class ControllerConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig(ControllerConfig, ModelOptions, EngineConfig):
+class ServeConfig(ControllerConfig, ModelOptions, EngineConfig, ApiOptions):
     """`chatserve serve`: a controller and one supervised worker per WEIGHTS."""
 
     model_names: tuple[str, ...] = setting(

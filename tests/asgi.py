@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,11 @@ def request(
 
     `raises`: the app answers and then raises this, for the server's log.
     """
-    scope = {
+    return asyncio.run(_call(app, _scope(method, path, headers), body, raises))
+
+
+def _scope(method: str, path: str, headers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    return {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
@@ -54,6 +59,11 @@ def request(
         "scheme": "http",
         "root_path": "",
     }
+
+
+async def _call(
+    app: App, scope: dict[str, Any], body: Sequence[bytes], raises: type[Exception] | None = None
+) -> Answer:
     pieces = list(body)
     sent: list[Message] = []
 
@@ -65,17 +75,60 @@ def request(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    async def main() -> None:
-        if raises is None:
-            await app(scope, receive, send)
-            return
+    if raises is None:
+        await app(scope, receive, send)
+    else:
         with pytest.raises(raises):
             await app(scope, receive, send)
-
-    asyncio.run(main())
     start, *rest = sent
     return Answer(
         status=start["status"],
         headers={k.decode("latin-1"): v.decode("latin-1") for k, v in start["headers"]},
         body=b"".join(message.get("body", b"") for message in rest),
     )
+
+
+class RunningApp:
+    """An app that has started, on a loop of its own: thousands of requests a second."""
+
+    def __init__(self, app: App, runner: asyncio.Runner) -> None:
+        self._app = app
+        self._runner = runner
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: Sequence[tuple[str, str]] = (("content-type", "application/json"),),
+    ) -> Answer:
+        scope = _scope(method, path, [("host", "127.0.0.1"), *headers])
+        return self._runner.run(_call(self._app, scope, [body]))
+
+    def post(self, path: str, payload: Any) -> Answer:
+        return self.request("POST", path, json.dumps(payload).encode())
+
+
+@contextlib.contextmanager
+def running(app: App) -> Iterator[RunningApp]:
+    """Start `app`, and stop it at the end."""
+
+    async def start() -> tuple[asyncio.Queue[Message], asyncio.Task[None]]:
+        to_app: asyncio.Queue[Message] = asyncio.Queue()
+        from_app: asyncio.Queue[Message] = asyncio.Queue()
+        to_app.put_nowait({"type": "lifespan.startup"})
+        task = asyncio.ensure_future(app({"type": "lifespan"}, to_app.get, from_app.put))
+        assert (await from_app.get())["type"] == "lifespan.startup.complete"
+        return to_app, task
+
+    async def stop(to_app: asyncio.Queue[Message], task: asyncio.Task[None]) -> None:
+        to_app.put_nowait({"type": "lifespan.shutdown"})
+        await task
+
+    with asyncio.Runner() as runner:
+        lifespan = runner.run(start())
+        try:
+            yield RunningApp(app, runner)
+        finally:
+            runner.run(stop(*lifespan))

@@ -109,6 +109,11 @@ def check_label(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must be {kind}", param=name)
 
 
+def label_schema(name: str) -> dict[str, Any]:
+    """What `check_label` accepts, as JSON Schema."""
+    return {"type": ["object" if name == "metadata" else "string", "null"]}
+
+
 def refuse_unknown(fields: dict[str, Any], known: frozenset[str], *, prefix: str = "") -> None:
     """Raises for the first of `fields` that is not `known`; a lenient server takes them out."""
     for name in [name for name in fields if name not in known]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from urllib.parse import quote
 
+HEADER = "x-chatserve-ignored-fields"
 MAX_NAMES = 32
 MAX_NAME_LEN = 100
 

@@ -41,6 +41,7 @@ from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
+from chatserve.server.openapi import document
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay, open_session
 
@@ -65,6 +66,7 @@ def create_controller_app(
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
     controller.add_to(app)
+    document.add_to(app)
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)

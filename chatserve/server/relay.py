@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatserve.errors import BadStream, ChatserveError, WorkerLost
 from chatserve.protocol.control import bearer
+from chatserve.protocol.leniency import HEADER
 from chatserve.protocol.sse import MAX_EVENT_BYTES
 from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
@@ -32,7 +33,7 @@ CONNECT_TIMEOUT_S = 2.0
 # under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
 KEEPALIVE_S = 2.0
 FRAME_ENDS = (b"\n\n", b"\r\n\r\n")
-PASSED_HEADERS = ("content-type", "cache-control", "x-accel-buffering", "retry-after")
+PASSED_HEADERS = ("content-type", "cache-control", "x-accel-buffering", "retry-after", HEADER)
 
 
 def open_session() -> aiohttp.ClientSession:

@@ -29,7 +29,9 @@ from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
+from chatserve.server.leniency import Lenient
 from chatserve.server.model_slot import ModelSlot
+from chatserve.server.openapi import document
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
@@ -49,16 +51,19 @@ def create_worker_app(
     policy: AccessPolicy | None = None,
     control_token: str | None = None,
     ping_interval_s: float = PING_INTERVAL_S,
+    is_lenient: bool = False,
 ) -> Edge:
     """The ASGI app of a worker whose model is loaded and whose engine runs.
 
     Without a `policy` it is open to whoever speaks to a loopback name. With a `control_token` it
-    can prove to a controller that it holds the token.
+    can prove to a controller that it holds the token. `is_lenient`: fields that would be refused
+    are left out and listed in a header.
     """
     slot = ModelSlot.filled(engine, model)
     return create_slot_app(
-        slot, policy=policy, control_token=control_token, ping_interval_s=ping_interval_s
-    )
+        slot, policy=policy, control_token=control_token, ping_interval_s=ping_interval_s,
+        is_lenient=is_lenient,
+    )  # fmt: skip
 
 
 def create_slot_app(
@@ -67,6 +72,7 @@ def create_slot_app(
     policy: AccessPolicy | None = None,
     control_token: str | None = None,
     ping_interval_s: float = PING_INTERVAL_S,
+    is_lenient: bool = False,
     on_change: OnChange = nobody_to_tell,
 ) -> Edge:
     """The same for a slot that may still be empty: requests get 503 until it is filled.
@@ -84,8 +90,9 @@ def create_slot_app(
     adapters.add_to(app)
     if control_token is not None:
         adapters.add_for_controller(app)
+    document.add_to(app)
     install_error_handlers(app)
-    return Edge(app, policy or AccessPolicy())
+    return Edge(Lenient(app) if is_lenient else app, policy or AccessPolicy())
 
 
 class EventStream(EventSourceResponse):

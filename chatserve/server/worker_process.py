@@ -93,7 +93,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     sock = bind(config.host, config.port)
     heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
     edge = create_slot_app(
-        slot, policy=policy, control_token=token,
+        slot, policy=policy, control_token=token, is_lenient=config.lenient,
         on_change=heartbeat.deliver if heartbeat is not None else nobody_to_tell,
     )  # fmt: skip
     listener = Listener(edge, sock)

@@ -1,0 +1,227 @@
+"""The answers of the API as types, for the OpenAPI document and whoever builds them.
+
+Text only: nothing here is checked while serving. A test holds real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong: a sentence for people, the field at fault, a code for programs."""
+
+    message: str
+    type: ErrorType
+    param: str | None
+    code: str
+
+
+class ErrorReply(TypedDict):
+    """Every error, whole or as the last event of a stream (no `[DONE]` follows it)."""
+
+    error: ErrorDetail
+
+
+class ModelDetails(TypedDict):
+    """Beyond OpenAI: context length in tokens, fingerprint, device and how the weights are kept."""
+
+    context_length: int | None
+    fingerprint: NotRequired[str]
+
+
+class Model(TypedDict):
+    """A model, or a model with an adapter (`parent` is the model then)."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    chatserve: ModelDetails
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class DeletedModel(TypedDict):
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+
+
+class PromptTokensDetails(TypedDict):
+    """`cached_tokens`: prompt tokens whose keys and values were still there."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens; a prompt counts once, however many choices continue it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Live(TypedDict):
+    status: Literal["live"]
+    proof: NotRequired[str]
+
+
+class ModelReadiness(TypedDict):
+    name: str
+    state: str
+    loaded_bytes: int
+    total_bytes: int
+
+
+class Ready(TypedDict):
+    status: Literal["loading", "ready", "draining"]
+    models: list[ModelReadiness]
+
+
+class Decoding(TypedDict):
+    """A worker says how far its engine is, a controller which workers are stalled."""
+
+    status: Literal["decoding", "stalled", "loading"]
+    tick: NotRequired[int]
+    last_token_age_s: NotRequired[float]
+    num_running: NotRequired[int]
+    num_waiting: NotRequired[int]
+    stalled: NotRequired[list[str]]
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TypedDict):
+    """One token of an answer, and the likeliest that might have stood in its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(TypedDict):
+    content: list[TokenLogprob] | None
+    refusal: NotRequired[None]
+
+
+class FunctionCall(TypedDict):
+    """`arguments` is JSON in a text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: NotRequired[None]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """`system_fingerprint`: of weights, form, template and engine."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: NotRequired[FunctionDelta]
+
+
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """`usage` only where `stream_options.include_usage` asks for it: null but in the last chunk."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class TextLogprobs(TypedDict):
+    """One entry a token; the first token of an echoed prompt has no logprob."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class TextChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextCompletion(TypedDict):
+    """An answer, or one chunk of it: `finish_reason` is null until a choice ends."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage | None]
