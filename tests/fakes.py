@@ -244,6 +244,22 @@ class FakeTokenization:
         return [chr(id_) for id_ in ids]
 
 
+class FakeTokenizer:
+    """Ids below 256 are bytes, those behind them control tokens."""
+
+    eos_ids = frozenset({7})
+    strips_leading_space = False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+    def name_of(self, token_id: int) -> str | None:
+        return f"<|{token_id}|>" if token_id >= 256 else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+
 class FakeAdapters:
     """Adapters without numbers; `refusal` is raised by whatever would read one. `paths`: of those
     that have been served."""
@@ -306,6 +322,7 @@ class FakeModel:
     description: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu"})
     defaults: Mapping[str, float] = field(default_factory=dict)
     adapters: FakeAdapters = field(default_factory=lambda: FakeAdapters())
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
 
     @property
     def prompts(self) -> FakePrompts:

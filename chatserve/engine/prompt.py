@@ -131,17 +131,15 @@ class PromptBuilder:
         return ids
 
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """How many tokens may be generated: `asked`, or the rest of the context.
+        """How many tokens may be generated: `asked`, 0 to only read the prompt, or what is left.
 
         Raises `ContextLengthExceeded` when `asked` does not fit.
         """
         rest = self.context_length - num_prompt_tokens
         if asked is None:
             return rest
-        if asked < 1:
-            raise InvalidRequest(
-                f"max_tokens is {asked}; it must be at least 1", param="max_tokens"
-            )
+        if asked < 0:
+            raise InvalidRequest(f"max_tokens is {asked}; it cannot be below 0", param="max_tokens")
         if asked > rest:
             raise ContextLengthExceeded(
                 f"prompt has {num_prompt_tokens:,} tokens and max_tokens is {asked:,}, together "

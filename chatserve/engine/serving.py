@@ -85,6 +85,7 @@ class ServedModel:
     vocab_size: int
     prompts: PromptBuilder
     tokenization: Tokenization
+    tokenizer: Tokenizer
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     strip_leading_space: bool
@@ -178,6 +179,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         vocab_size=model.vocab_size,
         prompts=prompts,
         tokenization=Tokenization(tokenizer, prompts, model.vocab_size),
+        tokenizer=tokenizer,
         stop=prompts.stop,
         stop_token_ids=prompts.stop_token_ids,
         strip_leading_space=tokenizer.strips_leading_space,

@@ -86,6 +86,11 @@ class Tokenizer:
             self._bytes_of[token_id] = known
         return known
 
+    def name_of(self, token_id: int) -> str | None:
+        """What a control token is called; None for text and for ids without a token."""
+        token = self.special_tokens.by_id.get(token_id)
+        return token.text if token is not None and token.special else None
+
     def piece(self, token_id: int) -> str:
         """How the vocabulary writes one token; empty for an id without a token."""
         special = self.special_tokens.by_id.get(token_id)

@@ -18,14 +18,12 @@ from chatserve.protocol.fields import (
     validate,
     without_no_ops,
 )
-from chatserve.protocol.sampling_request import SamplingRequest
+from chatserve.protocol.sampling_request import MAX_TOP_LOGPROBS, SamplingRequest
 
 MAX_MESSAGES = 1024
 MAX_CONTENT_PARTS = 1024
 
 CHAT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "tools": NOTHING,
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
@@ -39,7 +37,6 @@ CHAT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
     "service_tier": (None, "auto", "default"),
-    "store": (None, False),
 }
 MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "name": (None,),
@@ -153,6 +150,13 @@ class ChatRequest(SamplingRequest):
         list[ChatMessage], BeforeValidator(read_messages), WithJsonSchema(MESSAGES_SCHEMA)
     ]
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def num_top(self) -> int | None:
+        """How many likely tokens to tell at each place; None: not even the token's own logprob."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -170,4 +174,6 @@ def parse_chat(body: bytes) -> ChatRequest:
             f"{request.max_completion_tokens}; give only one",
             param="max_tokens",
         )
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     return request

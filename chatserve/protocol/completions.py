@@ -8,8 +8,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
-from chatserve.protocol.fields import read_object, validate
-from chatserve.protocol.sampling_request import MAX_CHOICES, MAX_SEQUENCES, SamplingRequest
+from chatserve.protocol.fields import INT64, read_object, validate
+from chatserve.protocol.sampling_request import (
+    MAX_CHOICES,
+    MAX_SEQUENCES,
+    MAX_TOP_LOGPROBS,
+    SamplingRequest,
+)
 
 MAX_PROMPTS = 64
 
@@ -28,11 +33,7 @@ PROMPTS_SCHEMA = {
     ]
 }
 
-COMPLETION_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (None,),
-    "echo": (None, False),
-    "suffix": (None, ""),
-}
+COMPLETION_NO_OPS: Mapping[str, tuple[Any, ...]] = {"suffix": (None, "")}
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -62,22 +63,38 @@ class CompletionRequest(SamplingRequest):
     prompt: Annotated[
         list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)
     ]
+    # 0 only reads the prompt, to score it
+    max_tokens: int | None = Field(None, ge=0, lt=INT64)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def num_tries(self) -> int:
+        """How many answers to each prompt are generated; `num_choices` of them are returned."""
+        return self.best_of or self.num_choices
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Read a text completion request. Raises as `parse_chat` does."""
     request = validate(CompletionRequest, read_object(body), COMPLETION_NO_OPS)
     request.check_streaming()
-    if request.best_of not in (None, request.num_choices):
-        raise UnsupportedParameter(
-            f"best_of {request.best_of} is not supported; leave it out or make it n",
+    if request.num_tries < request.num_choices:
+        raise InvalidRequest(
+            f"best_of is {request.best_of}, less than n, which is {request.num_choices}; raise it",
             param="best_of",
         )
-    num_sequences = len(request.prompt) * request.num_choices
+    if request.num_tries > request.num_choices and request.is_stream:
+        raise UnsupportedParameter(
+            f"best_of {request.best_of} cannot be streamed: the best is known at the end; "
+            "make it n or leave stream out",
+            param="best_of",
+        )
+    num_sequences = len(request.prompt) * request.num_tries
     if num_sequences > MAX_SEQUENCES:
+        name = "n" if request.num_tries == request.num_choices else "best_of"
         raise InvalidRequest(
-            f"prompt has {len(request.prompt)} entries and n is {request.num_choices}, together "
+            f"prompt has {len(request.prompt)} entries and {name} is {request.num_tries}, together "
             f"{num_sequences} answers; the limit is {MAX_SEQUENCES}, send several requests",
             param="prompt",
         )

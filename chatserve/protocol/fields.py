@@ -22,7 +22,8 @@ INT64 = 2**63
 
 NOTHING: tuple[Any, ...] = (None, [], {})
 # they label a request and never change its answer
-LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "store"})
+_LABEL_KINDS = {"metadata": (dict, "an object"), "store": (bool, "true or false")}
 
 
 def model_of(body: bytes, default: str | None = None) -> str:
@@ -103,10 +104,9 @@ def no_op_schemas(no_ops: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
 
 
 def check_label(name: str, value: Any) -> None:
-    expected = dict if name == "metadata" else str
-    if value is not None and not isinstance(value, expected):
-        kind = "an object" if expected is dict else "a text"
-        raise InvalidRequest(f"{name} must be {kind}", param=name)
+    kind, shown = _LABEL_KINDS.get(name, (str, "a text"))
+    if value is not None and not isinstance(value, kind):
+        raise InvalidRequest(f"{name} must be {shown}", param=name)
 
 
 def label_schema(name: str) -> dict[str, Any]:

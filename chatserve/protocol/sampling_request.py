@@ -25,6 +25,7 @@ MAX_SEQUENCES = 64
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
 
 # what the functions below accept, for the OpenAPI document; a test holds the two together
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_BYTES}
@@ -94,6 +95,7 @@ class StreamOptions(BaseModel):
     )  # fmt: skip
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 def _stream_options(value: Any) -> Any:
@@ -114,6 +116,8 @@ class SamplingRequest(BaseModel):
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_stream_options)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    min_tokens: int | None = Field(None, ge=0, lt=INT64)
+    ignore_eos: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=INT64)
@@ -140,10 +144,23 @@ class SamplingRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def has_usage_in_chunks(self) -> bool:
+        return self.includes_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
+
+    @property
     def num_choices(self) -> int:
         return self.n or 1
 
     def check_streaming(self) -> None:
         """Raises `InvalidRequest` for options of a stream that was not asked for."""
-        if self.stream_options is not None and not self.is_stream:
+        if self.stream_options is None:
+            return
+        if not self.is_stream:
             raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        if self.stream_options.continuous_usage_stats and not self.includes_usage:
+            raise InvalidRequest(
+                "stream_options.continuous_usage_stats needs include_usage: true",
+                param="stream_options.continuous_usage_stats",
+            )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
+from chatserve.engine.output import TokenBytes
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 
 
@@ -80,6 +81,20 @@ class Tokenization(Protocol):
     def pieces(self, ids: Sequence[int]) -> list[str]: ...
 
 
+class Tokenizer(TokenBytes, Protocol):
+    """`chatserve.models.tokenizer.Tokenizer`, as the server shows tokens.
+
+    `name_of` a control token is what it is called; it is no text.
+    """
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def strips_leading_space(self) -> bool: ...
+    def name_of(self, token_id: int) -> str | None: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class Adapters(Protocol):
     """`chatserve.engine.adapters.Adapters`, as the server uses it.
 
@@ -114,6 +129,8 @@ class ServedModel(Protocol):
     def prompts(self) -> Prompts: ...
     @property
     def tokenization(self) -> Tokenization: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
     @property
     def stop(self) -> Sequence[str]: ...
     @property

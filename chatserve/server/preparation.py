@@ -5,12 +5,12 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
-from chatserve.protocol.chat import ChatRequest, parse_chat
+from chatserve.protocol.chat import parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
@@ -22,15 +22,22 @@ COMPLETION_MAX_TOKENS = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, to be continued `num_choices` times with the same params."""
+    """One prompt, to be continued `num_choices` times with the same params.
+
+    `text` goes in front of the answers.
+    """
 
     ids: tuple[int, ...]
     params: SamplingParams
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can be submitted. Choice k of prompt p has index p * num_choices + k."""
+    """A request that can be submitted. Choice k of prompt p has index p * num_choices + k.
+
+    `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -40,6 +47,10 @@ class Prepared:
     includes_usage: bool
     strip_leading_space: bool
     adapter: LoadedAdapter | None = None
+    num_dropped: int = 0
+    is_echo: bool = False
+    shows_logprobs: bool = False
+    has_usage_in_chunks: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -55,42 +66,76 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
     adapter = _check_common(request, model)
     _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
     ids = model.prompts.chat(request.messages)
-    prompt = _prompt(ids, request, model, stop=(*request.stop, *model.stop), unlimited=True)
-    strip = model.strip_leading_space
-    return _prepared(request, [prompt], adapter, is_chat=True, strip=strip)
+    max_tokens = model.prompts.max_tokens(len(ids), request.asked_tokens)
+    params = _sampling_params(
+        request, model, max_tokens, stop=(*request.stop, *model.stop), logprobs=request.num_top
+    )
+    return _prepared(
+        request,
+        [Prompt(tuple(ids), params)],
+        adapter,
+        num_choices=request.num_choices,
+        is_chat=True,
+        strip_leading_space=model.strip_leading_space,
+        shows_logprobs=request.num_top is not None,
+    )
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
     """Validate a text completion request and encode its prompts. Raises as `prepare_chat` does."""
     request = parse_completion(body)
     adapter = _check_common(request, model)
-    prompts = []
-    for prompt in request.prompt:
-        _check_prompt(prompt, model)
-        ids = model.prompts.completion(prompt)
-        if not ids:
-            raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
-        prompts.append(_prompt(ids, request, model, stop=request.stop, unlimited=False))
-    return _prepared(request, prompts, adapter, is_chat=False, strip=False)
+    return _prepared(
+        request,
+        [_completion_prompt(prompt, request, model) for prompt in request.prompt],
+        adapter,
+        num_choices=request.num_tries,
+        is_chat=False,
+        strip_leading_space=False,
+        shows_logprobs=request.logprobs is not None,
+        num_dropped=request.num_tries - request.num_choices,
+        is_echo=bool(request.echo),
+    )
+
+
+def _completion_prompt(
+    prompt: str | list[int], request: CompletionRequest, model: ServedModel
+) -> Prompt:
+    _check_prompt(prompt, model)
+    ids = model.prompts.completion(prompt)
+    if not ids:
+        raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
+    max_tokens = model.prompts.max_tokens(len(ids), request.asked_tokens)
+    if request.asked_tokens is None:
+        max_tokens = min(max_tokens, COMPLETION_MAX_TOKENS)
+    logprobs = request.logprobs
+    if logprobs is None and request.num_tries > request.num_choices:
+        logprobs = 0  # to choose by
+    params = _sampling_params(
+        request,
+        model,
+        max_tokens,
+        stop=request.stop,
+        logprobs=logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+    if not request.echo:
+        return Prompt(tuple(ids), params)
+    text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids)
+    return Prompt(tuple(ids), params, text)
 
 
 def _prepared(
-    request: ChatRequest | CompletionRequest,
-    prompts: list[Prompt],
-    adapter: LoadedAdapter | None,
-    *,
-    is_chat: bool,
-    strip: bool,
+    request: SamplingRequest, prompts: list[Prompt], adapter: LoadedAdapter | None, **shape: Any
 ) -> Prepared:
     return Prepared(
         model=request.model,
         prompts=tuple(prompts),
-        num_choices=request.num_choices,
-        is_chat=is_chat,
         is_stream=request.is_stream,
         includes_usage=request.includes_usage,
-        strip_leading_space=strip,
+        has_usage_in_chunks=request.has_usage_in_chunks,
         adapter=adapter,
+        **shape,
     )
 
 
@@ -129,24 +174,22 @@ def _check_num_bytes(num_bytes: int, model: ServedModel, param: str) -> None:
         )
 
 
-def _prompt(
-    ids: Sequence[int],
+def _sampling_params(
     request: SamplingRequest,
     model: ServedModel,
+    max_tokens: int,
     *,
     stop: tuple[str, ...],
-    unlimited: bool,
-) -> Prompt:
-    asked = request.asked_tokens
-    max_tokens = model.prompts.max_tokens(len(ids), asked)
-    if asked is None and not unlimited:
-        max_tokens = min(max_tokens, COMPLETION_MAX_TOKENS)
-    return Prompt(tuple(ids), _sampling_params(request, model, max_tokens, stop))
-
-
-def _sampling_params(
-    request: SamplingRequest, model: ServedModel, max_tokens: int, stop: tuple[str, ...]
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {min_tokens:,}, but the answer may have {max_tokens:,} tokens at most; "
+            "lower it or raise max_tokens",
+            param="min_tokens",
+        )
     usual = SamplingParams()
 
     def value(name: str) -> float:
@@ -163,7 +206,11 @@ def _sampling_params(
         frequency_penalty=value("frequency_penalty"),
         logit_bias=request.logit_bias,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
         stop=stop,
-        stop_token_ids=tuple(model.stop_token_ids),
+        stop_token_ids=() if request.ignore_eos else tuple(model.stop_token_ids),
+        ignore_eos=bool(request.ignore_eos),
         seed=request.seed,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )

@@ -7,16 +7,18 @@ string and one concatenation. No scheduling, no socket.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
 
 from chatserve.engine.sequence import TokenEvent
-from chatserve.errors import ChatserveError, GenerationFailed
+from chatserve.errors import ChatserveError
 from chatserve.protocol.sse import DONE_FRAME
+from chatserve.server.choices import Choice, Piece, PlainChoice, finish_reason_of
 from chatserve.server.error_response import error_event
 from chatserve.server.generation import Generation
 
@@ -48,12 +50,33 @@ class ReplyHead:
         }
 
 
-class ChunkEncoder:
-    """The SSE frames of one request."""
+UsageNow = Callable[[], dict[str, Any]]
 
-    def __init__(self, head: ReplyHead, num_choices: int, *, includes_usage: bool) -> None:
+
+def chunk_encoder(generation: Generation, head: ReplyHead) -> ChunkEncoder:
+    prepared = generation.prepared
+    return ChunkEncoder(
+        head,
+        generation.num_sequences,
+        includes_usage=prepared.includes_usage,
+        usage_now=partial(usage_of, generation) if prepared.has_usage_in_chunks else None,
+    )
+
+
+class ChunkEncoder:
+    """The SSE frames of one request. `usage_now`: what every chunk says of usage so far."""
+
+    def __init__(
+        self,
+        head: ReplyHead,
+        num_choices: int,
+        *,
+        includes_usage: bool,
+        usage_now: UsageNow | None = None,
+    ) -> None:
         self._head = head
         self._includes_usage = includes_usage
+        self._usage_now = usage_now
         self._pieces = [self._split(index) for index in range(num_choices)]
 
     def first(self, index: int) -> bytes:
@@ -67,26 +90,43 @@ class ChunkEncoder:
         return before + orjson.dumps(text) + after
 
     def finish(self, index: int, reason: str) -> bytes:
-        return self._frame(self._choice(index, {} if self._head.is_chat else "", reason))
+        return self._frame(self._choice(index, self._content(""), reason))
+
+    def detailed(self, index: int, piece: Piece) -> bytes:
+        """A chunk with all that `piece` has, and one more where it is the last."""
+        frame = b""
+        if piece.text or piece.logprobs:
+            content = self._content(piece.text)
+            frame = self._frame(self._choice(index, content, None, piece.logprobs))
+        return frame + self.finish(index, piece.finish_reason) if piece.finish_reason else frame
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         return b"data: " + orjson.dumps(self._chunk([], usage)) + b"\n\n"
 
     def _split(self, index: int) -> tuple[bytes, bytes]:
-        content = {"content": HOLE} if self._head.is_chat else HOLE
-        before, _, after = self._frame(self._choice(index, content)).partition(ENCODED_HOLE)
+        before, _, after = self._frame(self._choice(index, self._content(HOLE))).partition(
+            ENCODED_HOLE
+        )
         return before, after
 
-    def _choice(self, index: int, content: Any, reason: str | None = None) -> dict[str, Any]:
+    def _content(self, text: str) -> Any:
+        if not self._head.is_chat:
+            return text
+        return {"content": text} if text else {}
+
+    def _choice(
+        self, index: int, content: Any, reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
         return {
             "index": index,
             "delta" if self._head.is_chat else "text": content,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": reason,
         }
 
     def _frame(self, choice: dict[str, Any]) -> bytes:
-        return b"data: " + orjson.dumps(self._chunk([choice], None)) + b"\n\n"
+        usage = self._usage_now() if self._usage_now else None
+        return b"data: " + orjson.dumps(self._chunk([choice], usage)) + b"\n\n"
 
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head.to_dict(is_chunk=True), "choices": choices}
@@ -94,9 +134,9 @@ class ChunkEncoder:
 
 
 async def stream_frames(
-    generation: Generation, encoder: ChunkEncoder, *, includes_usage: bool
+    generation: Generation, encoder: ChunkEncoder, choices: Sequence[Choice] = ()
 ) -> AsyncGenerator[bytes]:
-    """The answer as SSE frames, one write per event.
+    """The answer as SSE frames, one write per event; `choices` are for more than plain text.
 
     It ends with `[DONE]` when it is complete, with an error event when it is not.
     """
@@ -105,7 +145,11 @@ async def stream_frames(
     try:
         async with aclosing(generation.events()) as events:
             async for index, event in events:
-                if frame := _event_frame(encoder, index, event):
+                if choices:
+                    frame = encoder.detailed(index, choices[index].feed(event))
+                else:
+                    frame = _text_frame(encoder, index, event)
+                if frame:
                     yield frame
     except ChatserveError as error:
         yield error_event(error)
@@ -114,48 +158,85 @@ async def stream_frames(
         logger.exception("%s failed", generation.request_id)
         yield error_event(error)
         return
-    tail = encoder.usage(usage_of(generation)) if includes_usage else b""
+    tail = encoder.usage(usage_of(generation)) if generation.prepared.includes_usage else b""
     yield tail + DONE_FRAME
 
 
-def _event_frame(encoder: ChunkEncoder, index: int, event: TokenEvent) -> bytes:
-    reason = _finish_reason(event)
+def _text_frame(encoder: ChunkEncoder, index: int, event: TokenEvent) -> bytes:
+    reason = finish_reason_of(event)
     frame = encoder.text(index, event.text) if event.text else b""
     return frame + encoder.finish(index, reason) if reason else frame
 
 
-def _finish_reason(event: TokenEvent) -> str | None:
-    """`stop` or `length`. Raises what ended the sequence otherwise."""
-    if event.error is not None:
-        raise event.error
-    if event.finish_reason == "abort":
-        raise GenerationFailed("the server stopped this answer before it was complete")
-    return event.finish_reason
-
-
-async def fold(generation: Generation, head: ReplyHead) -> dict[str, Any]:
-    """The whole answer: the same events, their texts joined.
+async def fold(
+    generation: Generation, head: ReplyHead, choices: Sequence[Choice] = ()
+) -> dict[str, Any]:
+    """The whole answer: the same events, their pieces joined.
 
     Raises the error of the first sequence that fails.
     """
-    texts: list[list[str]] = [[] for _ in range(generation.num_sequences)]
-    reasons: list[str | None] = [None] * generation.num_sequences
+    choices = choices or [PlainChoice()] * generation.num_sequences
+    answers = [_Answer() for _ in choices]
     async with aclosing(generation.events()) as events:
         async for index, event in events:
-            reasons[index] = _finish_reason(event)
-            texts[index].append(event.text)
-    choices = [
-        _whole_choice(head, index, "".join(parts), reasons[index])
-        for index, parts in enumerate(texts)
+            answers[index].add(choices[index].feed(event), event)
+    prepared = generation.prepared
+    num_kept = prepared.num_choices - prepared.num_dropped
+    chosen = [
+        answer
+        for start in range(0, len(answers), prepared.num_choices)
+        for answer in _best(answers[start : start + prepared.num_choices], num_kept)
     ]
-    return {**head.to_dict(is_chunk=False), "choices": choices, "usage": usage_of(generation)}
+    return {
+        **head.to_dict(is_chunk=False),
+        "choices": [answer.to_choice(head, index) for index, answer in enumerate(chosen)],
+        "usage": usage_of(generation),
+    }
 
 
-def _whole_choice(head: ReplyHead, index: int, text: str, reason: str | None) -> dict[str, Any]:
-    content: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": text}} if head.is_chat else {"text": text}
-    )
-    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+@dataclass
+class _Answer:
+    """What one sequence has said so far."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: dict[str, Any] | None = None
+    reason: str | None = None
+    sum_logprobs: float = 0.0
+    num_tokens: int = 0
+
+    def add(self, piece: Piece, event: TokenEvent) -> None:
+        self.texts.append(piece.text)
+        self.reason = piece.finish_reason
+        self.sum_logprobs += sum(each.logprob for each in event.logprobs)
+        self.num_tokens += len(event.logprobs)
+        if piece.logprobs is None:
+            return
+        if self.logprobs is None:
+            self.logprobs = piece.logprobs
+            return
+        for name, values in piece.logprobs.items():
+            if values is not None:
+                self.logprobs[name] += values
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.sum_logprobs / max(1, self.num_tokens)
+
+    def to_choice(self, head: ReplyHead, index: int) -> dict[str, Any]:
+        text = "".join(self.texts)
+        content: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text}} if head.is_chat else {"text": text}
+        )
+        return {
+            "index": index, **content, "logprobs": self.logprobs, "finish_reason": self.reason,
+        }  # fmt: skip
+
+
+def _best(answers: Sequence[_Answer], count: int) -> Sequence[_Answer]:
+    """The `count` whose tokens were the likeliest on average, best first, if there are more."""
+    if count >= len(answers):
+        return answers
+    return sorted(answers, key=lambda answer: -answer.mean_logprob)[:count]
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:

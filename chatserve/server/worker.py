@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from fastapi import FastAPI
 from sse_starlette.event import ServerSentEvent as OutgoingEvent
@@ -23,6 +23,7 @@ from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_tell
 from chatserve.server.cache_salt import salt_of
+from chatserve.server.choices import Choice, choices_of
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.edge import AccessPolicy, Edge
@@ -34,7 +35,7 @@ from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi import document
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
-from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
+from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
 from chatserve.server.token_routes import TokenRoutes
 
 PING_INTERVAL_S = 15
@@ -208,19 +209,20 @@ class WorkerRoutes:
         salt = salt_of(request.headers, self._control_token)
         generation = await Generation.submit(engine, request_id, prepared, salt)
         if prepared.is_stream:
-            return self._stream(generation, head)
+            return self._stream(generation, head, choices_of(prepared, model.tokenizer))
         try:
-            return json_response(await until_disconnect(request.receive, fold(generation, head)))
+            answer = fold(generation, head, choices_of(prepared, model.tokenizer))
+            return json_response(await until_disconnect(request.receive, answer))
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             await generation.aclose()
             generation.log_summary()
 
-    def _stream(self, generation: Generation, head: ReplyHead) -> EventStream:
-        includes_usage = generation.prepared.includes_usage
-        encoder = ChunkEncoder(head, generation.num_sequences, includes_usage=includes_usage)
-        frames = stream_frames(generation, encoder, includes_usage=includes_usage)
+    def _stream(
+        self, generation: Generation, head: ReplyHead, choices: Sequence[Choice]
+    ) -> EventStream:
+        frames = stream_frames(generation, chunk_encoder(generation, head), choices)
         return EventStream(generation, frames, self._ping_interval_s)
 
 

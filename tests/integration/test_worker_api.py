@@ -163,7 +163,7 @@ def error_of(server: RunningServer, method: str, path: str, **options: Any) -> t
         ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"messages": []}, openai.BadRequestError, "messages", "invalid_value"),
-        ({"logprobs": True}, openai.BadRequestError, "logprobs", "unsupported_parameter"),
+        ({"audio": {"voice": "a"}}, openai.BadRequestError, "audio", "unsupported_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]},
          openai.BadRequestError, "tools", "unsupported_parameter"),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature",

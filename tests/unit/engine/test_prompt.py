@@ -160,8 +160,9 @@ def test_max_tokens(tokenizer: Tokenizer) -> None:
         "ask for at most 40 or shorten the prompt"
     )
     assert caught.value.param == "max_tokens"
-    with pytest.raises(InvalidRequest, match="at least 1"):
-        prompts.max_tokens(60, 0)
+    assert prompts.max_tokens(60, 0) == 0
+    with pytest.raises(InvalidRequest, match="-1; it cannot be below 0"):
+        prompts.max_tokens(60, -1)
 
 
 def test_a_chat_that_renders_to_nothing_is_refused(tokenizer: Tokenizer) -> None:

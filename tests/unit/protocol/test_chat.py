@@ -56,6 +56,9 @@ def test_null_means_default() -> None:
         ("seed", [-(2**63), 2**63 - 1, 0], [2**63, -(2**63) - 1, 1.0, True]),
         ("max_tokens", [1, 10**9], [0, -1, 1.0, True]),
         ("max_completion_tokens", [1], [0, -1]),
+        ("min_tokens", [0, 10**9], [-1, 1.0, True]),
+        ("ignore_eos", [True, False], [1, "true"]),
+        ("logprobs", [True, False], [0, 1, "true"]),
         ("stream", [True, False], [1, 0, "true"]),
         ("stop", ["a", ["a"], ["a"] * 4, "é" * 128, []],
          ["", [""], ["a"] * 5, "é" * 129, 1, [1], {"a": 1}]),
@@ -115,10 +118,10 @@ def test_unknown_fields_cost_one_error() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", False), ("logprobs", None), ("top_logprobs", 0), ("tools", []),
+        ("tools", []),
         ("tool_choice", "auto"), ("tool_choice", "none"), ("parallel_tool_calls", True),
         ("functions", None), ("function_call", "none"), ("response_format", {"type": "text"}),
-        ("modalities", ["text"]), ("service_tier", "auto"), ("store", False), ("user", "u"),
+        ("modalities", ["text"]), ("service_tier", "auto"), ("store", False), ("store", True), ("user", "u"),
         ("metadata", {"a": "b"}), ("safety_identifier", "x"), ("prompt_cache_key", "k"),
         ("reasoning_effort", None), ("n", 1),
     ],
@@ -130,9 +133,9 @@ def test_value_that_changes_nothing_is_accepted(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 1), ("tools", [{}]),
+        ("tools", [{}]),
         ("tool_choice", "required"), ("functions", [{}]), ("response_format", {"type": "json"}),
-        ("modalities", ["text", "audio"]), ("audio", {"voice": "a"}), ("store", True),
+        ("modalities", ["text", "audio"]), ("audio", {"voice": "a"}),
         ("service_tier", "flex"), ("reasoning_effort", "low"), ("web_search_options", {}),
         ("prediction", {"type": "content"}), ("verbosity", "low"), ("echo", True), ("best_of", 2),
     ],
@@ -146,6 +149,7 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
 def test_labels_must_have_their_type() -> None:
     assert refusal(user=5).param == "user"
     assert refusal(metadata="x").param == "metadata"
+    assert refusal(store=1).param == "store"
 
 
 def test_usage_needs_a_stream() -> None:
@@ -158,6 +162,23 @@ def test_usage_needs_a_stream() -> None:
     assert refusal(stream=True, stream_options=[]).param == "stream_options"
     param = refusal(stream=True, stream_options={"include_usage": 1}).param
     assert param == "stream_options.include_usage"
+
+
+def test_usage_in_every_chunk_needs_usage() -> None:
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    assert chat(stream=True, stream_options=both).has_usage_in_chunks
+    assert not chat(stream=True, stream_options={"include_usage": True}).has_usage_in_chunks
+    error = refusal(stream=True, stream_options={"continuous_usage_stats": True})
+    assert error.param == "stream_options.continuous_usage_stats"
+
+
+def test_logprobs() -> None:
+    assert chat().num_top is None and chat(logprobs=False, top_logprobs=0).num_top is None
+    assert chat(logprobs=True).num_top == 0
+    assert chat(logprobs=True, top_logprobs=20).num_top == 20
+    for value in (21, -1, True, "1"):
+        assert refusal(logprobs=True, top_logprobs=value).param == "top_logprobs"
+    assert "needs logprobs" in refusal(top_logprobs=1).message
 
 
 def test_one_limit_under_two_names() -> None:

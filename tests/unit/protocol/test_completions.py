@@ -48,11 +48,37 @@ def test_prompts_times_choices_have_a_limit() -> None:
 
 
 def test_completion_fields() -> None:
-    assert completion(echo=False, suffix=None, logprobs=None, best_of=1).best_of == 1
-    assert completion(n=3, best_of=3).num_choices == 3
-    for field, value in (("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 2)):
-        with pytest.raises(UnsupportedParameter) as caught:
-            completion(**{field: value})
-        assert caught.value.param == field
+    assert completion(echo=False, suffix=None, logprobs=None, best_of=1).num_tries == 1
+    assert completion(echo=True, logprobs=20, max_tokens=0).asked_tokens == 0
+    with pytest.raises(UnsupportedParameter, match="suffix"):
+        completion(suffix="x")
     with pytest.raises(UnsupportedParameter):
         completion(max_completion_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("field", "refused"),
+    [
+        ("logprobs", [-1, 21, True, "1", 1.0]),
+        ("echo", [1, "true"]),
+        ("max_tokens", [-1, True]),
+        ("best_of", [0, 9, True]),
+    ],
+)
+def test_limits(field: str, refused: list[Any]) -> None:
+    for value in refused:
+        with pytest.raises(InvalidRequest) as caught:
+            completion(**{field: value})
+        assert caught.value.param == field
+
+
+def test_the_best_of_several() -> None:
+    request = completion(n=2, best_of=5)
+    assert (request.num_choices, request.num_tries) == (2, 5)
+    assert completion(n=3, best_of=3, stream=True).num_tries == 3
+    with pytest.raises(InvalidRequest, match="best_of is 2, less than n, which is 3"):
+        completion(n=3, best_of=2)
+    with pytest.raises(UnsupportedParameter, match="best_of 2 cannot be streamed"):
+        completion(best_of=2, stream=True)
+    with pytest.raises(InvalidRequest, match="best_of is 5, together 65"):
+        completion(prompt=["a"] * 13, best_of=5)

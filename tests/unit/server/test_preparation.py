@@ -58,6 +58,43 @@ def test_every_sampling_field_arrives() -> None:
     assert params.logit_bias == {3: -1.0}
 
 
+def test_min_tokens_and_endless_answers() -> None:
+    params = chat(min_tokens=5, max_tokens=5, ignore_eos=True).prompts[0].params
+    assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (5, True, ())
+    with pytest.raises(InvalidRequest, match=r"min_tokens is 6, .* 5 tokens") as caught:
+        chat(min_tokens=6, max_tokens=5)
+    assert caught.value.param == "min_tokens"
+
+
+def test_logprobs_of_a_chat() -> None:
+    prepared = chat(logprobs=True, top_logprobs=3)
+    assert prepared.shows_logprobs and prepared.prompts[0].params.logprobs == 3
+    assert not chat(logprobs=False).shows_logprobs
+    assert chat().prompts[0].params.logprobs is None
+
+
+def test_logprobs_of_a_completion() -> None:
+    prepared = completion(logprobs=0)
+    assert prepared.shows_logprobs and not prepared.is_echo
+    params = prepared.prompts[0].params
+    assert (params.logprobs, params.prompt_logprobs) == (0, None)
+
+
+def test_a_prompt_is_scored_where_it_is_echoed() -> None:
+    prepared = completion(prompt=["hü", [104, 105]], echo=True, logprobs=2, max_tokens=0)
+    assert prepared.is_echo and [prompt.text for prompt in prepared.prompts] == ["hü", "hi"]
+    params = prepared.prompts[0].params
+    assert (params.max_tokens, params.logprobs, params.prompt_logprobs) == (0, 2, 2)
+    assert completion(echo=True).prompts[0].params.prompt_logprobs is None
+
+
+def test_the_best_are_chosen_by_logprobs_that_are_not_shown() -> None:
+    prepared = completion(n=2, best_of=3)
+    assert (prepared.num_choices, prepared.num_dropped) == (3, 1)
+    assert prepared.prompts[0].params.logprobs == 0 and not prepared.shows_logprobs
+    assert completion(n=3, best_of=3).prompts[0].params.logprobs is None
+
+
 def test_top_k_of_minus_one_is_off() -> None:
     assert chat(top_k=-1).prompts[0].params.top_k == 0
 

@@ -13,24 +13,28 @@ import pytest
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import GenerationFailed, OutOfMemory, Overloaded
 from chatserve.protocol.sse import DONE, SSEDecoder
+from chatserve.server.choices import choices_of
 from chatserve.server.generation import Generation
 from chatserve.server.preparation import Prepared, Prompt
-from chatserve.server.streaming import ChunkEncoder, ReplyHead, fold, stream_frames
-from tests.fakes import ANSWER, FakeEngine, FakeStream
+from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
+from tests.fakes import ANSWER, FakeEngine, FakeStream, FakeTokenizer
 
 TEXT = "".join(ANSWER)
 
 
-def prepared(*, num_choices: int = 1, num_prompts: int = 1, is_chat: bool = True) -> Prepared:
-    prompt = Prompt((1, 2, 3), SamplingParams(max_tokens=100))
+def prepared(
+    *, num_choices: int = 1, num_prompts: int = 1, is_chat: bool = True, **details: Any
+) -> Prepared:
+    prompt = details.pop("prompt", Prompt((1, 2, 3), SamplingParams(max_tokens=100)))
     return Prepared(
         model="m",
         prompts=(prompt,) * num_prompts,
         num_choices=num_choices,
         is_chat=is_chat,
         is_stream=True,
-        includes_usage=False,
+        includes_usage=details.pop("usage", False),
         strip_leading_space=is_chat,
+        **details,
     )
 
 
@@ -38,15 +42,14 @@ def head(is_chat: bool = True) -> ReplyHead:
     return ReplyHead("id-1", 123, "m", "fp", is_chat)
 
 
-def frames_of(engine: FakeEngine, *, usage: bool = False, **shape: Any) -> list[bytes]:
+def frames_of(engine: FakeEngine, **shape: Any) -> list[bytes]:
     async def main() -> list[bytes]:
         request = prepared(**shape)
         generation = await Generation.submit(engine, "id-1", request)
-        encoder = ChunkEncoder(
-            head(request.is_chat), generation.num_sequences, includes_usage=usage
-        )
+        encoder = chunk_encoder(generation, head(request.is_chat))
+        choices = choices_of(request, FakeTokenizer())
         try:
-            return [f async for f in stream_frames(generation, encoder, includes_usage=usage)]
+            return [frame async for frame in stream_frames(generation, encoder, choices)]
         finally:
             await generation.aclose()
 
@@ -58,7 +61,8 @@ def folded(engine: FakeEngine, **shape: Any) -> dict[str, Any]:
         request = prepared(**shape)
         generation = await Generation.submit(engine, "id-1", request)
         try:
-            return await fold(generation, head(request.is_chat))
+            choices = choices_of(request, FakeTokenizer())
+            return await fold(generation, head(request.is_chat), choices)
         finally:
             await generation.aclose()
 
@@ -275,8 +279,8 @@ def test_closing_early_aborts_every_sequence(num_choices: int, num_read: int) ->
 
     async def main() -> None:
         generation = await Generation.submit(engine, "id-1", prepared(num_choices=num_choices))
-        encoder = ChunkEncoder(head(), num_choices, includes_usage=False)
-        async with aclosing(stream_frames(generation, encoder, includes_usage=False)) as frames:
+        encoder = chunk_encoder(generation, head())
+        async with aclosing(stream_frames(generation, encoder)) as frames:
             for _ in range(num_read):
                 await anext(frames)
         await generation.aclose()

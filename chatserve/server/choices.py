@@ -1,0 +1,105 @@
+"""One choice of a request, from its events to the pieces of its answer. Knows no frame, no socket.
+
+A stream of plain text needs none of this: it goes from the event to its frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from chatserve.engine.sequence import TokenEvent, TokenLogprobs
+from chatserve.errors import GenerationFailed
+from chatserve.server.contract import Tokenizer
+from chatserve.server.logprobs import chat_logprobs, completion_logprobs
+from chatserve.server.preparation import Prepared, Prompt
+from chatserve.server.shown_tokens import Shown, ShownTokens, shown_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in an answer: text, and the logprobs of the tokens that are shown by now."""
+
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+def finish_reason_of(event: TokenEvent) -> str | None:
+    """`stop` or `length`. Raises what ended the sequence otherwise."""
+    if event.error is not None:
+        raise event.error
+    if event.finish_reason == "abort":
+        raise GenerationFailed("the server stopped this answer before it was complete")
+    return event.finish_reason
+
+
+class Choice(Protocol):
+    """Turns the events of one choice into its pieces."""
+
+    def feed(self, event: TokenEvent) -> Piece: ...
+
+
+def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
+    """One for each choice of a request; none at all where it wants nothing but text."""
+    prompts = [prompt for prompt in prepared.prompts for _ in range(prepared.num_choices)]
+    if prepared.shows_logprobs or prepared.is_echo:
+        return [DetailedChoice(prepared, prompt, tokenizer) for prompt in prompts]
+    return [PlainChoice() for _ in prompts] if prepared.has_usage_in_chunks else []
+
+
+class PlainChoice:
+    """Text as it comes."""
+
+    def feed(self, event: TokenEvent) -> Piece:
+        return Piece(event.text, None, finish_reason_of(event))
+
+
+class DetailedChoice:
+    """Text with what else was asked for of it: the prompt in front, the logprobs of its tokens."""
+
+    def __init__(self, prepared: Prepared, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        end_ids = frozenset(prompt.params.stop_token_ids)
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._encode = chat_logprobs if prepared.is_chat else completion_logprobs
+        self._has_logprobs = prepared.shows_logprobs
+        self._is_echo_due = prepared.is_echo
+        self._prompt_logprobs: list[TokenLogprobs | None] = []
+        self._has_told = False
+        self._shown_tokens = ShownTokens(
+            tokenizer,
+            end_ids if prompt.params.ignore_eos else end_ids | tokenizer.eos_ids,
+            first_offset=len(prompt.text),
+            strip_leading_space=prepared.strip_leading_space and tokenizer.strips_leading_space,
+            tells_end=not prepared.is_chat,
+        )
+
+    def feed(self, event: TokenEvent) -> Piece:
+        reason = finish_reason_of(event)
+        text, shown = event.text, self._shown_tokens.feed(event) if self._has_logprobs else []
+        if self._is_echo_due and self._knows_prompt(event):
+            self._is_echo_due = False
+            text = self._prompt.text + text
+            shown = self._prompt_tokens() + shown
+        if not self._has_logprobs or not (shown or (reason and not self._has_told)):
+            return Piece(text, None, reason)
+        self._has_told = True
+        return Piece(text, self._encode(self._tokenizer, shown), reason)
+
+    def _knows_prompt(self, event: TokenEvent) -> bool:
+        if not self._has_logprobs:
+            return True
+        self._prompt_logprobs += event.prompt_logprobs
+        is_known = len(self._prompt_logprobs) == len(self._prompt.ids)
+        if event.token_ids and not is_known:
+            raise GenerationFailed("the engine answered before it had scored the prompt")
+        return is_known
+
+    def _prompt_tokens(self) -> list[Shown]:
+        if not self._has_logprobs:
+            return []
+        return shown_prompt(
+            self._tokenizer, self._prompt.ids, self._prompt.text, self._prompt_logprobs
+        )
