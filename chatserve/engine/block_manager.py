@@ -27,12 +27,14 @@ class BlockTable:
     """One sequence's blocks in order. `salt` keeps its cached blocks apart from other salts'.
 
     `reads_cache` is false for who wants all of its tokens computed, and not only their keys and
-    values. `hashes` are of its tokens' full blocks, each chained to the one before; `num_published`
-    of them have been offered to the cache.
+    values. `num_shared`: only so many of its tokens may come from the cache or go to it, and the
+    block with the last of them never comes from it; None: all. `hashes` are of its tokens' full
+    blocks, each chained to the one before; `num_published` of them have been offered to the cache.
     """
 
     salt: bytes = b""
     reads_cache: bool = True
+    num_shared: int | None = None
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -126,7 +128,8 @@ class BlockManager:
 
     def publish(self, table: BlockTable, token_ids: Rows[int], num_computed: int) -> None:
         """Offer the full blocks among the first `num_computed` tokens to the cache."""
-        num_full = num_computed // self.block_size
+        shared = num_computed if table.num_shared is None else min(num_computed, table.num_shared)
+        num_full = shared // self.block_size
         if num_full <= table.num_published:
             return
         self._extend_hashes(table, token_ids, num_full)
@@ -154,8 +157,11 @@ class BlockManager:
         if not table.reads_cache:
             return []
         self._extend_hashes(table, token_ids, len(token_ids) // self.block_size)
+        hashes = table.hashes
+        if table.num_shared is not None:
+            hashes = hashes[: max(0, table.num_shared - 1) // self.block_size]
         found: list[int] = []
-        for digest in table.hashes:
+        for digest in hashes:
             block_id = self._cached.get(digest)
             if block_id is None:
                 break

@@ -64,12 +64,14 @@ class Engine:
         max_num_batched_tokens: int = 512,
         seed: int | None = None,
         speculation: bool = False,
+        by_blocks: bool = False,
     ) -> None:
         """`num_kv_tokens`: of how many tokens memory holds keys and values, in whole blocks.
         `num_warm_tokens`: see `BlockManager`, for a pool that is committed as it is used.
 
         `speculation`: let sequences guess from their own past, a few tokens a step. It changes how
         soon a text comes, not what it is, where a row's logits do not depend on its neighbours.
+        `by_blocks`: see `Scheduler`.
         """
         self.model = model
         self._tokenizer = tokenizer
@@ -87,6 +89,7 @@ class Engine:
             self._blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            by_blocks=by_blocks,
         )
         self._seed = seed
         self._speculation = speculation
@@ -136,6 +139,10 @@ class Engine:
             )
         self._scheduler.check(len(prompt_ids), params)
 
+    def draw_seed(self) -> int:
+        """For a request that brings none: the base seed, else a new one. From any thread."""
+        return self._seed if self._seed is not None else secrets.randbits(63)
+
     def add(
         self,
         seq_id: str,
@@ -158,9 +165,7 @@ class Engine:
         """
         assert seq_id not in self._live, f"sequence {seq_id} exists already"
         self.check(prompt_ids, params)
-        seed = params.seed
-        if seed is None:
-            seed = self._seed if self._seed is not None else secrets.randbits(63)
+        seed = params.seed if params.seed is not None else self.draw_seed()
         if adapter is not None:
             salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
         table = BlockTable(salt, reads_cache=params.prompt_logprobs is None)

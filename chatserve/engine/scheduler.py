@@ -73,13 +73,22 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_drafting: int = 4,
+        by_blocks: bool = False,
     ) -> None:
-        """`max_num_drafting`: with more sequences in decode a row is no longer nearly free."""
+        """`max_num_drafting`: with more sequences in decode a row is no longer nearly free.
+
+        `by_blocks`: which tokens of a sequence are computed together depends on nothing but itself:
+        those of a block of its prompt, and each that was generated alone, also after a preemption.
+        Then a step always has room for a block.
+        """
+        if by_blocks:
+            max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + blocks.block_size)
         self._blocks = blocks
         # a running sequence has a token to compute in every step
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_drafting = max_num_drafting
+        self._by_blocks = by_blocks
         self._watermark = blocks.num_blocks // _WATERMARK
         # both in the order of arrival
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
@@ -113,6 +122,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that passed `check`."""
+        if self._by_blocks:
+            sequence.table.num_shared = sequence.num_prompt_tokens
         self._waiting[sequence.seq_id] = sequence
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
@@ -188,8 +199,16 @@ class Scheduler:
         budget = self._max_num_batched_tokens - plan.num_tokens
         if sequence.params.prompt_logprobs is not None:
             budget = min(budget, _MAX_SCORED)
-        if num_tokens := min(sequence.num_uncomputed, budget):
+        if self._by_blocks:
+            if (num_tokens := self._num_together(sequence)) <= budget:
+                plan.add(sequence, num_tokens)
+        elif num_tokens := min(sequence.num_uncomputed, budget):
             plan.add(sequence, num_tokens)
+
+    def _num_together(self, sequence: Sequence) -> int:
+        """Of a sequence that is computed by blocks."""
+        num_left = sequence.num_prompt_tokens - sequence.num_computed
+        return min(self._blocks.block_size, num_left) if num_left > 0 else 1
 
     def _draft(self, plan: Plan, index: int) -> None:
         sequence = plan.items[index].sequence
@@ -228,7 +247,7 @@ class Scheduler:
 
     def _find_leader(self, sequence: Sequence) -> Sequence:
         """Who computes the prompt: the first of its group that is still there, perhaps itself."""
-        if sequence.group is None or not sequence.table.reads_cache:
+        if sequence.group is None or not sequence.table.reads_cache or self._by_blocks:
             return sequence
         leader = self._leaders.setdefault(sequence.group, sequence)
         is_alike = leader is sequence or (
