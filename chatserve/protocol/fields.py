@@ -24,6 +24,7 @@ NOTHING: tuple[Any, ...] = (None, [], {})
 # they label a request and never change its answer
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "store"})
 _LABEL_KINDS = {"metadata": (dict, "an object"), "store": (bool, "true or false")}
+_LABEL_TYPES = {"metadata": "object", "store": "boolean"}
 
 
 def model_of(body: bytes, default: str | None = None) -> str:
@@ -111,7 +112,7 @@ def check_label(name: str, value: Any) -> None:
 
 def label_schema(name: str) -> dict[str, Any]:
     """What `check_label` accepts, as JSON Schema."""
-    return {"type": ["object" if name == "metadata" else "string", "null"]}
+    return {"type": [_LABEL_TYPES.get(name, "string"), "null"]}
 
 
 def refuse_unknown(fields: dict[str, Any], known: frozenset[str], *, prefix: str = "") -> None:
