@@ -52,7 +52,9 @@ class Batch:
     """All tokens of one step: (N,) ids and positions, the sequences they belong to.
 
     `output_rows`: (R,) rows whose logits are wanted, ascending; `ahead`: what a network on the
-    sampler's team picks of them at once.
+    sampler's team picks of them at once. `hidden_rows`: rows whose final normalised hidden states
+    are wanted, ascending; the model fills `hidden`, a (len(hidden_rows), hidden) float32 tensor on
+    the host. A segment has output rows or hidden rows, or neither.
     """
 
     token_ids: Sequence[int]
@@ -60,6 +62,8 @@ class Batch:
     segments: Sequence[Segment]
     output_rows: Sequence[int]
     ahead: Ahead | None = None
+    hidden_rows: Sequence[int] = ()
+    hidden: torch.Tensor | None = None
 
 
 class KVPool(Protocol):
@@ -85,12 +89,15 @@ class Model(Protocol[Pool]):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def hidden_size(self) -> int: ...
+
     def build_kv_pool(self, num_blocks: int, block_size: int) -> Pool: ...
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
         """Logits (R, V) of `batch.output_rows`, in a float dtype.
 
         They are good until the next call, and the caller may overwrite them. Stores the batch's
-        keys and values in the pool.
+        keys and values in the pool, fills `batch.hidden`.
         """
         ...

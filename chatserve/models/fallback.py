@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ class FallbackModel:
         self.policy = policy
         self.device = policy.device
         self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.hidden_size = int(model.get_input_embeddings().weight.shape[-1])
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> TorchKVPool:
         return TorchKVPool(num_blocks, block_size, self.device)
@@ -49,13 +50,18 @@ class FallbackModel:
         for segment in batch.segments:
             rows = [row - segment.start for row in batch.output_rows if row in _span(segment)]
             cache = _cache_over(segment, pool, num_layers)
-            output = self._model(
-                input_ids=ids[segment.rows][None],
-                position_ids=positions[segment.rows][None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(rows or [0], device=self.device),
-            )
+            inputs = {
+                "input_ids": ids[segment.rows][None],
+                "position_ids": positions[segment.rows][None],
+                "past_key_values": cache,
+                "use_cache": True,
+            }
+            wanted = [row for row in batch.hidden_rows if row in _span(segment)]
+            if wanted:
+                output = self._model.base_model(**inputs)
+            else:
+                kept = torch.tensor(rows or [0], device=self.device)
+                output = self._model(**inputs, logits_to_keep=kept)
             if output.past_key_values is not cache or segment.num_past + segment.num_tokens != (
                 cache.get_seq_length()
             ):
@@ -63,7 +69,13 @@ class FallbackModel:
                     f"{type(self._model).__name__} does not keep keys and values as chatserve "
                     "needs them; this architecture is not supported"
                 )
-            if rows:
+            if wanted and batch.hidden is not None:
+                states = _last_states(output, type(self._model).__name__)
+                first = batch.hidden_rows.index(wanted[0])
+                batch.hidden[first : first + len(wanted)] = states[
+                    [row - segment.start for row in wanted]
+                ]
+            elif rows:
                 logits.append(output.logits[0])
         if not logits:
             return torch.empty(0, self.vocab_size, device=self.device, dtype=self.policy.dtype)
@@ -193,6 +205,14 @@ def _compress(model: nn.Module, policy: DevicePolicy) -> int:
         module = model.get_submodule(parent)
         setattr(module, own, _PackedLinear(getattr(module, own), policy))
     return len(names)
+
+
+def _last_states(output: Any, name: str) -> torch.Tensor:
+    """(T, hidden). Raises `GenerationFailed` where there are none."""
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        raise GenerationFailed(f"{name} does not tell its hidden states: it makes no embeddings")
+    return cast(torch.Tensor, states[0])
 
 
 def _span(segment: Segment) -> range:

@@ -173,6 +173,7 @@ class Llama:
         self.policy = policy
         self.device = policy.device
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         size = (self.vocab_size, config.hidden_size)
         self.head = build_matrix(*size, bias=False, policy=head_policy)
         # an untied embedding is only ever looked up, row by row: it stays in the model's dtype
@@ -189,7 +190,7 @@ class Llama:
         return TorchAdapter(adapter, self.config, self.policy)
 
     def forward(self, batch: Batch, pool: TorchKVPool) -> torch.Tensor:
-        """Logits (R, V) of the batch's output rows, in the dtype. Stores keys and values."""
+        """As `Model.forward`; the logits are in the dtype."""
         ids = torch.tensor(batch.token_ids, device=self.device)
         positions = torch.tensor(batch.positions, device=self.device)
         num_positions = max(segment.num_total for segment in batch.segments)
@@ -199,6 +200,9 @@ class Llama:
         x = self.embedding.embed(ids, self.policy.dtype)
         for block in self.blocks:
             x = block(x, step)
+        if batch.hidden is not None:
+            rows = torch.tensor(batch.hidden_rows, device=self.device)
+            batch.hidden.copy_(self.norm(x[rows]))
         if not batch.output_rows:
             return x.new_empty(0, self.vocab_size)
         rows = torch.tensor(batch.output_rows, device=self.device)

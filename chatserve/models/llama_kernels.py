@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from chatserve.errors import DoesNotFit
 from chatserve.kernels import library
@@ -184,6 +185,7 @@ class KernelLlama:
         self.config = config
         self.policy = policy
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.packing = packing
         self.num_threads = thread_counts[0]
         self._thread_counts = thread_counts
@@ -283,6 +285,12 @@ class KernelLlama:
             step.samplings, step.picked = samplings.buffer_info()[0], picked.buffer_info()[0]
             batch.ahead.token_ids = picked
         check(self._functions.cs_network_forward(self._network, pool.handle, ctypes.byref(step)))
+        if batch.hidden is not None:
+            rows = self.hidden_rows(batch.hidden_rows[-1] + 1)[list(batch.hidden_rows)]
+            norm = self._norm.values[: self.hidden_size]
+            batch.hidden.copy_(
+                F.rms_norm(rows, (self.hidden_size,), norm, self.config.rms_norm_eps)
+            )
         return logits
 
     def hidden_rows(self, num_rows: int) -> torch.Tensor:

@@ -71,6 +71,10 @@ class PlacedLlama(Llama):
         for layer, (block, device) in enumerate(zip(self.blocks, self._devices, strict=True)):
             with _current(device), self._present(layer):
                 x = block(x.to(device), steps[device])
+        if batch.hidden is not None:
+            rows = x[torch.tensor(batch.hidden_rows, device=x.device)].to(self._head_device)
+            with _current(self._head_device):
+                batch.hidden.copy_(self.norm(rows))
         if not batch.output_rows:
             return x.new_empty(0, self.vocab_size, device=self._head_device)
         x = x[torch.tensor(batch.output_rows, device=x.device)].to(self._head_device)

@@ -63,13 +63,16 @@ class TritonLlama(Llama):
         if pool is not self._pool:
             self._adopt(pool)
         plan = plan_for(batch, pool.block_size, self._shortest_window)
-        if self._graphs is not None and self._graphs.can_run(plan):
+        if batch.hidden is None and self._graphs is not None and self._graphs.can_run(plan):
             logits = self._graphs.run(batch)
             if logits is not None:
                 return logits
         buffer = StepBuffer(plan, pool.block_size, self.device)
         buffer.write(batch)
-        return self._run(buffer)
+        x = self._states(buffer)
+        if batch.hidden is not None:
+            batch.hidden.copy_(x[torch.tensor(batch.hidden_rows, device=self.device)])
+        return self._logits(x, buffer)
 
     def _adopt(self, pool: TorchKVPool) -> None:
         """Make the pool's tensors, which graphs must find where they were captured."""
@@ -108,7 +111,18 @@ class TritonLlama(Llama):
             self._graphs.capture_all()
 
     def _run(self, step: StepBuffer) -> torch.Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
+        return self._logits(self._states(step), step)
+
+    def _logits(self, x: torch.Tensor, step: StepBuffer) -> torch.Tensor:
+        if step.plan.output_rows is not None:
+            x = x[step.output_rows]
+        if not len(x):
+            return x.new_empty(0, self.vocab_size)
+        return self.head(x)
+
+    def _states(self, step: StepBuffer) -> torch.Tensor:
+        """The final normalised hidden states of all rows."""
+        eps = self.config.rms_norm_eps
         residual = self.embedding.embed(step.token_ids, self.policy.dtype)
         x = rms_norm(residual, self.blocks[0].attention_norm.scale.weight, eps)
         following = [block.attention_norm for block in self.blocks[1:]] + [self.norm]
@@ -119,11 +133,7 @@ class TritonLlama(Llama):
             )
             x = block.mlp.down(swiglu(block.mlp.gate_up(x)))
             x = add_rms_norm(x, residual, next_norm.scale.weight, eps)
-        if step.plan.output_rows is not None:
-            x = x[step.output_rows]
-        if not len(x):
-            return x.new_empty(0, config.vocab_size)
-        return self.head(x)
+        return x
 
     def _attend(
         self, attention: Attention, layer: int, x: torch.Tensor, step: StepBuffer

@@ -20,6 +20,7 @@ from chatserve.models.device import choose_policy
 from chatserve.models.kernel_matrix import check
 from chatserve.models.llama_kernels import KernelLlama
 from chatserve.models.packing import Packing
+from tests.networks import Solo
 from tests.unit.kernels.networks import (
     Prompt,
     Reference,
@@ -154,3 +155,42 @@ def test_a_warmed_pool_is_in_memory_and_holds_what_it_held(kernels: Kernels) -> 
     assert torch.equal(again, first)
     with pytest.raises(RuntimeError):
         check(kernels.functions.cs_pool_warm(pool.handle, -1))
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_plain_networks_and_need_no_head(
+    kernels: Kernels, packing: Packing
+) -> None:
+    network = build(kernels, packing, config())
+    state = random_state(network)
+    load(network, state)
+    reference = Reference(config(), as_packed(kernels, packing, state), packing)
+    ids, states = prompt(90, 1), []
+    solo = Solo(network)
+    seconds = network.profile(lambda: states.append(solo.feed_for_states(ids)))
+    expected = Solo(reference).feed_for_states(ids)
+    error = (states[0] - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 0.08
+    assert error.mean() < 0.02
+    assert seconds["head"] == 0 < seconds["down"]
+
+
+@torch.no_grad()
+def test_hidden_states_depend_on_neither_chunks_nor_neighbours(
+    kernels: Kernels, packing: Packing
+) -> None:
+    network = random_network(kernels, packing, config(hidden_size=320))
+    ids = prompt(90, 1)
+    expected = Solo(network).feed_for_states(ids)
+    for cuts in ((1, 2, 90), (37, 90)):
+        solo = Solo(network)
+        starts = (0, *cuts)
+        parts = [solo.feed_for_states(ids[a:b]) for a, b in zip(starts, cuts, strict=False)]
+        assert torch.equal(torch.cat(parts), expected)
+    segments = [Segment(0, 20, 0, (1,)), Segment(20, 90, 0, (0, 3, 2))]
+    hidden = torch.empty(2, network.hidden_size)
+    batch = Batch(
+        [*prompt(20, 2), *ids], [*range(20), *range(90)], segments, [19], None, [60, 109], hidden
+    )
+    network.forward(batch, pool_of(network, 4))
+    assert torch.equal(hidden, expected[[40, 89]])

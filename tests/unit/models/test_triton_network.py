@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from chatserve.models.triton import matrices, step
 from chatserve.models.triton.network import TritonLlama
 from chatserve.models.triton.step import StepBuffer, plan_for
 from tests import tiny
+from tests.networks import Solo
 
 BLOCK_SIZE = 32
 # the interpreter runs a program for each row and head
@@ -120,6 +121,23 @@ def test_only_the_wanted_rows_have_logits() -> None:
     assert is_close(actual, expected, roundings=16)
     nothing = pair.feed(4, has_all_rows=False)[0]
     assert nothing.shape == (0, tiny.VOCAB_SIZE)
+
+
+@torch.inference_mode()
+def test_hidden_states_match_the_plain_networks_and_need_no_head() -> None:
+    """Also of a decode step, which is no graph then."""
+    networks = build("qwen3", CountingGraphs()), plain("qwen3")
+    ids = [(7 * position) % 200 for position in range(45)]
+    both = []
+    for network in networks:
+        solo = Solo(network)
+        head, network.head = network.head, cast(Any, None)
+        try:
+            parts = (solo.feed_for_states(ids[:40]), solo.feed_for_states(ids[40:], [1, 4]))
+        finally:
+            network.head = head
+        both.append(torch.cat(parts))
+    assert is_close(*both, roundings=16)
 
 
 def test_a_long_prompt_goes_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
