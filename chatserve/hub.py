@@ -18,19 +18,21 @@ from chatserve import cache, config, environment
 from chatserve.catalogue import ALIASES, CHAINS
 from chatserve.errors import HubError, ModelLoadError, UsageError
 from chatserve.hub_cache import CachedModel, cached_models, find_cached, is_whole
-from chatserve.hub_reference import DEFAULT_REVISION, Reference, checked_revision, parse
+from chatserve.hub_reference import DEFAULT_REVISION, Reference, Selection, checked_revision, parse
 from chatserve.models.gguf_names import model_path
 
 if TYPE_CHECKING:
     from chatserve.hub_download import Download
 
 __all__ = [
-    "ALIASES", "DEFAULT_NAME", "DEFAULT_REVISION", "CachedModel", "cached_models", "check_path",
-    "downloading", "find_local", "find_reference", "is_path", "made_folder", "require_network",
-    "resolve_weights",
+    "ALIASES", "DEFAULT_NAME", "DEFAULT_REVISION", "CachedModel", "Selection", "cached_models",
+    "check_path", "downloading", "find_here", "find_local", "find_reference", "is_path",
+    "known_names", "made_folder", "require_network", "resolve_weights",
 ]  # fmt: skip
 
 DEFAULT_NAME = config.DEFAULT_WEIGHTS
+_ALL = Selection()
+_MAX_HINTS = 3
 
 
 def resolve_weights(
@@ -40,11 +42,13 @@ def resolve_weights(
     offline: bool = False,
     progress: bool = True,
     is_pull: bool = False,
+    selection: Selection = _ALL,
 ) -> Path:
     """The folder or `.gguf` file that WEIGHTS means, downloaded if it has to be.
 
     `text`: a path, an alias, a hub id, or None for the default model. `progress` shows a download
-    on stderr. `is_pull` checks a cached default model's hash again.
+    on stderr. `is_pull` checks a cached default model's hash again. `selection`: of a repository's
+    files.
     Raises `UsageError` for an unknown alias, `ModelLoadError` for a path that is not there, a chain
     that nobody made yet or a damaged file, `HubError` when a download is needed and fails or is
     forbidden.
@@ -53,9 +57,10 @@ def resolve_weights(
         from chatserve.default_model import SMOLLM2_135M, ensure
 
         _refuse_revision(revision, DEFAULT_NAME)
+        _refuse_selection(selection, DEFAULT_NAME)
         offline = offline or environment.hub_offline()
         return ensure(SMOLLM2_135M, offline=offline, progress=progress, is_pull=is_pull)
-    found = find_local(text, revision)
+    found = find_local(text, revision, selection)
     if isinstance(found, Path):
         return found
     require_network(found, offline=offline)
@@ -69,20 +74,47 @@ def resolve_weights(
         return download.fetch(bar if progress else _silent)
 
 
-def find_local(text: str, revision: str = DEFAULT_REVISION) -> Path | Reference:
+def find_here(text: str | None, revision: str = DEFAULT_REVISION) -> Path:
+    """The folder or `.gguf` file that is here, for commands that never fetch any.
+
+    Raises `HubError` when there is none, else as `resolve_weights` does.
+    """
+    name = DEFAULT_NAME if text is None else text
+    is_default = name == DEFAULT_NAME and not is_path(name)
+    if is_default:
+        from chatserve.default_model import SMOLLM2_135M
+
+        is_here = SMOLLM2_135M.path.exists()
+    else:
+        is_here = isinstance(find_local(name, revision), Path)
+    if is_here:
+        return resolve_weights(text, revision=revision, offline=True)
+    reference = name if is_default else find_reference(name, revision)
+    raise HubError(
+        f"{name} is not in the cache, and only what is there is looked at; fetch it first: "
+        f"`chatserve pull {reference}`"
+    )
+
+
+def find_local(
+    text: str, revision: str = DEFAULT_REVISION, selection: Selection = _ALL
+) -> Path | Reference:
     """The folder or `.gguf` file that is here, else what of the hub has to come.
 
     Of the default model it knows nothing. Raises as `resolve_weights` does; opens no socket.
     """
     if is_path(text):
         _refuse_revision(revision, text)
+        _refuse_selection(selection, text)
         check_path(text)
         return model_path(Path(text).expanduser())
     if text in CHAINS and text not in ALIASES:
         _refuse_revision(revision, text)
-    if text in CHAINS and revision == DEFAULT_REVISION and is_whole(made_folder(text)):
+        _refuse_selection(selection, text)
+    is_plain = revision == DEFAULT_REVISION and not selection
+    if text in CHAINS and is_plain and is_whole(made_folder(text)):
         return made_folder(text)
-    reference = find_reference(text, revision)
+    reference = dataclasses.replace(find_reference(text, revision), selection=selection)
     return find_cached(reference) or reference
 
 
@@ -131,18 +163,22 @@ def find_reference(text: str, revision: str = DEFAULT_REVISION) -> Reference:
             f"once: `{chain.command}`"
         )
     if reference is None:
-        names = list(dict.fromkeys([DEFAULT_NAME, *ALIASES, *CHAINS]))
-        nearest = difflib.get_close_matches(alias, names, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        nearest = difflib.get_close_matches(alias, known_names(), n=_MAX_HINTS)
+        hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
         raise UsageError(
             f"unknown model {text!r}; {hint}name a folder, a .gguf file, a hub id (ORG/NAME), or "
-            f"one of {', '.join(names)}"
+            "one that `chatserve list --names` shows"
         )
     if revision == DEFAULT_REVISION:
         return reference
     if "@" in rest and reference.revision != revision:
         raise UsageError(f"--revision {revision} and {text} name two revisions; give one")
     return dataclasses.replace(reference, revision=checked_revision(revision))
+
+
+def known_names() -> list[str]:
+    """What has a short name: the default model, aliases, chains."""
+    return list(dict.fromkeys([DEFAULT_NAME, *ALIASES, *CHAINS]))
 
 
 def require_network(reference: Reference, *, offline: bool) -> None:
@@ -178,6 +214,11 @@ def downloading(reference: Reference, parent: Path, *, command: str | None = Non
 def _refuse_revision(revision: str, text: str) -> None:
     if revision != DEFAULT_REVISION:
         raise UsageError(f"--revision {revision} is for hub ids; {text} has no revisions")
+
+
+def _refuse_selection(selection: Selection, text: str) -> None:
+    if selection:
+        raise UsageError(f"{selection}: patterns are for hub ids; {text} is taken as it is")
 
 
 def _is_hub_id(text: str) -> bool:

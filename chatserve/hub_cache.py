@@ -15,12 +15,10 @@ from chatserve import cache, config
 from chatserve.catalogue import ALIASES, DELTAS
 from chatserve.errors import ModelLoadError
 from chatserve.hub_reference import DEFAULT_REVISION, RECORD, Reference
+from chatserve.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from chatserve.models.gguf_names import model_files, model_stem
 
 Kind = Literal["model", "delta", "adapter"]
-
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,9 @@ def cached_models() -> list[CachedModel]:
         if record:
             model_id, gguf = str(record.get("id")), record.get("gguf")
             name, revision = names.get(model_id, model_id), str(record.get("revision"))
-            if isinstance(gguf, str):
+            if "selection" in record:
+                name = str(path)  # a hub id means the whole model
+            elif isinstance(gguf, str):
                 name, path = f"{model_id}:{model_stem(gguf)}", path / gguf
             kind = _kind(path, model_id)
             models.append(CachedModel(name, revision, _num_bytes(path), path, kind))
@@ -71,8 +71,8 @@ def is_whole(folder: Path) -> bool:
         with contextlib.suppress(ModelLoadError):
             find_weight_files(folder)
             return True
-    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
-    return is_adapter and any((folder / name).is_file() for name in _ADAPTER_WEIGHTS)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    return is_adapter and any((folder / name).is_file() for name in ADAPTER_WEIGHTS)
 
 
 def _folders(parent: Path) -> Iterator[Path]:
@@ -83,17 +83,24 @@ def _folders(parent: Path) -> Iterator[Path]:
 
 def _find_below(reference: Reference, parent: Path) -> Path | None:
     folder = parent / reference.folder_name
-    if reference.gguf is None and _is_of(folder, reference) and is_whole(folder):
+    if reference.gguf is None and _is_of(folder, reference) and _is_complete(folder, reference):
         return folder
     ggufs = []
     for path in _folders(parent):
-        if not path.name.startswith(f"{reference.folder_name}+"):
+        if not path.name.startswith(reference.gguf_folder_prefix):
             continue
         record = cache.read_record(path / RECORD)
         gguf = record.get("gguf")
-        if isinstance(gguf, str) and _is_of(path, reference):
+        if not isinstance(gguf, str) or not reference.selection.keeps(gguf):
+            continue
+        if _is_of(path, reference):
             ggufs.append(path / gguf)
     return _choose_gguf(ggufs, reference)
+
+
+def _is_complete(folder: Path, reference: Reference) -> bool:
+    """Files that were selected need not make a model; their folder gets its name when all came."""
+    return folder.is_dir() if reference.selection else is_whole(folder)
 
 
 def _is_of(folder: Path, reference: Reference) -> bool:
@@ -117,6 +124,8 @@ def _find_in_hub_cache(reference: Reference) -> Path | None:
     """The whole snapshot that another tool downloaded with huggingface_hub; opens no socket."""
     from huggingface_hub import snapshot_download
 
+    if reference.selection:
+        return None
     try:
         folder = Path(
             snapshot_download(
@@ -136,7 +145,7 @@ def _find_in_hub_cache(reference: Reference) -> Path | None:
 def _kind(path: Path, model_id: str) -> Kind:
     if model_id in DELTAS:
         return "delta"
-    is_adapter = (path / _ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
     return "adapter" if is_adapter else "model"
 
 

@@ -105,7 +105,7 @@ class Download:
     async def _prepare(self, client: HubClient) -> None:
         reference = self.reference
         self._commit, remote = await client.list_files()
-        choice = choose_files(remote, reference.model_id, reference.gguf)
+        choice = choose_files(remote, reference.model_id, reference.gguf, reference.selection)
         if choice.gguf is not None:
             self._gguf = choice.gguf
             self._target = self._parent / reference.gguf_folder_name(choice.gguf)
@@ -116,7 +116,8 @@ class Download:
     def _weights(self, choice: Choice, remote: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
         if choice.index is None:
             return choice.weights
-        return shards(self.folder, choice.index, remote, self.reference.model_id)
+        found = shards(self.folder, choice.index, remote, self.reference.model_id)
+        return [file for file in found if self.reference.selection.keeps(file.name)]
 
     def _adopt(self) -> None:
         """Make the partial folder hold what came before of the same commit, and nothing else."""
@@ -129,6 +130,8 @@ class Download:
         record = {"id": self.reference.model_id, "revision": self.reference.revision}
         if self._gguf:
             record["gguf"] = self._gguf
+        elif self.reference.selection:
+            record["selection"] = str(self.reference.selection)
         cache.write_record(self.folder / RECORD, {**record, "commit": self._commit})
 
     async def _fetch(

@@ -6,6 +6,7 @@ lies in folders are left where they are.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from chatserve.errors import HubError, ModelLoadError
 from chatserve.hub_client import RemoteFile
+from chatserve.hub_reference import Selection
+from chatserve.models.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from chatserve.models.gguf_names import first_files, model_stem, part_of
 from chatserve.models.weight_files import read_json
 
@@ -24,10 +27,11 @@ _SMALL_FILES = frozenset(
     }
 )  # fmt: skip
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)", re.ASCII)
 _GGUF = re.compile(r"(?!mmproj)\w[\w.+-]*\.gguf", re.ASCII | re.IGNORECASE)
+_PLAIN = re.compile(r"\w[\w.+-]*(?<!\.part)", re.ASCII)
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_ALL = Selection()
 _MAX_SHOWN = 30
 
 
@@ -45,27 +49,66 @@ class Choice:
     gguf: str | None = None
 
 
-def choose_files(files: Sequence[RemoteFile], model_id: str, gguf: str | None = None) -> Choice:
+def choose_files(
+    files: Sequence[RemoteFile],
+    model_id: str,
+    gguf: str | None = None,
+    selection: Selection = _ALL,
+) -> Choice:
     """Config, tokenizer and one set of weights: safetensors, else `.bin`, else a GGUF file.
 
-    `gguf`: a part of the name of the GGUF file that is meant. Raises `HubError` when there are no
-    weights that chatserve reads, or several that could be meant.
+    `gguf`: a part of the name of the GGUF file that is meant. `selection`: choose among these
+    weights alone; what is included beside them comes, too, be it alone. Raises `HubError` when
+    there are no weights that chatserve reads, or several that could be meant.
     """
+    if not selection:
+        return _choose(files, model_id, gguf)
+    asked = [
+        file
+        for file in files
+        if selection.names(file.name) and selection.keeps(file.name) and _PLAIN.fullmatch(file.name)
+    ]
+    if selection.include and not asked:
+        raise HubError(
+            f"{model_id} has no file at its top level for {selection}; its files are "
+            f"{_listed([file.name for file in files])}"
+        )
+    beside = [file for file in asked if not file.name.endswith(_WEIGHTS)]
+    if asked and len(beside) == len(asked):
+        return Choice(tuple(asked), ())
+    choice = _choose(_left(files, selection), model_id, gguf)
+    more = (file for file in beside if file not in choice.small)
+    return dataclasses.replace(choice, small=(*choice.small, *more))
+
+
+def _left(files: Sequence[RemoteFile], selection: Selection) -> list[RemoteFile]:
+    """The files that are kept, with config, tokenizer and the index of weights that are."""
+    indices = {f"{stem}.{suffix}.index.json": (stem, suffix) for stem, suffix in _FORMATS}
+    kept = {file.name for file in files if selection.keeps(file.name)} - indices.keys()
+    belonging = {*_SMALL_FILES, ADAPTER_CONFIG}
+    for index, (stem, suffix) in indices.items():
+        if any(name.startswith(stem) and name.endswith(f".{suffix}") for name in kept):
+            belonging.add(index)
+    kept |= {name for name in belonging if not selection.drops(name)}
+    return [file for file in files if file.name in kept]
+
+
+def _choose(files: Sequence[RemoteFile], model_id: str, gguf: str | None) -> Choice:
     by_name = {file.name: file for file in files}
     if gguf is not None:
         return _choose_gguf(by_name, model_id, gguf)
     small = tuple(file for file in files if file.name in _SMALL_FILES)
-    adapter = next((by_name[name] for name in _ADAPTER_WEIGHTS if name in by_name), None)
+    adapter = next((by_name[name] for name in ADAPTER_WEIGHTS if name in by_name), None)
     whole = _choose_model(by_name, small)
-    if _ADAPTER_CONFIG in by_name and adapter is not None and not _holds(whole, adapter, by_name):
-        return Choice((by_name[_ADAPTER_CONFIG], *small), (adapter,))
+    if ADAPTER_CONFIG in by_name and adapter is not None and not _holds(whole, adapter, by_name):
+        return Choice((by_name[ADAPTER_CONFIG], *small), (adapter,))
     if whole is not None:
         return whole
     if any(name.lower().endswith(".gguf") for name in by_name):
         return _choose_gguf(by_name, model_id, None)
-    if _ADAPTER_CONFIG in by_name:
+    if ADAPTER_CONFIG in by_name:
         raise HubError(
-            f"{model_id} has {_ADAPTER_CONFIG} but none of {', '.join(_ADAPTER_WEIGHTS)}; the "
+            f"{model_id} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_WEIGHTS)}; the "
             "repository is incomplete, try another revision"
         )
     raise HubError(f"{model_id} holds no safetensors or .bin weights; name another model")
@@ -139,7 +182,7 @@ def _choose_gguf(by_name: dict[str, RemoteFile], model_id: str, wanted: str | No
     shown = found or names
     why = "several GGUF files" if found else f"no GGUF file that {wanted!r} names"
     raise HubError(
-        f"{model_id} holds {why} ({', '.join(shown[:_MAX_SHOWN])}); name one of them: "
+        f"{model_id} holds {why} ({_listed(shown)}); name one of them: "
         f"`chatserve pull {model_id}:{model_stem(shown[0])}`"
     )
 
@@ -155,6 +198,11 @@ def _all_parts(by_name: dict[str, RemoteFile], model_id: str, first: str) -> tup
                 "repository is incomplete, try another revision or another file"
             )
     return tuple(by_name[name] for name in names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN:,} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more
 
 
 def _fit(name: str, wanted: str) -> int:

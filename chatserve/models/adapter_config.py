@@ -20,6 +20,7 @@ from chatserve.errors import ModelLoadError
 from chatserve.models.weight_files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MERGED_KEY = "merged_adapters"
 """In the config.json of a merged model: name, base and fingerprint of each adapter, in order."""
 MAX_RANK = 1 << 16

@@ -541,7 +541,10 @@ def test_a_gguf_file_is_chosen_by_a_part_of_its_name(hub: HubStandIn, home: Path
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ("Q6_K", "no GGUF file that 'Q6_K' names (m-f16-00001-of-00003.gguf, m-q8_0.gguf, m.Q2_K.gguf"),
+        (
+            "Q6_K",
+            "no GGUF file that 'Q6_K' names (m-f16-00001-of-00003.gguf, m-q8_0.gguf, m.Q2_K.gguf",
+        ),
         ("m", "several GGUF files"),
         ("f16", "lacks m-f16-00002-of-00003.gguf, one of 3 parts of m-f16"),
     ],
@@ -572,6 +575,63 @@ def test_all_parts_of_a_model_come_by_its_name(hub: HubStandIn, home: Path, want
     path.with_name(parts[1]).unlink()  # a part that was deleted is all that comes again
     hub.requests.clear()
     assert resolve_weights(f"{ID}:{wanted}") == path and hub.fetched() == [parts[1]]
+
+
+def pull_it(*arguments: str) -> None:
+    assert pull.main([ID, *arguments]) == 0
+
+
+SHARDS = {f"model-0000{n}-of-00002.safetensors": b"s" for n in (1, 2)}
+INDEX = {"model.safetensors.index.json": json.dumps({"weight_map": {
+    str(n): name for n, name in enumerate(SHARDS)}}).encode()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["--exclude", "*.safetensors"], {*SMALL, "pytorch_model.bin"}),
+        (["--include", "*.bin"], {*SMALL, "pytorch_model.bin"}),
+        (["--include", "*.bin", "--exclude", "tok*"], {"config.json", "pytorch_model.bin"}),
+        (["--include", "*.json", "--exclude", "*.index.json"], {n for n in SMALL if "json" in n}),
+        (["--include", "README.md"], {"README.md"}),
+        (["--include", "README.md", "--include", "model*"], {*SMALL, "README.md", *INDEX, *SHARDS}),
+        (["--include", "model-00002*"], {*SMALL, *INDEX, "model-00002-of-00002.safetensors"}),
+    ],
+)  # fmt: skip
+def test_patterns_choose_among_the_files(
+    hub: HubStandIn, home: Path, patterns: list[str], expected: set[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    hub.files = {**SMALL, **SHARDS, **INDEX, "pytorch_model.bin": b"b", "README.md": b"r",
+                 "original/model.bin": b"o", "../evil.json": b"e"}  # fmt: skip
+    pull_it(*patterns)
+    assert set(hub.fetched()) == expected and len(hub.fetched()) == len(expected)
+    path = capsys.readouterr().out.strip()
+    hub.requests.clear()
+    pull_it(*patterns, "--offline")
+    assert capsys.readouterr().out.strip() == path and hub.requests == []
+    assert [(model.name, str(model.path)) for model in cached_models()] == [(path, path)]
+    # what patterns have left is not taken for the model
+    with pytest.raises(HubError, match="not in the cache"):
+        resolve_weights(ID, offline=True)
+
+
+def test_a_pattern_chooses_a_gguf_file(hub: HubStandIn, home: Path) -> None:
+    hub.files = {name: name.encode() for name in GGUFS}
+    pull_it("--include", "*Q4_K_M*")
+    path = home / "models" / "org--tiny+m.Q4_K_M" / "m.Q4_K_M.gguf"
+    assert resolve_weights(f"{ID}:Q4_K_M", offline=True) == path
+    pull_it("--include", "*K_M*", "--offline")
+    with pytest.raises(HubError, match=r"several GGUF files .m\.Q2_K\.gguf, m\.Q4_K\.gguf"):
+        pull_it("--include", "m.*", "--exclude", "*M*")
+
+
+def test_a_pattern_for_nothing_shows_what_there_is(hub: HubStandIn) -> None:
+    with pytest.raises(HubError, match="no file at its top level for --include"):
+        pull_it("--include", "*xyz")
+    with pytest.raises(HubError, match="holds no safetensors or"):
+        pull_it("--exclude", "*.safetensors", "--exclude", "*.bin")
+    assert hub.fetched() == []
 
 
 def test_the_only_gguf_file_needs_no_name(hub: HubStandIn) -> None:

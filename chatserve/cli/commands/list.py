@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatserve import cache, config, hub
 from chatserve.cli.escapes import one_line
-from chatserve.errors import ModelLoadError
+from chatserve.errors import ModelLoadError, UsageError
 from chatserve.flags import CommandParser
 from chatserve.settings import setting
 
@@ -28,6 +28,9 @@ class ListConfig:
         "print JSON: name, revision, num_bytes, path, kind, architecture, num_parameters, dtype, "
         "dtypes, fingerprint, receipt, fault",
     )
+    names: bool = setting(
+        False, "list the short names that `pull` and `chat` know instead, be they here or not"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +41,10 @@ def main(argv: list[str]) -> int:
         ListConfig,
     )
     options = config.build(ListConfig, parser.flags(argv))
+    if options.names:
+        names = hub.known_names()
+        print(json.dumps(names, indent=1) if options.json else "\n".join(names))
+        return 0
     rows = [_Row.of(model) for model in hub.cached_models()]
     if options.json:
         print(json.dumps([row.as_json() for row in rows], default=str, indent=1))
@@ -52,8 +59,9 @@ def main(argv: list[str]) -> int:
         print("  ".join([*aligned, one_line(str(row.model.path))]))
         if row.fault:
             print(f"  damaged: {one_line(row.fault)}")
-    if whole := [row.model for row in rows if row.model.kind == "model" and not row.fault]:
-        print(f"chat with one: chatserve chat {_argument(whole[0])}", file=sys.stderr)
+    whole = [row.model for row in rows if row.model.kind == "model" and not row.fault]
+    if hint := next(filter(None, map(_hint, whole)), None):
+        print(f"chat with one: {hint}", file=sys.stderr)
     return 0
 
 
@@ -120,6 +128,18 @@ def _receipt(receipt: Receipt | None) -> str:
 def _title(model: hub.CachedModel) -> str:
     is_plain = model.revision == hub.DEFAULT_REVISION
     return model.name if is_plain else f"{model.name} ({model.revision})"
+
+
+def _hint(model: hub.CachedModel) -> str | None:
+    """The command to chat with it; None for a base, which nobody knows how to ask."""
+    from chatserve.cli.commands.template import open_tokenizer
+    from chatserve.models.chat_template import choose_template
+
+    try:
+        choose_template(None, *open_tokenizer(model.path))
+    except (UsageError, ModelLoadError):
+        return None
+    return f"chatserve chat {_argument(model)}"
 
 
 def _argument(model: hub.CachedModel) -> str:

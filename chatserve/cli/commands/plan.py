@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     from chatserve import hub
     from chatserve.models.checkpoint import open_checkpoint
 
-    path = hub.resolve_weights(weights, revision=options.revision, offline=True)
+    path = hub.find_here(weights, options.revision)
     checkpoint = open_checkpoint(path, headers_only=True)
     with closing(checkpoint.weights):
         tables = {place: _rows(checkpoint, place, options) for place in _places(options, sizes)}

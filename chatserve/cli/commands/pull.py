@@ -24,6 +24,14 @@ class PullConfig:
         metavar="PATH_OR_ID",
     )
     keep: bool = setting(False, "keep the delta or adapters that were fetched to make a model")
+    include: tuple[str, ...] = setting(
+        (), "fetch only weights that match, and other files that do, as '*Q4_K_M*' or '*.json'",
+        metavar="GLOB", repeated=True,
+    )  # fmt: skip
+    exclude: tuple[str, ...] = setting(
+        (), "fetch nothing that matches, as '*.safetensors' where .bin is wanted",
+        metavar="GLOB", repeated=True,
+    )  # fmt: skip
     revision: str = setting(hub.DEFAULT_REVISION, "revision of a hub id; ORG/NAME@REVISION, too")
     offline: bool = setting(False, "never touch the network: only check what is there")
 
@@ -59,8 +67,9 @@ def main(argv: list[str]) -> int:
         )
     else:
         path = hub.resolve_weights(
-            name, revision=options.revision, offline=options.offline, is_pull=True
-        )
+            name, revision=options.revision, offline=options.offline, is_pull=True,
+            selection=hub.Selection(options.include, options.exclude),
+        )  # fmt: skip
         if note := NOTES.get(ALIASES.get(name, name)):
             print(f"{name}: {note}", file=sys.stderr)
     print(path)
@@ -70,6 +79,8 @@ def main(argv: list[str]) -> int:
 def _make(name: str, options: PullConfig) -> Path:
     from chatserve import chains
 
+    if selection := hub.Selection(options.include, options.exclude):
+        raise UsageError(f"{selection}: patterns are for hub ids; {name} is made of parts")
     if options.revision != hub.DEFAULT_REVISION:
         raise UsageError(
             f"--revision {options.revision} is for hub ids; {name} is made of {CHAINS[name].recipe}"

@@ -21,7 +21,7 @@ from tests import receipts, tiny
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.save_model(path, tokenizer=False)
+    tiny.save_model(path)
     return path
 
 
@@ -114,6 +114,31 @@ def test_names_cannot_drive_the_terminal(models: Path, capsys: pytest.CaptureFix
     (models / "org--a" / "config.json").write_text(json.dumps(config))
     main([])
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_hint_is_a_model_that_has_a_template(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base comes first by its name, and nobody knows how to ask it."""
+    chat = shutil.copytree(models / "org--a", models.parent / "chat")
+    settings = models / "org--a" / "tokenizer_config.json"
+    table = json.loads(settings.read_text())
+    del table["chat_template"]
+    settings.write_text(json.dumps(table))
+    assert main([]) == 0
+    assert "chat with one" not in capsys.readouterr().err
+    (chat / RECORD).write_text(json.dumps({"id": "org/chat", "revision": "v2"}))
+    shutil.move(chat, models / "org--chat")
+    assert main([]) == 0
+    assert capsys.readouterr().err == "chat with one: chatserve chat org/chat --revision v2\n"
+
+
+def test_names_that_can_be_fetched(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--names"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names[0] == "smollm2-135m" and {"vicuna-7b-v1.5", "stackllama-7b"} <= {*names}
+    assert main(["--names", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == names
 
 
 def test_help_is_light() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from chatserve.cli import main as cli
 from chatserve.cli.commands.plan import main
-from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.errors import DoesNotFit, HubError, ModelLoadError, UsageError
 from chatserve.kernels.library import KernelsUnavailable
 from chatserve.models import form as forms_of_workers
 from chatserve.models import hardware, memory
@@ -354,8 +354,16 @@ def test_adapters_are_counted_without_pytorch(folder: Path, tmp_path: Path) -> N
 
 def test_it_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
-    with pytest.raises(Exception, match="offline"):
-        main(["some-org/some-model"])
+    cases = {
+        "some-org/some-model": "`chatserve pull some-org/some-model`",
+        "tinyllama": "`chatserve pull TinyLlama/TinyLlama-1.1B-Chat-v1.0`",
+        "smollm2-135m": "`chatserve pull smollm2-135m`",
+    }
+    for name, command in cases.items():
+        with pytest.raises(HubError) as error:
+            main([name])
+        assert f"{name} is not in the cache" in str(error.value)
+        assert command in str(error.value) and "off" not in str(error.value)
 
 
 def test_missing_files_are_found(tmp_path: Path) -> None:
