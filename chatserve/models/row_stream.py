@@ -1,4 +1,4 @@
-"""Rows from files to their places in a network: read where they stay, or packed by all cores.
+"""Rows from files to their places in a network, by all cores: read where they stay, or packed.
 
 A slice for each thread is resident at most. Knows names and places, no format, no device and no
 packing.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -32,6 +33,11 @@ class Piece(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.rows), *self.info.shape[1:])
+
+    @property
+    def start(self) -> int:
+        """The first row's place in its target."""
+        return self.place.start + self.rows.start
 
     @property
     def num_bytes(self) -> int:
@@ -74,34 +80,30 @@ class RowStream:
         """
         under_way: deque[tuple[Piece, Future[None]]] = deque()
         for piece in wanted:
-            if isinstance(piece.place.target, PackedRows):
-                under_way.append((piece, self._threads.submit(self._pack, piece)))
+            if (store := self._work_apart(piece)) is not None:
+                under_way.append((piece, self._threads.submit(store)))
                 if len(under_way) <= self._num_threads:
                     continue
                 piece, done = under_way.popleft()
                 done.result()
             else:
                 yield from _finished(under_way)
-                self._store(piece)
+                # no name for what is read: it would stay until the next rows are there
+                piece.place.target.load_rows(piece.start, self._read(piece))
             yield piece
         yield from _finished(under_way)
 
-    def _pack(self, piece: Piece) -> None:
-        """By any thread: others pack other rows meanwhile."""
-        target, start = piece.place.target, piece.place.start + piece.rows.start
+    def _work_apart(self, piece: Piece) -> Callable[[], None] | None:
+        """What any thread may do for a piece while others store other rows; None: nothing."""
+        target = piece.place.target
         if isinstance(target, PackedRows):
-            target.load_apart(start, self._read(piece))
-
-    def _store(self, piece: Piece) -> None:
-        place, start = piece.place, piece.place.start + piece.rows.start
-        if self._direct is not None and isinstance(place.target, OpenRows):
-            memory = place.target.rows(start, len(piece.rows))
+            return lambda: target.load_apart(piece.start, self._read(piece))
+        if self._direct is not None and isinstance(target, OpenRows):
+            memory = target.rows(piece.start, len(piece.rows))
             is_plain = memory.device.type == "cpu" and memory.is_contiguous()
             if is_plain and memory.dtype == piece.info.dtype:
-                self._direct.read_into(piece.info.name, piece.rows, memory)
-                return
-        # no name for what is read: it would stay until the next rows are there
-        place.target.load_rows(start, self._read(piece))
+                return partial(self._direct.read_into, piece.info.name, piece.rows, memory)
+        return None
 
     def _read(self, piece: Piece) -> torch.Tensor:
         """The piece in memory that this thread's next piece gets again."""

@@ -133,6 +133,27 @@ def test_rows_are_packed_by_several_threads_at_once(source: DirectSource) -> Non
     assert len(place.threads) == 2 and threading.get_ident() not in place.threads
 
 
+def test_rows_are_read_into_their_place_by_several_threads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read waits for a second one beside it, too."""
+    save_file(WEIGHTS, tmp_path / "m.safetensors")
+    together, real = threading.Barrier(2), SafetensorsFile.read_into
+    threads = set[int]()
+
+    def wait(self: Any, *args: Any) -> None:
+        threads.add(threading.get_ident())
+        together.wait(timeout=30)
+        real(self, *args)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", wait)
+    place = OpenPlace(30, 8)  # ten pieces
+    with closing(SafetensorsFile(tmp_path / "m.safetensors")) as source:
+        move(source, {"b": Destination(place, 0, (30, 8))})
+    assert place.values.equal(WEIGHTS["b"])
+    assert len(threads) == 2 and threading.get_ident() not in threads
+
+
 def test_the_kernels_pack_alike_on_one_thread_and_on_several() -> None:
     kernels = load_kernels()
     team = Team(kernels, 2)
