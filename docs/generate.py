@@ -1,4 +1,5 @@
-"""Writes docs/reference/commands.md from the real `--help` of every command; `--check` compares."""
+"""Writes docs/reference: commands.md from the real `--help` of every command, api.md from the
+OpenAPI document. `--check` compares."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import api_page
+
 from chatserve.cli.main import COMMANDS
 
 SUBCOMMANDS = {"template": ("check",)}
-TARGET = Path(__file__).parent / "reference" / "commands.md"
+FOLDER = Path(__file__).parent / "reference"
 
 
 def help_text(*command: str) -> str:
@@ -22,7 +25,7 @@ def help_text(*command: str) -> str:
     return result.stdout.rstrip()
 
 
-def render() -> str:
+def commands() -> str:
     parts = [
         "# Commands\n\nMade by `make docs` from the programs' own `--help`; do not edit.\n",
         f"```text\n{help_text()}\n```\n",
@@ -35,16 +38,21 @@ def render() -> str:
     return "\n".join(parts)
 
 
+PAGES = {"commands.md": commands, "api.md": api_page.render}
+
+
 def main() -> int:
-    text = render()
-    if "--check" not in sys.argv[1:]:
-        TARGET.parent.mkdir(exist_ok=True)
-        TARGET.write_text(text, "utf-8")
-        return 0
-    if not TARGET.exists() or TARGET.read_text("utf-8") != text:
-        print(f"{TARGET.relative_to(Path.cwd())} is stale; run: make docs", file=sys.stderr)
-        return 1
-    return 0
+    stale = []
+    for name, render in PAGES.items():
+        target, text = FOLDER / name, render()
+        if "--check" not in sys.argv[1:]:
+            FOLDER.mkdir(exist_ok=True)
+            target.write_text(text, "utf-8")
+        elif not target.exists() or target.read_text("utf-8") != text:
+            stale.append(str(target.relative_to(Path.cwd())))
+    if stale:
+        print(f"stale: {', '.join(stale)}; run: make docs", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -225,3 +225,16 @@ class TextCompletion(TypedDict):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
+
+
+class TokenizeReply(TypedDict):
+    """`token_strs` where `return_token_strs` asks for them."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeReply(TypedDict):
+    prompt: str

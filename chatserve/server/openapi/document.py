@@ -21,12 +21,16 @@ from chatserve.protocol.fields import MAX_BODY_BYTES, MAX_NESTING, label_schema,
 from chatserve.protocol.leniency import HEADER
 from chatserve.server.error_response import STATUSES
 from chatserve.server.json_response import JSON_TYPE
-from chatserve.server.openapi import completions, models
-from chatserve.server.openapi.notes import NOTES
+from chatserve.server.openapi import completions, models, tokens
+from chatserve.server.openapi.notes import NO_OP, NOTES
 from chatserve.server.openapi.operation import Body, Operation
 
 PATH = "/openapi.json"
-OPERATIONS: tuple[Operation, ...] = (*completions.OPERATIONS, *models.OPERATIONS)
+OPERATIONS: tuple[Operation, ...] = (
+    *completions.OPERATIONS,
+    *tokens.OPERATIONS,
+    *models.OPERATIONS,
+)
 SCHEMAS = "#/components/schemas/"
 ABOUT = f"""\
 A local server of language models that speaks the OpenAI API.
@@ -118,8 +122,10 @@ class _Schemas:
         for name, schema in properties.items():
             if "default" in schema and schema["default"] in (None, [], {}):
                 del schema["default"]
-            if name in NOTES:
-                schema.setdefault("description", NOTES[name])
+            of_request = NOTES.get(f"{body.kind.__name__}.{name}")
+            note = NO_OP if name in body.no_ops else of_request or NOTES.get(name)
+            if note is not None:
+                schema.setdefault("description", note)
 
 
 def _kinds(operation: Operation) -> Iterator[Any]:

@@ -1,22 +1,33 @@
-"""What each field of a request means, in a sentence, by its name: one meaning on every route."""
+"""What each field of a request means, in a sentence.
+
+By its name, and by that of the request, too, where it means something else there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-_NOT_SUPPORTED = "not supported: accepted with a value that changes nothing"
+NO_OP = "not supported: only what changes nothing is accepted"
 
 NOTES: Mapping[str, str] = {
     "model": "the name of a model that is served, or `MODEL:ADAPTER`",
     "messages": "the conversation so far; `developer` is another word for `system`",
     "prompt": "a text, token ids, or a list of either",
     "stream": "send the answer as it comes, as server-sent events",
-    "stream_options": "`include_usage`: a last chunk with the token counts",
+    "stream_options": "`include_usage`: a last chunk with the token counts; "
+    "`continuous_usage_stats`: counts in every chunk",
     "n": "how many answers",
-    "best_of": "how many answers are made; must be `n`",
+    "best_of": "how many answers are made, of which the `n` likeliest are given",
     "max_tokens": "the longest answer, in tokens; default: what the context has room for, 16 for a "
     "text completion",
     "max_completion_tokens": "the newer name of `max_tokens`",
+    "min_tokens": "the shortest answer, in tokens",
+    "ignore_eos": "go on where the model would end",
+    "logprobs": "with each token, the logarithm of the probability that it was drawn with",
+    "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
+    "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
+    "echo": "give the prompt back before the answer; with `logprobs` it is scored, and with "
+    "`max_tokens` 0 only that",
     "temperature": "0 takes the likeliest token; default 1",
     "top_p": "only the likeliest tokens, up to this share; default 1",
     "top_k": "only so many of the likeliest tokens; 0 or -1: all",
@@ -25,30 +36,19 @@ NOTES: Mapping[str, str] = {
     "presence_penalty": "taken off the logit of every token that the answer has had",
     "frequency_penalty": "the same, for each time",
     "seed": "the same seed gives the same text",
-    "stop": "texts that end the answer and are not part of it",
+    "stop": "texts that end the answer and are not part of it, each of at most 256 bytes",
     "logit_bias": "added to the logits of tokens, by id",
+    "TokenizeRequest.prompt": "a text",
+    "add_special_tokens": "with those that begin a text; default true",
+    "add_generation_prompt": "up to where the answer begins; default true",
+    "return_token_strs": "each token as a text, too",
+    "tokens": "token ids",
+    "skip_special_tokens": "leave out what a chat would not show; default false",
     "user": "a label; changes nothing",
     "metadata": "labels; change nothing",
+    "store": "accepted; nothing is stored",
     "safety_identifier": "a label; changes nothing",
     "prompt_cache_key": "a label; changes nothing",
-    "logprobs": _NOT_SUPPORTED,
-    "top_logprobs": _NOT_SUPPORTED,
-    "tools": _NOT_SUPPORTED,
-    "tool_choice": _NOT_SUPPORTED,
-    "parallel_tool_calls": _NOT_SUPPORTED,
-    "functions": "the older name of `tools`; not supported",
-    "function_call": "the older name of `tool_choice`; not supported",
-    "response_format": _NOT_SUPPORTED,
-    "modalities": "text only",
-    "audio": _NOT_SUPPORTED,
-    "prediction": _NOT_SUPPORTED,
-    "reasoning_effort": _NOT_SUPPORTED,
-    "verbosity": _NOT_SUPPORTED,
-    "web_search_options": _NOT_SUPPORTED,
-    "service_tier": _NOT_SUPPORTED,
-    "store": _NOT_SUPPORTED,
-    "echo": _NOT_SUPPORTED,
-    "suffix": _NOT_SUPPORTED,
     "lora_name": "NAME, or BASE:NAME where several models are served",
     "lora_path": "a folder below `--adapter-root` on the worker's machine",
     "load_inplace": "put it in the place of one that has the name already",
