@@ -36,7 +36,7 @@ def completion_logprobs(tokenizer: Tokenizer, shown: Sequence[Shown]) -> dict[st
     Of tokens that look alike the likeliest is told. The first token of all has no logprob.
     """
     return {
-        "tokens": [_completion_token(tokenizer, each.token_id) for each in shown],
+        "tokens": [completion_token(tokenizer, each.token_id) for each in shown],
         "token_logprobs": [each.logprobs.logprob if each.logprobs else None for each in shown],
         "top_logprobs": [_alternatives(tokenizer, each) for each in shown],
         "text_offset": [each.offset for each in shown],
@@ -48,11 +48,12 @@ def _alternatives(tokenizer: Tokenizer, shown: Shown) -> dict[str, float] | None
         return None
     told: dict[str, float] = {}
     for token_id, logprob in (*shown.logprobs.top, (shown.token_id, shown.logprobs.logprob)):
-        told.setdefault(_completion_token(tokenizer, token_id), logprob)
+        told.setdefault(completion_token(tokenizer, token_id), logprob)
     return told
 
 
-def _completion_token(tokenizer: Tokenizer, token_id: int) -> str:
+def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text, its name if it is none, its bytes if they are only part of a character."""
     name = tokenizer.name_of(token_id)
     return _text_of(tokenizer.token_bytes(token_id), "bytes:") if name is None else name
 
