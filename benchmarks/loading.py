@@ -1,14 +1,19 @@
-"""How long weights take to load, beside reading the same bytes: half precision, and 8 bits.
+"""How long weights take to load, beside reading the same bytes: half precision, 8 and 4 bits.
 
     python -m benchmarks.loading WEIGHTS [--repeats 5]
 
 Prints one JSON line: medians of seconds, each measured in a process of its own, in turns. The
-files have been read before. `read`: one file after another into a
-buffer that is used again. `read_and_keep`: into fresh memory, which every loader needs: the first
-touch of a page costs more than its bytes. `half_ratio` is half over read_and_keep,
-`quantise_ratio` 8 bits over half: of each turn, then the median; packed weights lie in huge pages,
-which some virtual machines get slowly: `8bit_small_pages` goes without them. `cpu_seconds`: user
-and system time, which a busy host does not stretch.
+files have been read before. `read`: one file after another into a buffer that is used again.
+`read_and_keep`: into fresh memory, which every loader needs: the first touch of a page costs more
+than its bytes. `half_ratio` is half over read_and_keep, `quantise_ratio` 8 bits over half,
+`quantise_4bit_ratio` 4 bits: of each turn, then the median.
+
+Before each of these, the process takes as much memory as it will need, in huge pages, and gives
+it back: a virtual machine's host takes free huge pages away within seconds, and giving them back
+takes it longer than all else. Packed weights lie in huge pages and meet this first; half precision
+gets small ones, of which some are always at hand. `8bit_as_found` goes without,
+`8bit_small_pages` too and takes no huge pages; their ratios are over `half_as_found`.
+`cpu_seconds`: user and system time, which a busy host does not stretch.
 """
 
 from __future__ import annotations
@@ -16,18 +21,22 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.machine import describe
 
 _STEP_BYTES = 8 << 20
-_FORMS = ("read", "read_and_keep", "half", "8bit", "8bit_small_pages")
+_AT_HAND = {"read": 0.1, "read_and_keep": 1.1, "half": 1.1, "8bit": 0.7, "4bit": 0.5}
+"""The share of the files' size that each form takes in memory, or more."""
+_FORMS = (*_AT_HAND, "half_as_found", "8bit_as_found", "8bit_small_pages")
 _PR_SET_THP_DISABLE = 41
 
 
@@ -38,6 +47,10 @@ def files_of(weights: Path) -> list[Path]:
     from chatserve.models.weight_files import find_weight_files
 
     return list(find_weight_files(weights).paths)
+
+
+def size_of(weights: Path) -> int:
+    return sum(os.stat(file).st_size for file in files_of(weights))
 
 
 def read(weights: Path) -> None:
@@ -62,15 +75,25 @@ def read_and_keep(weights: Path) -> list[object]:
     return kept
 
 
-def loader(weights: Path, *, load_8bit: bool) -> Callable[[], object]:
+def loader(weights: Path, form: str) -> Callable[[], object]:
     """Everything that is imported, chosen and checked before is not measured."""
     from chatserve.models.checkpoint import open_checkpoint
     from chatserve.models.device import choose_policy
     from chatserve.models.loader import load_model
 
-    dtype = "auto" if load_8bit else dtype_of(weights)
-    policy = choose_policy("cpu", dtype, load_8bit=load_8bit)
+    is_8bit, is_4bit = form.startswith("8bit"), form.startswith("4bit")
+    dtype = "auto" if is_8bit or is_4bit else dtype_of(weights)
+    policy = choose_policy("cpu", dtype, load_8bit=is_8bit, load_4bit=is_4bit)
     return lambda: load_model(open_checkpoint(weights), policy)
+
+
+def bring_to_hand(num_bytes: int) -> None:
+    """Memory that the system can give at once afterwards, in huge pages where it has them."""
+    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, num_bytes, mmap.PAGESIZE):
+            pages[start] = 1
 
 
 def dtype_of(weights: Path) -> str:
@@ -83,18 +106,14 @@ def dtype_of(weights: Path) -> str:
 
 def measure(form: str, weights: Path) -> dict[str, float]:
     """In this process."""
-    work: dict[str, Callable[[], Callable[[], object]]] = {
-        "read": lambda: lambda: read(weights),
-        "read_and_keep": lambda: lambda: read_and_keep(weights),
-        "half": lambda: loader(weights, load_8bit=False),
-        "8bit": lambda: loader(weights, load_8bit=True),
-        "8bit_small_pages": lambda: loader(weights, load_8bit=True),
-    }
     import torch  # noqa: F401  # in none of the times
 
     if form == "8bit_small_pages" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    run = work[form]()
+    readers: dict[str, Callable[[Path], object]] = {"read": read, "read_and_keep": read_and_keep}
+    run = partial(readers[form], weights) if form in readers else loader(weights, form)
+    if share := _AT_HAND.get(form):
+        bring_to_hand(int(share * size_of(weights)))
     start, cpu = time.perf_counter(), time.process_time()
     kept = run()
     result = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
@@ -124,7 +143,9 @@ def report(turns: list[dict[str, dict[str, float]]]) -> dict[str, object]:
         "half_ratio": ratio("half", "read_and_keep"),
         "half_to_read_ratio": ratio("half", "read"),
         "quantise_ratio": ratio("8bit", "half"),
-        "quantise_small_pages_ratio": ratio("8bit_small_pages", "half"),
+        "quantise_4bit_ratio": ratio("4bit", "half"),
+        "quantise_as_found_ratio": ratio("8bit_as_found", "half_as_found"),
+        "quantise_small_pages_ratio": ratio("8bit_small_pages", "half_as_found"),
         "repeats": len(turns),
     }
 
@@ -144,7 +165,7 @@ def main() -> None:
         {form: measure_apart(form, options.weights) for form in _FORMS}
         for _ in range(options.repeats)
     ]
-    num_bytes = sum(os.stat(file).st_size for file in files_of(options.weights))
+    num_bytes = size_of(options.weights)
     name = options.weights.resolve().parent.name
     line = {"benchmark": "loading", "weights": name, "num_bytes": num_bytes}
     print(json.dumps({**line, **facts, **report(turns)}))
