@@ -126,13 +126,13 @@ def kernels_misfit(config: ModelConfig, form: Form) -> str | None:
     sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     if form.packing and form.packing.bits == 4 and any(size % GROUP for size in sizes):
         raise ModelLoadError(
-            f"{form.packing} weights come in groups of {GROUP}, which this network's sizes "
-            f"{sizes} are no multiples of; use --load-8bit"
+            f"{form.packing.bits}-bit weights come in groups of {GROUP}, which this network's "
+            f"sizes {sizes} are no multiples of; use --load-8bit"
         )
     reason = misfit(config) if form.on_kernels else None
     if reason and form.packing != Packing():
         raise ModelLoadError(
-            f"{form.packing} weights need the CPU kernels, which cannot hold this network: "
+            f"{_named(form.packing)} weights need the CPU kernels, which cannot hold this network: "
             f"{reason}; use --load-8bit alone"
         )
     return reason
@@ -147,10 +147,20 @@ def choose_kernels(packing: Packing) -> tuple[Kernels | None, str]:
         kernels = load_kernels()
     except KernelsUnavailable as error:
         if packing != Packing():
-            raise UsageError(f"{packing} weights need the CPU kernels, but {error}") from error
+            raise UsageError(
+                f"{_named(packing)} weights need the CPU kernels, but {error}"
+            ) from error
         logger.warning("8 bits run on PyTorch's operators, several times slower: %s", error)
         return None, f"no CPU kernels: {error}"
     return kernels, f"own CPU kernels for {kernels.level}"
+
+
+def _named(packing: Packing | None) -> str:
+    """For people: plain bits, and the group where it was asked for."""
+    if packing is None:
+        return "half-precision"
+    fine = f" (--quant-group {GROUP})" if packing.bits == 8 and packing.is_grouped else ""
+    return f"{packing.bits}-bit{fine}"
 
 
 def form_on_cpu(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from chatserve import config
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from chatserve.models.checkpoint import Checkpoint
     from chatserve.models.form import PlainForm
     from chatserve.models.memory_plan import MemoryPlan
+    from chatserve.models.packing import Packing
     from chatserve.models.spread import Room
 
 
@@ -80,7 +81,9 @@ class Row:
     plan: MemoryPlan | None
     fits: bool
     reason: str = ""
+    held_as: str = ""
     device_map: str = ""
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,15 +104,20 @@ def main(argv: Sequence[str]) -> int:
 
     from chatserve import hub
     from chatserve.models.checkpoint import open_checkpoint
+    from chatserve.models.planned_weights import has_only_config, plan_from_config
 
     path = hub.find_here(weights, options.revision)
-    checkpoint = open_checkpoint(path, headers_only=True)
+    is_planned = has_only_config(path)
+    checkpoint = plan_from_config(path) if is_planned else open_checkpoint(path, headers_only=True)
     with closing(checkpoint.weights):
         tables = {place: _rows(checkpoint, place, options) for place in _places(options, sizes)}
         if options.json:
-            print(json.dumps(_as_json(checkpoint, tables), indent=1))
+            table = _as_json(checkpoint, tables)
+            print(json.dumps({**table, "is_computed_from_config": is_planned}, indent=1))
         else:
             _show(checkpoint, tables)
+            if is_planned:
+                print("\nno weights here yet: sizes are worked out from config.json")
     if not any(row.fits for rows in tables.values() for row in rows):
         raise DoesNotFit(_why(path.name, tables))
     return 0
@@ -204,7 +212,9 @@ def _rows(checkpoint: Checkpoint, place: Place, options: PlanConfig) -> list[Row
         try:
             held = _form(checkpoint, place.kind, form)
         except (UsageError, ModelLoadError) as error:
-            rows.append(Row(form, flags, None, False, error.message))
+            packing = _packing(form, place.kind)
+            held_as = str(packing) if packing else ""
+            rows.append(Row(form, flags, None, False, error.message, held_as))
             continue
         plan = plan_memory(
             checkpoint, held, context=options.context, concurrency=options.concurrency
@@ -239,6 +249,8 @@ def _adapter_values(checkpoint: Checkpoint, options: PlanConfig) -> int:
 
 def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -> Row:
     from chatserve.models.config import is_native
+    from chatserve.models.form import native_config
+    from chatserve.models.memory_plan import part_bytes
     from chatserve.models.spread import spread
 
     assert row.plan is not None
@@ -250,7 +262,9 @@ def _spread_row(checkpoint: Checkpoint, row: Row, held: PlainForm, room: Room) -
     device_map = spread(checkpoint, held, row.plan, left, row.plan.num_kv_tokens)
     if device_map is None:
         return row
-    return replace(row, fits=True, device_map=device_map.describe())
+    network = native_config(checkpoint)
+    num_bytes = device_map.bytes_by_home(part_bytes(network, held), is_tied=network.is_tied)
+    return replace(row, fits=True, device_map=device_map.describe(), device_bytes=num_bytes)
 
 
 def _flags(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
@@ -271,14 +285,19 @@ def _form(checkpoint: Checkpoint, kind: str, form: str) -> PlainForm:
     """
     from chatserve.models.config import is_native
     from chatserve.models.form import form_on_cpu, form_on_gpu
-    from chatserve.models.packing import Packing, four_bits
 
-    packing = {"8-bit": Packing(), "4-bit": four_bits(kind)}.get(form)
+    packing = _packing(form, kind)
     if form == "4-bit" and not is_native(checkpoint.config):
         raise UsageError("only the Llama family's weights are packed in 4 bits")
     if kind == "cpu":
         return form_on_cpu(checkpoint, "bfloat16" if form == "half" else None, packing)
     return form_on_gpu(checkpoint, kind, packing)
+
+
+def _packing(form: str, kind: str) -> Packing | None:
+    from chatserve.models.packing import Packing, four_bits
+
+    return {"8-bit": Packing(), "4-bit": four_bits(kind)}.get(form)
 
 
 def _use(row: Row, rows: Sequence[Row], place: Place) -> str:
@@ -332,7 +351,8 @@ def _as_json(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> dict[str
 def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
     line: dict[str, Any] = {"form": row.form, "flags": row.flags, "fits": row.fits}
     if row.plan is None:
-        return {**line, "reason": row.reason}
+        held = {"held_as": row.held_as} if row.held_as else {}
+        return {**line, "reason": row.reason, **held}
     plan = row.plan
     return {
         **line,
@@ -348,6 +368,7 @@ def _row_as_json(row: Row, rows: Sequence[Row], place: Place) -> dict[str, Any]:
         "slack_bytes": plan.slack_bytes,
         "total_bytes": plan.total_bytes,
         **({"device_map": row.device_map} if row.device_map else {}),
+        **({"device_bytes": dict(row.device_bytes)} if row.device_bytes else {}),
     }
 
 
@@ -376,4 +397,5 @@ def _show(checkpoint: Checkpoint, tables: dict[Place, list[Row]]) -> None:
             verdict = f"fits{flags}" if row.fits else f"does not fit, {_use(row, rows, place)}"
             print(f"  {row.form:<6} {figures}  {verdict}")
             if row.device_map:
-                print(f"         {row.device_map}")
+                held = [f"{name} {_size(size)}" for name, size in row.device_bytes.items()]
+                print(f"         {row.device_map}; weights {', '.join(held)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from chatserve.errors import DoesNotFit, HubError, ModelLoadError, UsageError
 from chatserve.kernels.library import KernelsUnavailable
 from chatserve.models import form as forms_of_workers
 from chatserve.models import hardware, memory
+from chatserve.models.checkpoint import open_weights
+from chatserve.models.planned_weights import plan_from_config
 from tests import adapters, tiny
 from tests.sparse import llama, write_sparse
 from tests.unit.models.gguf_bytes import Q4_1, Q8_0, write_model
@@ -196,7 +199,7 @@ def test_forms_that_a_worker_refuses_are_refused_with_its_words(
     forms = planned(capsys, folder, *size, "--device", "mps")
     assert forms["4-bit"] == {
         "form": "4-bit", "flags": "--load-4bit", "fits": False,
-        "reason": "there is no product in 4 bits on mps",
+        "reason": "there is no product in 4 bits on mps", "held_as": "int4/32",
     }  # fmt: skip
     tiny.save_model(tmp_path / "neox", "gpt_neox")
     forms = planned(capsys, tmp_path / "neox", *size, "--device", "cpu")
@@ -211,7 +214,9 @@ def test_forms_that_a_worker_refuses_are_refused_with_its_words(
     monkeypatch.setattr(forms_of_workers, "load_kernels", unavailable)
     assert main([str(folder), *size, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "4-bit   int4/32+min/8 weights need the CPU kernels, but not built" in out
+    assert "4-bit   4-bit weights need the CPU kernels, but not built" in out and "int4" not in out
+    forms = planned(capsys, folder, *size, "--device", "cpu")
+    assert forms["4-bit"]["held_as"] == "int4/32+min/8"
 
 
 @pytest.mark.parametrize("options", [[], ["--device", "cuda", "--memory", "24GB"]])
@@ -253,6 +258,74 @@ def test_the_processors_flags_tell_of_bfloat16(
     assert hardware.multiplies_bfloat16() is expected
 
 
+def only_config(folder: Path, target: Path, *more: str) -> Path:
+    target.mkdir()
+    for name in ("config.json", *more):
+        (target / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("more", [(), ("model.safetensors.index.json",)])
+def test_a_folder_without_weights_is_planned_from_its_config(
+    vicuna: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    """The same to the byte as with the weights, and it says where the figures are from."""
+    options = ["--memory", "16GB", "--device", "cpu", "--context", "2048"]
+    config = only_config(vicuna, tmp_path / "vicuna-13b", *more)
+    assert planned(capsys, config, *options) == planned(capsys, vicuna, *options)
+    assert main([str(config), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nno weights here yet: sizes are worked out from config.json\n")
+    assert main([str(vicuna), *options]) == 0
+    assert out.startswith(capsys.readouterr().out)
+    for path, expected in ((config, True), (vicuna, False)):
+        assert main([str(path), *options, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["is_computed_from_config"] is expected
+
+
+def test_half_a_download_is_not_planned_as_if_nothing_were_there(
+    vicuna: Path, tmp_path: Path
+) -> None:
+    index = "model.safetensors.index.json"
+    config = only_config(vicuna, tmp_path / "m", index)
+    (config / "model-00001-of-00003.safetensors").touch()
+    with pytest.raises(ModelLoadError, match=r"model-00002-of-00003\.safetensors is missing"):
+        main([str(config)])
+
+
+def test_sizes_of_other_families_do_not_follow_from_their_config(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "neox", "gpt_neox")
+    config = only_config(tmp_path / "neox", tmp_path / "m")
+    with pytest.raises(ModelLoadError, match="only for the Llama family; download the weights"):
+        main([str(config)])
+    (config / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelLoadError, match=r"m: .*num_attention_heads"):
+        main([str(config)])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+        ("mistral", {}),
+    ],
+)
+def test_planned_tensors_are_those_of_transformers(
+    model_type: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny.save_model(tmp_path / "whole", model_type, **changes)
+    checkpoint = plan_from_config(only_config(tmp_path / "whole", tmp_path / "config"))
+    with closing(open_weights(tmp_path / "whole")) as weights:
+        expected = {name: info.shape for name, info in weights.tensors().items()}
+    found = checkpoint.weights.tensors()
+    assert {name: info.shape for name, info in found.items()} == expected
+    with pytest.raises(ModelLoadError, match="not here yet"):
+        checkpoint.weights.read("lm_head.weight")
+
+
 def test_several_gpus_share_a_model_and_say_which_layers(
     vicuna: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,9 +333,13 @@ def test_several_gpus_share_a_model_and_say_which_layers(
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "16.0 GB + 16.0 GB of cuda memory"
     assert lines[4].endswith("30.4 GB  fits")
-    assert lines[5] == "         cuda:0 layers 0-19, cuda:1 layers 20-39"
+    assert lines[5] == (
+        "         cuda:0 layers 0-19, cuda:1 layers 20-39; weights cuda:0 13.0 GB, cuda:1 13.0 GB"
+    )
     forms = planned(capsys, vicuna, "--memory", "20GB,12.5GB", "--num-gpus", "2")
     assert forms["half"]["device_map"] == "cuda:0 layers 0-24, cuda:1 layers 25-39"
+    held = forms["half"]["device_bytes"]
+    assert sum(held.values()) == forms["half"]["weights_bytes"] and held["cuda:1"] < 12.5e9
     argv = (vicuna, "--memory", "16GB", "--num-gpus", "2", "--max-gpu-memory", "12GB")
     assert not planned(capsys, *argv)["half"]["fits"]
 
