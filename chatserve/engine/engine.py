@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
 from chatserve.engine.masks import Failures, Masks
 from chatserve.engine.output import OutputText, TokenBytes
+from chatserve.engine.pooling import Pooler
 from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import build_sampler, on_host
 from chatserve.engine.sampler_state import UNCHANGED, SamplerState
@@ -168,7 +169,10 @@ class Engine:
         seed = params.seed if params.seed is not None else self.draw_seed()
         if adapter is not None:
             salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
-        table = BlockTable(salt, reads_cache=params.prompt_logprobs is None)
+        # the mean needs all tokens' states; nor should documents drive chats from the cache
+        is_mean = params.pooling == "mean"
+        reads_cache = params.prompt_logprobs is None and not is_mean
+        table = BlockTable(salt, reads_cache=reads_cache, num_shared=0 if is_mean else None)
         sequence = Sequence(
             seq_id, tuple(prompt_ids), params, seed, choice, group, table, adapter=adapter
         )
@@ -185,7 +189,8 @@ class Engine:
             params, sequence.prompt_ids, seed=seed, choice=choice, end_ids=self._tokenizer.eos_ids,
             vocab_size=self._vocab_size,
         )  # fmt: skip
-        self._live[seq_id] = Live(sequence, output, state)
+        pooler = Pooler(params.pooling, len(prompt_ids)) if params.pooling else None
+        self._live[seq_id] = Live(sequence, output, state, pooler)
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free what it holds; unknown and finished ones are left alone."""
@@ -217,31 +222,42 @@ class Engine:
         try:
             if item.is_sampled and item.sequence.num_uncomputed > item.num_tokens:
                 raise GenerationFailed("the engine failed in the middle of a step; try again")
-            return self._run([replace(item, draft_ids=())])
+            return self._run([item._replace(draft_ids=())])
         except torch.AcceleratorError:
             raise
         except Exception as error:  # as in `step`: this sequence alone fails
             return [self._fail(item.sequence, error)]
 
     def _run(self, batch: Rows[Scheduled]) -> list[TokenEvent]:
-        states: list[SamplerState | None] = []
+        early: list[SamplerState | None] = []
+        masked: list[SamplerState] = []
+        wants_logprobs = False
         for item in batch:
-            states += [None] * len(item.scored)
+            params = item.sequence.params
+            wants_logprobs |= params.logprobs is not None or params.prompt_logprobs is not None
+            early += [None] * len(item.scored)
             if item.is_sampled:
-                states.append(self._live[item.sequence.seq_id].state)
-                states += [None] * len(item.draft_ids)  # depends on what is picked before it
-        self._masks.begin(states)
+                state = self._live[item.sequence.seq_id].state
+                if state.matcher is None:
+                    early.append(state)
+                else:  # its mask may take longer than the step
+                    early.append(None)
+                    masked.append(state)
+                early += [None] * len(item.draft_ids)  # depends on what is picked before it
+        self._masks.begin(masked)
         try:
-            # who waits for a mask is sampled after the step
-            ahead = self._sampler.ahead([s if s and s.matcher is None else None for s in states])
-            logits = self._runner.run(batch, ahead)
+            ahead = self._sampler.ahead(early)
+            logits, hidden = self._runner.run(batch, ahead)
         finally:
             failures = self._masks.finish()
         scores: Scores = {}
-        if any(_wants_logprobs(item) for item in batch):
+        if wants_logprobs:
             logits = on_host(logits)
             scores = self._score(batch, logits)
-        turns = self._say(batch, logits, ahead.token_ids if ahead else None, failures)
+        turns = self._turns(batch, failures)
+        self._say(turns.values(), logits, ahead.token_ids if ahead else None, wants_logprobs)
+        if hidden is not None:
+            self._pool(batch, hidden)
         events = []
         for item in batch:
             seq_id = item.sequence.seq_id
@@ -276,51 +292,71 @@ class Engine:
             row += num_scored + (1 + len(item.draft_ids)) * item.is_sampled
         return scores
 
-    def _say(
-        self,
-        batch: Rows[Scheduled],
-        logits: torch.Tensor,
-        picked: Rows[int] | None,
-        failures: Failures,
-    ) -> dict[str, Turn]:
-        """Sample each sequence's next token, and the one behind it while its draft is right.
+    def _pool(self, batch: Rows[Scheduled], hidden: torch.Tensor) -> None:
+        """Hand the states to those that become embeddings. Nothing may fail in the step after it:
+        a retry would hand them over twice."""
+        first = 0
+        for item in batch:
+            pooler = self._live[item.sequence.seq_id].pooler
+            if pooler and item.pooled:
+                end = first + len(item.pooled)
+                pooler.add(item.pooled.start, hidden[first:end])
+                first = end
 
-        `picked`: the next tokens by row, where the model has sampled them; those that wait for a
-        mask are not among them. `failures`: masks that there are not.
-        """
+    def _turns(self, batch: Rows[Scheduled], failures: Failures) -> dict[str, Turn]:
+        """One for each sequence that gets a token, with its place in the logits."""
         turns: dict[str, Turn] = {}
         row = 0
         for item in batch:
             row += len(item.scored)
             if item.is_sampled:
                 live = self._live[item.sequence.seq_id]
-                turns[item.sequence.seq_id] = Turn(live, item, row, error=failures.get(live.state))
+                turn = Turn(live.sequence, live.state, live.output, item.draft_ids, row)
+                turns[item.sequence.seq_id] = turn
+                turn.error = failures.get(live.state) if failures else None
                 row += 1 + len(item.draft_ids)
-        speaking = [turn for turn in turns.values() if turn.error is None]
+        return turns
+
+    def _say(
+        self,
+        turns: Iterable[Turn],
+        logits: torch.Tensor,
+        picked: Rows[int] | None,
+        wants_logprobs: bool,
+    ) -> None:
+        """Sample each turn's next token, and the one behind it while its draft is right.
+
+        `picked`: the next tokens by row, where the model has sampled them; those that wait for a
+        mask are not among them.
+        """
+        speaking = [turn for turn in turns if turn.error is None]
         while speaking:
             token_ids = self._pick(logits, speaking, picked)
             picked = None
-            self._tell(logits, speaking, token_ids)
+            if wants_logprobs:
+                self._tell(logits, speaking, token_ids)
             speaking = [
                 turn
                 for turn, token_id in zip(speaking, token_ids, strict=True)
                 if self._advance(turn, token_id)
             ]
-        return turns
 
     def _pick(
         self, logits: torch.Tensor, speaking: Rows[Turn], picked: Rows[int] | None
     ) -> Rows[int]:
         """The next token of each turn: `picked` already, or sampled now."""
-        late = [turn for turn in speaking if picked is None or turn.state.matcher is not None]
-        sampled = iter(
-            self._sampler.sample(logits, [turn.state for turn in late], [turn.row for turn in late])
+        late = speaking
+        if picked is not None:
+            late = [turn for turn in speaking if turn.state.matcher is not None]
+            if not late:
+                return [picked[turn.row] for turn in speaking]
+        sampled = self._sampler.sample(
+            logits, [turn.state for turn in late], [turn.row for turn in late]
         )
         if picked is None:
-            return list(sampled)
-        return [
-            picked[turn.row] if turn.state.matcher is None else next(sampled) for turn in speaking
-        ]
+            return sampled
+        rest = iter(sampled)
+        return [picked[turn.row] if turn.state.matcher is None else next(rest) for turn in speaking]
 
     def _tell(self, logits: torch.Tensor, speaking: Rows[Turn], token_ids: Rows[int]) -> None:
         """Note how likely the tokens were, for the turns that are asked for it."""
@@ -329,8 +365,6 @@ class Engine:
             for turn, token_id in zip(speaking, token_ids, strict=True)
             if turn.sequence.params.logprobs is not None and token_id >= 0
         ]
-        if not asked:
-            return
         told = self._sampler.logprobs(
             logits,
             [turn.state for turn, _, _ in asked],
@@ -359,6 +393,12 @@ class Engine:
         reason: FinishReason | None = "length" if item.is_final else None
         if turn:
             reason = turn.reason
+        embedding = None
+        pooler = self._live[sequence.seq_id].pooler
+        if reason and pooler:
+            embedding = pooler.embedding()
+            if embedding is None:
+                return self._fail(sequence, GenerationFailed("the model computed no finite states"))
         if reason:
             self.abort(sequence.seq_id)
         return TokenEvent(
@@ -371,6 +411,7 @@ class Engine:
             finish_reason=reason,
             logprobs=tuple(turn.logprobs) if turn else (),
             prompt_logprobs=scores,
+            embedding=embedding,
         )
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
@@ -391,8 +432,3 @@ class Engine:
             num_generated_tokens=sequence.num_generated_tokens,
             error=error,
         )
-
-
-def _wants_logprobs(item: Scheduled) -> bool:
-    params = item.sequence.params
-    return params.logprobs is not None or params.prompt_logprobs is not None

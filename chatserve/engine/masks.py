@@ -19,14 +19,13 @@ class Masks:
         self._pool: ThreadPoolExecutor | None = None  # most engines never see a grammar
         self._filling: Future[Failures] | None = None
 
-    def begin(self, states: Rows[SamplerState | None]) -> None:
-        """Fill `allowed` of those with a grammar. Call `finish` before the next, come what may."""
-        constrained = [state for state in states if state is not None and state.matcher is not None]
-        if not constrained:
+    def begin(self, states: Rows[SamplerState]) -> None:
+        """Fill `allowed` of states with a grammar. Call `finish` before the next, come what may."""
+        if not states:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "masks")
-        self._filling = self._pool.submit(_fill, constrained)
+        self._filling = self._pool.submit(_fill, states)
 
     def finish(self) -> Failures:
         """Wait until they are filled. Returns why some are not: those sequences cannot go on."""

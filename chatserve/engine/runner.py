@@ -40,8 +40,11 @@ class Runner(Generic[Pool]):
         return self._model.forward(batch, self._pool)
 
     @torch.inference_mode()
-    def run(self, items: Rows[Scheduled], ahead: Ahead | None = None) -> torch.Tensor:
-        """Logits (R, V) of what is sampled, in order; R may be 0.
+    def run(
+        self, items: Rows[Scheduled], ahead: Ahead | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (R, V) of what is sampled, in order; R may be 0. Then the hidden states of what is
+        pooled, (P, hidden) float32 on the host, where there is any.
 
         An item has a row for each position that is scored; a sampled one then has a row for the end
         of the sequence and one for each token of its draft.
@@ -52,11 +55,13 @@ class Runner(Generic[Pool]):
         positions: list[int] = []
         segments: list[Segment] = []
         output_rows: list[int] = []
+        hidden_rows: list[int] = []
         for item in items:
             sequence, first = item.sequence, item.sequence.num_computed
             start, end = len(token_ids), first + item.num_tokens
             token_ids += sequence.token_ids[first:end]
             output_rows += (start + position - first for position in item.scored)
+            hidden_rows += (start + position - first for position in item.pooled)
             if item.is_sampled:
                 output_rows.append(len(token_ids) - 1)
             if item.draft_ids:
@@ -66,5 +71,6 @@ class Runner(Generic[Pool]):
             positions += range(first, end)
             adapter = sequence.adapter.network if sequence.adapter is not None else None
             segments.append(Segment(start, end - first, first, sequence.table.block_ids, adapter))
-        batch = Batch(token_ids, positions, segments, output_rows, ahead)
-        return self._model.forward(batch, self._pool)
+        hidden = torch.empty(len(hidden_rows), self._model.hidden_size) if hidden_rows else None
+        batch = Batch(token_ids, positions, segments, output_rows, ahead, hidden_rows, hidden)
+        return self._model.forward(batch, self._pool), hidden

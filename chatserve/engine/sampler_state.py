@@ -140,7 +140,7 @@ class SamplerState:
     def ruled_out(self) -> _Array:
         """(V,) of bool: what the grammar does not allow at this position; empty without one."""
         is_allowed: _Array = np.unpackbits(self.allowed.view(np.uint8), bitorder="little")
-        return is_allowed == 0
+        return np.equal(is_allowed, 0)
 
     def _count(self, token_id: int) -> None:
         params = self.params

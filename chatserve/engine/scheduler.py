@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from chatserve.engine.block_manager import BlockManager, Copy
-from chatserve.engine.sequence import SamplingParams, Sequence, Status
+from chatserve.engine.sequence import NO_POSITIONS, SamplingParams, Sequence, Status
 from chatserve.errors import ContextLengthExceeded
 
 logger = logging.getLogger(__name__)
@@ -24,22 +25,23 @@ _MAX_SCORED = 64
 _WATERMARK = 100  # one block in so many stays free at admission, for those that run
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """The next `num_tokens` uncomputed tokens of a sequence take part in the step.
 
     `is_sampled`: they reach the sequence's end, so that a token is sampled. `draft_ids` are guesses
     of what it will be and what follows, computed in the same step to be kept or thrown away.
     `scored`: positions among them that tell how likely the prompt's next tokens are. `is_final`:
-    they reach the end of a sequence that no token is wanted of.
+    they reach the end of a sequence that no token is wanted of. `pooled`: positions among them
+    whose hidden states are wanted.
     """
 
     sequence: Sequence
     num_tokens: int
     is_sampled: bool
     draft_ids: Rows[int] = ()
-    scored: range = range(0)
+    scored: range = NO_POSITIONS
     is_final: bool = False
+    pooled: range = NO_POSITIONS
 
 
 @dataclass
@@ -55,11 +57,13 @@ class Plan:
         is_final = is_whole and sequence.params.max_tokens == 0
         scored = sequence.scored_within(sequence.num_computed + num_tokens)
         is_sampled = is_whole and not is_final
-        self.items.append(Scheduled(sequence, num_tokens, is_sampled, (), scored, is_final))
+        pooled = sequence.pooled_within(sequence.num_computed + num_tokens)
+        item = Scheduled(sequence, num_tokens, is_sampled, (), scored, is_final, pooled)
+        self.items.append(item)
         self.num_tokens += num_tokens
 
     def add_draft(self, index: int, draft_ids: Rows[int]) -> None:
-        self.items[index] = replace(self.items[index], draft_ids=draft_ids)
+        self.items[index] = self.items[index]._replace(draft_ids=draft_ids)
         self.num_tokens += len(draft_ids)
 
 
@@ -122,7 +126,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that passed `check`."""
-        if self._by_blocks:
+        if self._by_blocks and sequence.table.num_shared is None:
             sequence.table.num_shared = sequence.num_prompt_tokens
         self._waiting[sequence.seq_id] = sequence
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chatserve.engine.block_manager import BlockTable
 from chatserve.engine.grammar import Grammar
 from chatserve.engine.speculation import Drafter
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 """`stop` and `length` go over the wire, `abort` stays in logs."""
+
+Pooling = Literal["mean", "last"]
+"""How the hidden states of a prompt's tokens become one vector: their mean, or the last one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,7 @@ class SamplingParams:
     `logprobs` None: none; else those of each token and of so many likely ones at its place, of the
     distribution that it is drawn from (see `TokenLogprobs`). `prompt_logprobs`: the same for the
     prompt's tokens, of what the model says unchanged. `grammar`: what the answer must match.
+    `pooling`, with `max_tokens` 0: how the prompt becomes an embedding.
     """
 
     temperature: float = 1.0
@@ -63,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    pooling: Pooling | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -74,6 +82,9 @@ class Status(enum.Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+NO_POSITIONS = range(0)
 
 
 @dataclass(eq=False)
@@ -118,10 +129,17 @@ class Sequence:
     def scored_within(self, end: int) -> range:
         """Of the uncomputed positions before `end`, those that tell of a token of the prompt."""
         if self.params.prompt_logprobs is None:
-            return range(0)
+            return NO_POSITIONS
         # a preempted sequence computes some again
         first = max(self.num_computed, self.num_scored)
         return range(first, max(first, min(end, self.num_prompt_tokens - 1)))
+
+    def pooled_within(self, end: int) -> range:
+        """Of the uncomputed positions before `end`, those whose hidden states are wanted."""
+        if self.params.pooling is None:
+            return NO_POSITIONS
+        first = self.num_computed if self.params.pooling == "mean" else self.num_prompt_tokens - 1
+        return range(first, max(first, end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +166,8 @@ class TokenEvent:
 
     Where they are asked for, `logprobs` has an entry for each of `token_ids`, and `prompt_logprobs`
     comes in pieces, in order, as the prompt is computed: None for its first token. An event may
-    have nothing but those.
+    have nothing but those. `embedding` (hidden,), of whatever length, comes with the last event
+    where there is `pooling`.
     """
 
     seq_id: str
@@ -161,6 +180,7 @@ class TokenEvent:
     error: ChatserveError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    embedding: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def is_last(self) -> bool:

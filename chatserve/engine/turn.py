@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from collections.abc import Set
 from dataclasses import dataclass, field
 
 from chatserve.engine.output import OutputText
+from chatserve.engine.pooling import Pooler
 from chatserve.engine.sampler_state import SamplerState
-from chatserve.engine.scheduler import Scheduled
 from chatserve.engine.sequence import FinishReason, Sequence, TokenLogprobs
 from chatserve.errors import ChatserveError, GenerationFailed
 
@@ -19,28 +20,23 @@ class Live:
     sequence: Sequence
     output: OutputText
     state: SamplerState
+    pooler: Pooler | None = None
 
 
 @dataclass(slots=True)
 class Turn:
     """`row`: of the step's logits, where the next token comes from. `error`: why there is none."""
 
-    live: Live
-    item: Scheduled
+    sequence: Sequence
+    state: SamplerState
+    output: OutputText
+    draft_ids: Rows[int]
     row: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
     reason: FinishReason | None = None
     error: ChatserveError | None = None
-
-    @property
-    def sequence(self) -> Sequence:
-        return self.live.sequence
-
-    @property
-    def state(self) -> SamplerState:
-        return self.live.state
 
     @property
     def num_accepted(self) -> int:
@@ -55,12 +51,15 @@ class Turn:
         if token_id < 0:
             self.error = GenerationFailed("the model computed no finite logits")
             return False
-        self._append(token_id)
+        self.sequence.token_ids.append(token_id)
+        self.state.add(token_id)
+        self.token_ids.append(token_id)
+        self.row += 1
         params, matcher = self.sequence.params, self.state.matcher
         # a grammar says itself where its answer may end
         is_eos = token_id in end_ids and (matcher is not None or not params.ignore_eos)
         is_end = is_eos or token_id in params.stop_token_ids
-        text, is_stop = self.live.output.add(token_id, is_hidden=is_end)
+        text, is_stop = self.output.add(token_id, is_hidden=is_end)
         if matcher is not None and not is_end:
             matcher.accept(token_id)
         if is_end or is_stop or (matcher is not None and matcher.is_finished):
@@ -68,17 +67,11 @@ class Turn:
         elif self.sequence.num_generated_tokens >= params.max_tokens:
             self.reason = "length"
         if self.reason and not is_stop:
-            text += self.live.output.finish()
+            text += self.output.finish()
         self.text += text
-        return self.reason is None and self._was_foretold(token_id)
-
-    def _append(self, token_id: int) -> None:
-        self.sequence.token_ids.append(token_id)
-        self.state.add(token_id)
-        self.token_ids.append(token_id)
-        self.row += 1
-
-    def _was_foretold(self, token_id: int) -> bool:
-        index = len(self.token_ids) - 1
-        draft_ids = self.item.draft_ids
-        return index < len(draft_ids) and draft_ids[index] == token_id
+        num_said = len(self.token_ids)
+        return (
+            num_said <= len(self.draft_ids)
+            and self.draft_ids[num_said - 1] == token_id
+            and self.reason is None
+        )

@@ -163,7 +163,7 @@ def test_what_a_draft_got_wrong_leaves_no_trace() -> None:
     model = LedgerModel(num_ids=2)
     engine = build(model)
     engine.add("a", [0, 1, 0, 1, 0, 1], SamplingParams(temperature=0, max_tokens=80))
-    sequence = engine._live["a"][0]
+    sequence = engine._live["a"].sequence
     num_tokens, num_drafted = 0, 0
     while engine.has_work:
         before = model.num_computed_tokens
@@ -227,7 +227,7 @@ def test_a_fault_in_the_middle_of_a_draft_fails_the_sequence() -> None:
     engine.add("a", [0, 1, 2, 3], GREEDY)
     while engine.step()[0].num_generated_tokens < 20:
         pass
-    output = engine._live["a"][1]
+    output = engine._live["a"].output
     add, calls = output.add, []
 
     def fails_the_second_time(token_id: int, **options: Any) -> Any:
