@@ -5,6 +5,7 @@
     │  ├─ ContextLengthExceeded
     │  ├─ UnsupportedParameter
     │  └─ AdapterRefused
+    │     └─ AdapterConflict
     ├─ InvalidAPIKey
     ├─ ModelNotFound
     ├─ RouteNotFound
@@ -75,6 +76,12 @@ class AdapterRefused(InvalidRequest):
     """An adapter that cannot be loaded beside the base; whatever was there goes on serving."""
 
     code = "adapter_refused"
+
+
+class AdapterConflict(AdapterRefused):
+    """An adapter whose name is taken, or that another request has changed in the meantime."""
+
+    code = "adapter_conflict"
 
 
 class InvalidAPIKey(ChatserveError):

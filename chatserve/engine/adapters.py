@@ -15,7 +15,13 @@ from typing import Protocol
 
 from chatserve.config import ADAPTER_NAME, MAX_ADAPTERS, MAX_CARDS, MAX_NAME_LEN
 from chatserve.engine.sequence import LoadedAdapter
-from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, ModelNotFound
+from chatserve.errors import (
+    AdapterConflict,
+    AdapterRefused,
+    DoesNotFit,
+    ModelLoadError,
+    ModelNotFound,
+)
 from chatserve.models.adapter import Adapter, load_adapter
 from chatserve.models.adapter_config import merged_adapters
 from chatserve.models.batch import NetworkAdapter
@@ -119,7 +125,7 @@ class Adapters:
             staged = self._staged
             if staged is None or staged.name != name:
                 if is_wanted:
-                    raise AdapterRefused(
+                    raise AdapterConflict(
                         f"no adapter {name[:80]} is staged any more; load it again",
                         param="lora_name",
                     )
@@ -184,7 +190,7 @@ class Adapters:
             )
         if name in self._loaded:
             if not replace:
-                raise AdapterRefused(
+                raise AdapterConflict(
                     f"there is an adapter {name} already; unload it first, or send load_inplace: "
                     "true to put another one in its place",
                     param="lora_name",

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from chatserve.errors import InvalidRequest
+from chatserve.protocol.fields import read_object, validate
 
 LOAD_PATH = "/v1/load_lora_adapter"
 UNLOAD_PATH = "/v1/unload_lora_adapter"
@@ -53,11 +53,4 @@ Body = TypeVar("Body", bound=_Body)
 
 def parse(kind: type[Body], body: bytes) -> Body:
     """Raises `InvalidRequest` naming the field at fault."""
-    try:
-        return kind.model_validate(orjson.loads(body))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from error
+    return validate(kind, read_object(body), {}, labels=frozenset())

@@ -7,13 +7,14 @@ that chatserve does not implement is accepted only with a value that changes not
 from __future__ import annotations
 
 import math
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Set
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from chatserve.errors import ChatserveError, InvalidRequest, UnsupportedParameter
+from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.leniency import ignored_fields
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -42,7 +43,8 @@ def read_object(body: bytes) -> dict[str, Any]:
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        hint = "; it begins with a byte order mark: leave that out" if body[:3] == BOM_UTF8 else ""
+        raise InvalidRequest(f"the body is not valid JSON: {error}{hint}") from error
     if not isinstance(payload, dict):
         raise InvalidRequest("the body must be a JSON object")
     # brackets bound the depth from above, and spare nearly every request the walk
@@ -84,7 +86,7 @@ def validate(
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _as_invalid_request(error) from error
+        raise invalid_request(error.errors(include_url=False)[0]) from error
 
 
 def without_no_ops(
@@ -144,14 +146,16 @@ TYPE_NAMES = {
 }
 
 
-def _as_invalid_request(error: ValidationError) -> ChatserveError:
-    first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
-    value, kind = first["input"], first["type"]
+def invalid_request(fault: Mapping[str, Any]) -> InvalidRequest:
+    """What pydantic has found wrong, for people, naming the field."""
+    param = ".".join(str(part) for part in fault["loc"])
+    value, kind = fault["input"], fault["type"]
     if kind == "missing":
         return InvalidRequest(f"{param} is missing", param=param)
+    if kind == "extra_forbidden":
+        return UnsupportedParameter(f"{param} is not a known field; leave it out", param=param)
     if kind in TYPE_NAMES:
         return InvalidRequest(f"{param} must be {TYPE_NAMES[kind]}", param=param)
-    message = first["msg"].removeprefix("Input ")
+    message = fault["msg"].removeprefix("Input ")
     shown = f" is {value}: it" if is_number(value) else ""
     return InvalidRequest(f"{param}{shown} {message}", param=param)

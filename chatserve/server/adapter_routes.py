@@ -14,7 +14,13 @@ from starlette.responses import Response
 
 from chatserve.config import adapted_name
 from chatserve.engine.sequence import LoadedAdapter
-from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, OutOfMemory
+from chatserve.errors import (
+    AdapterConflict,
+    AdapterRefused,
+    DoesNotFit,
+    ModelLoadError,
+    OutOfMemory,
+)
 from chatserve.protocol.adapters import (
     LOAD_PATH,
     SETTLE_PATH,
@@ -94,7 +100,9 @@ class AdapterRoutes:
         served = adapted_name(self._slot.names[0], name)
         cards = {card.name: card for card in self._slot.cards()}
         if served not in cards:
-            raise AdapterRefused(f"{served} was unloaded while it was loaded", param="lora_name")
+            raise AdapterConflict(
+                f"{served} was unloaded while it was loaded; load it again", param="lora_name"
+            )
         return json_response(cards[served].to_openai())
 
 

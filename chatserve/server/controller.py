@@ -38,6 +38,7 @@ from chatserve.protocol.control import (
 from chatserve.protocol.fields import model_of
 from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
+from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
@@ -47,7 +48,6 @@ from chatserve.server.relay import Relay, open_session
 
 CALL_BACK_TIMEOUT_S = 3.0
 MAX_CALL_BACK_BYTES = 64 * 1024
-CLIENT_CLOSED_REQUEST = 499
 # parsing a larger body takes longer than a stream should wait for its next token
 MAX_INLINE_BODY_BYTES = 64 * 1024
 
@@ -131,7 +131,7 @@ class ControllerRoutes:
                 model = await asyncio.to_thread(model_of, body, default_model)
             return await self._relay.forward(request, model, body)
         except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return nobody_listens(request)
 
     async def models(self) -> Response:
         cards = [card.to_openai() for card in self._registry.cards()]
@@ -142,7 +142,8 @@ class ControllerRoutes:
         if name not in cards:
             raise ModelNotFound(
                 f"model {name[:100]!r} is not served here; there is "
-                f"{', '.join(cards) or 'none yet'}"
+                f"{', '.join(cards) or 'none yet'}",
+                param="model",
             )
         return json_response(cards[name].to_openai())
 

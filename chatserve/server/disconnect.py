@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope
 
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
 Result = TypeVar("Result")
+
+
+def log_left(scope: Scope) -> None:
+    """A client left before its answer began: a status that only the log knows."""
+    logger.info("%d %s %s: the client left", CLIENT_LEFT, scope["method"], scope["path"][:200])
+
+
+def nobody_listens(request: Request) -> Response:
+    """What goes to a client that has left."""
+    log_left(request.scope)
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from chatserve.errors import (
 )
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.server.disconnect import log_left
 from chatserve.server.error_response import error_response
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
@@ -41,6 +43,7 @@ _KEYED = (
     "either loads no adapters)"
 )
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 BODY_TIMEOUT_S = 30.0
 
 
@@ -188,7 +191,7 @@ class Edge:
         try:
             receive = await self._admit(scope, receive)
         except ClientDisconnect:
-            return
+            log_left(scope)
         except ChatserveError as error:
             response = error_response(error)
             if isinstance(error, (BodyTooSlow, ShuttingDown)):
@@ -285,5 +288,8 @@ def _check_media_type(headers: list[tuple[bytes, bytes]]) -> None:
     kinds = _values(headers, b"content-type")
     if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("the body must be JSON; send `Content-Type: application/json`")
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", kinds[0], re.IGNORECASE)
+    if charset and charset[1].lower() not in CHARSETS:
+        raise UnsupportedMediaType(f"JSON comes in UTF-8, not in {charset[1][:40]}; send it so")
     if any(value.strip().lower() != "identity" for value in _values(headers, b"content-encoding")):
         raise UnsupportedMediaType("compressed bodies are not accepted; send plain JSON")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -12,18 +11,19 @@ from starlette.exceptions import HTTPException
 
 from chatserve import errors
 from chatserve.errors import ChatserveError
+from chatserve.protocol.fields import invalid_request
+from chatserve.protocol.replies import ErrorType
 from chatserve.protocol.sse import encode_event
 from chatserve.server.json_response import JSON_TYPE
 
 logger = logging.getLogger(__name__)
-
-ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
     errors.ContextLengthExceeded: (400, "invalid_request_error"),
     errors.UnsupportedParameter: (400, "invalid_request_error"),
     errors.AdapterRefused: (400, "invalid_request_error"),
+    errors.AdapterConflict: (409, "invalid_request_error"),
     errors.InvalidAPIKey: (401, "invalid_request_error"),
     errors.HostNotAllowed: (403, "invalid_request_error"),
     errors.RegistrationRefused: (403, "invalid_request_error"),
@@ -101,8 +101,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_validation_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])
-        return error_response(errors.InvalidRequest(f"{param}: {first['msg']}", param=param))
+        # where it was found (body, query …) is not part of the name
+        return error_response(invalid_request({**first, "loc": first["loc"][1:]}))
 
     async def on_bug(_request: Request, error: Exception) -> Response:
         return Response(error_body(error), INTERNAL[0], media_type=JSON_TYPE)
@@ -123,5 +123,5 @@ def _router_error(request: Request, error: HTTPException) -> Response:
         response.headers["Allow"] = allowed
         return response
     if error.status_code == 404:
-        return error_response(errors.RouteNotFound(f"no route {what}; see /v1/models"))
+        return error_response(errors.RouteNotFound(f"no route {what}; /openapi.json lists them"))
     return error_response(errors.InvalidRequest(f"{what}: {error.detail}"))

@@ -25,7 +25,7 @@ from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_t
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.choices import Choice, choices_of
 from chatserve.server.contract import Engine, ServedModel
-from chatserve.server.disconnect import until_disconnect
+from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.generation import Generation
@@ -40,7 +40,6 @@ from chatserve.server.token_routes import TokenRoutes
 
 PING_INTERVAL_S = 15
 STALL_S = 30.0
-CLIENT_CLOSED_REQUEST = 499
 
 Prepare = Callable[[bytes, ServedModel], Prepared]
 
@@ -158,7 +157,9 @@ class WorkerRoutes:
             if card.name == name:
                 return json_response(card.to_openai())
         names = ", ".join(card.name for card in self._slot.cards())
-        raise ModelNotFound(f"model {name[:100]!r} is not served here; there is {names}")
+        raise ModelNotFound(
+            f"model {name[:100]!r} is not served here; there is {names}", param="model"
+        )
 
     async def live(self, request: Request) -> Response:
         """The process answers. To a controller's nonce it also proves that it holds the token."""
@@ -214,7 +215,7 @@ class WorkerRoutes:
             answer = fold(generation, head, choices_of(prepared, model.tokenizer))
             return json_response(await until_disconnect(request.receive, answer))
         except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return nobody_listens(request)
         finally:
             await generation.aclose()
             generation.log_summary()

@@ -259,7 +259,7 @@ def test_a_failed_load_leaves_the_old_one_serving(
 
 def test_other_refusals(house: House, folder: Path) -> None:
     refusals: list[tuple[httpx.Response, int, str, str]] = [
-        (house.load("sql", "law"), 400, "adapter_refused", "load_inplace"),
+        (house.load("sql", "law"), 409, "adapter_conflict", "load_inplace"),
         (house.load("x", folder / "base"), 400, "adapter_refused", "--adapter-root"),
         (house.load("x", "../base"), 400, "adapter_refused", "--adapter-root"),
         (house.load("a b", "law"), 400, "adapter_refused", "no name for an adapter"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
-from chatserve.errors import InvalidRequest
+from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.chat import parse_chat
-from chatserve.protocol.fields import model_of
+from chatserve.protocol.fields import model_of, read_object, validate
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,34 @@ def test_bodies_that_are_no_objects(body: bytes) -> None:
         parse_chat(body)
     with pytest.raises(InvalidRequest):
         model_of(body)
+
+
+def test_a_byte_order_mark_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="byte order mark"):
+        model_of(b'\xef\xbb\xbf{"model":"m"}')
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    n: int = 0
+    inner: Strict | None = None
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b'{"n":"1"}', InvalidRequest, "n must be an integer"),
+        (b'{"x":1}', UnsupportedParameter, "x is not a known field; leave it out"),
+        (b'{"inner":{"x":1}}', UnsupportedParameter, "inner.x is not a known field; leave it out"),
+    ],
+)
+def test_what_pydantic_finds_is_told_in_our_words(
+    body: bytes, kind: type[InvalidRequest], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validate(Strict, read_object(body), {})
+    assert type(caught.value) is kind and caught.value.message == message
 
 
 def nested(depth: int) -> bytes:

@@ -132,7 +132,7 @@ LOAD = {"lora_name": "sql", "lora_path": "x"}
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        (b"", None), (b"{", None), (b"[]", "the body"), ({"lora_name": "sql"}, "lora_path"),
+        (b"", None), (b"{", None), (b"[]", None), ({"lora_name": "sql"}, "lora_path"),
         ({"lora_path": "x"}, "lora_name"), ({**LOAD, "lora_path": ""}, "lora_path"),
         ({**LOAD, "lora_name": 5}, "lora_name"), ({**LOAD, "load_inplace": "yes"}, "load_inplace"),
         ({**LOAD, "lora_path": "x" * 4097}, "lora_path"), ({**LOAD, "url": "http://x"}, "url"),

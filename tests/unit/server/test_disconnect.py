@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
-from chatserve.server.disconnect import until_disconnect
+from chatserve.server.disconnect import nobody_listens, until_disconnect
 
 
 class Client:
@@ -18,6 +18,13 @@ class Client:
     async def receive(self) -> dict[str, Any]:
         await self.left.wait()
         return {"type": "http.disconnect"}
+
+
+def test_499_stands_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "chatserve")
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    assert nobody_listens(Request(scope)).body == b""
+    assert caplog.messages == ["499 POST /v1/completions: the client left"]
 
 
 def test_result_is_returned() -> None:

@@ -169,6 +169,8 @@ def test_json_is_read(kind: str) -> None:
         [("content-type", "application/x-www-form-urlencoded")],
         [("content-type", "multipart/form-data; boundary=x")],
         [("content-type", "application/jsonx")],
+        [("content-type", "application/json; charset=utf-16")],
+        [("content-type", 'application/json; Charset="ISO-8859-1"')],
         [JSON, JSON],
         [JSON, ("content-encoding", "gzip")],
         [JSON, ("content-encoding", "identity, br")],
