@@ -35,3 +35,29 @@ class Grammar(Protocol):
     def matcher(self) -> Matcher:
         """One at the beginning of an answer."""
         ...
+
+
+class GrammarSpec(Protocol):
+    """What a request says that an answer must match; `param` is where it says so."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def param(self) -> str: ...
+
+
+class Grammars(Protocol):
+    """Compiles what requests say, for one model; may take seconds."""
+
+    async def compile(self, spec: GrammarSpec, *, after_space: bool = False) -> Grammar:
+        """`after_space`: answers begin with a space that is taken away before anybody sees it.
+
+        Raises `InvalidRequest` naming `spec.param`, `Overloaded`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what compiling needs. What is being compiled fails."""
+        ...
