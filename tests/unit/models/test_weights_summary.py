@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.checkpoint import open_checkpoint
-from chatserve.models.fingerprint import weights_fingerprint
+from chatserve.models.fingerprint import _sampled_rows, weights_fingerprint
 from chatserve.models.receipt import write_receipt
+from chatserve.models.weights import TensorInfo
 from chatserve.models.weights_summary import summarise
 from tests import receipts, tiny
 from tests.unit.models.vocabularies import smollm2
@@ -85,6 +87,40 @@ def test_the_fingerprint_is_the_content_s(folder: Path, source: Path) -> None:
     assert changed != fingerprint(source)
     change(folder, "model.norm.weight", torch.ones(64, dtype=torch.bfloat16))
     assert fingerprint(folder) != changed
+
+
+MATRICES = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_another_training_has_another_fingerprint_and_no_receipt(
+    folder: Path, source: Path, name: str
+) -> None:
+    """Of the same shape, with the same vectors: one matrix of it differs, as every one would."""
+    write_receipt(folder, receipts.receipt(fingerprint(folder)), "<svg/>")
+    assert summarise(folder).receipt is not None
+    tensors = load_file(folder / "model.safetensors")
+    change(folder, name, tensors[name] + 0.25)
+    assert fingerprint(folder) != fingerprint(source)
+    assert summarise(folder).receipt is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((100, 8), [0, 33, 66, 99]),
+        ((3, 8), [0, 1, 2]),
+        ((1, 8), [0]),
+        ((4, 1 << 10, 1 << 10), [0]),  # experts of one tensor: no more than one is read
+        ((8,), []),
+        ((), []),
+        ((0, 8), []),
+        ((8, 0), []),
+    ],
+)
+def test_a_few_rows_are_read(shape: tuple[int, ...], rows: list[int]) -> None:
+    info = TensorInfo("w", shape, "float16", 2 * math.prod(shape))
+    assert list(_sampled_rows(info)) == rows
 
 
 @pytest.mark.weights
