@@ -119,6 +119,14 @@ class EngineConfig:
         "(where a batch does not change the rounding: on the CPU kernels, and in float32)",
         group="engine",
     )  # fmt: skip
+    deterministic: bool = setting(
+        False, "let no request's text depend on what else runs, bit for bit: free on the CPU "
+        "kernels, elsewhere sequences run one by one (the log tells the price)", group="engine",
+    )  # fmt: skip
+    replay_log: bool = setting(
+        False, "keep what it takes to repeat an answer, prompts among it, in a private file of "
+        "CHATSERVE_HOME; `chatserve replay ID` repeats it", group="engine",
+    )  # fmt: skip
     seed: int | None = setting(
         None, "base seed for requests that bring none", group="engine", metavar="N",
         ge=-INT64, le=INT64 - 1,

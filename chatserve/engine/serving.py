@@ -6,8 +6,6 @@ The composition of one worker's inside. Knows no HTTP; the cheap checks come bef
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import chatserve
 from chatserve import environment
 from chatserve.config import WorkerConfig, served_names, split_adapters
+from chatserve.engine import determinism
 from chatserve.engine.adapters import AdaptableNetwork, AdapterPlace, Adapters
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
+from chatserve.engine.fingerprint import fingerprint
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.tokenization import Tokenization
@@ -30,7 +29,6 @@ from chatserve.hub import resolve_weights
 from chatserve.models import reading
 from chatserve.models.adapter_config import merged_adapters
 from chatserve.models.chat_template import (
-    TemplateChoice,
     WeightsFacts,
     choose_template,
     load_template_sources,
@@ -137,7 +135,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             offload_folder=offload_folder,
         )  # fmt: skip
         policy = model.policy
-        fingerprint = _fingerprint(checkpoint, policy, choice, sources)
+        is_steady = config.deterministic and not determinism.is_free(model)
+        worker_fingerprint = fingerprint(
+            checkpoint, policy, tokenizer, choice, sources, system_message=config.conv_system_msg,
+            placement=device_map.describe() if device_map else None,
+            block_size=determinism.BLOCK_SIZE if is_steady else None,
+        )  # fmt: skip
         quality = _quality(path, checkpoint, policy)
         plan = plan_memory(
             checkpoint, policy, context=config.context_length, concurrency=config.max_num_seqs,
@@ -148,7 +151,9 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             logger.info("spread: %s", model.device_map.describe())
             free_bytes = free_for_tokens(model, plan)
         limits = _Limits.of(plan, free_bytes)
-        engine = Engine(
+        speculates = config.speculation and policy.has_steady_rows and not is_steady
+        build = determinism.build_steady_engine if is_steady else Engine
+        engine = build(
             model,
             tokenizer,
             num_kv_tokens=limits.num_kv_tokens,
@@ -156,12 +161,14 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             seed=config.seed,
-            speculation=config.speculation and policy.has_steady_rows,
+            speculation=speculates,
         )
         _try_out(engine, checkpoint.path)
         if config.self_check:
             most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
+        if config.deterministic:
+            logger.info("%s", determinism.price(model, tokenizer))
         adapters = Adapters(checkpoint, _adaptable(model), adapter_root, place)
         for name, folder in named.items():
             adapters.load(name, folder)
@@ -183,7 +190,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         stop=prompts.stop,
         stop_token_ids=prompts.stop_token_ids,
         strip_leading_space=tokenizer.strips_leading_space,
-        fingerprint=fingerprint,
+        fingerprint=worker_fingerprint,
         description={
             "device": policy.device.type,
             "dtype": policy.dtype_name,
@@ -203,7 +210,8 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
                 "activation_bytes": plan.activation_bytes,
                 "slack_bytes": plan.slack_bytes,
             },
-            "speculation": config.speculation and policy.has_steady_rows,
+            "speculation": speculates,
+            "deterministic": is_steady or determinism.is_free(model),
             "quality": quality,
         },
         defaults=_generation_defaults(checkpoint) if config.use_generation_config else {},
@@ -345,26 +353,3 @@ def _generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
         else:  # also NaN and Infinity, which Python's JSON lets through
             logger.warning("generation_config.json: ignored %s %r", name, value)
     return defaults
-
-
-def _fingerprint(
-    checkpoint: Checkpoint,
-    policy: DevicePolicy,
-    choice: TemplateChoice,
-    sources: Mapping[str, str],
-) -> str:
-    """Workers with different fingerprints may continue a text differently.
-
-    Covers the weights as far as `weights_fingerprint` does, chat templates, device, dtype,
-    backends, template and engine version.
-    """
-    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
-    digest.update(json.dumps(sources, sort_keys=True).encode())
-    kernels = policy.kernels.level if policy.kernels else None
-    form = (
-        policy.device.type, policy.dtype_name, policy.attention, policy.int8, policy.network,
-        str(policy.packing),
-        kernels,
-    )  # fmt: skip
-    digest.update(f"{form} {choice.template.name} {chatserve.__version__}".encode())
-    return f"fp_{digest.hexdigest()[:16]}"

@@ -21,6 +21,7 @@ class OneByOne(Generic[Pool]):
     def __init__(self, model: Model[Pool]) -> None:
         self._model = model
         self.vocab_size = model.vocab_size
+        self.hidden_size = model.hidden_size
 
     def build_kv_pool(self, num_blocks: int, block_size: int) -> Pool:
         return self._model.build_kv_pool(num_blocks, block_size)
@@ -36,9 +37,15 @@ class OneByOne(Generic[Pool]):
 
 def _alone(batch: Batch, segment: Segment) -> Batch:
     first, end = segment.start, segment.start + segment.num_tokens
+    places = [i for i, row in enumerate(batch.hidden_rows) if first <= row < end]
     return Batch(
         batch.token_ids[first:end],
         batch.positions[first:end],
         [replace(segment, start=0)],
         [row - first for row in batch.output_rows if first <= row < end],
+        hidden_rows=[batch.hidden_rows[i] - first for i in places],
+        # rows ascend: those of a segment are neighbours, and a view of them is filled
+        hidden=batch.hidden[places[0] : places[-1] + 1]
+        if batch.hidden is not None and places
+        else None,
     )

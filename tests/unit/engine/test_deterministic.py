@@ -40,6 +40,7 @@ class Watched:
     def __init__(self, model: Model[Any]) -> None:
         self._model = model
         self.vocab_size = model.vocab_size
+        self.hidden_size = model.hidden_size
         self.logits: Logits = {}
         self.engine: Engine
 
@@ -235,13 +236,14 @@ def test_without_it_others_change_the_bits(house: House) -> None:
 def test_every_field_of_a_batch_is_handed_on() -> None:
     """Whoever adds a field to `Batch` has to tell `OneByOne` what it means for one segment."""
     known = {"token_ids", "positions", "segments", "output_rows", "ahead"}
+    known |= {"hidden_rows", "hidden"}
     assert {field.name for field in fields(Batch)} == known
 
 
 class OneMemory:
     """Says where each sequence begins, always in the same memory, as CUDA graphs do."""
 
-    vocab_size = 1
+    vocab_size = hidden_size = 1
 
     def __init__(self) -> None:
         self._memory = torch.zeros(1, 1)
@@ -251,13 +253,23 @@ class OneMemory:
 
     def forward(self, batch: Batch, pool: Any) -> torch.Tensor:
         assert [segment.start for segment in batch.segments] == [0]
-        return self._memory.fill_(batch.token_ids[0])
+        if batch.hidden is not None:
+            batch.hidden.copy_(torch.tensor(batch.hidden_rows)[:, None])
+        return self._memory.fill_(batch.token_ids[0])[: len(batch.output_rows)]
 
 
 def test_what_a_sequence_got_is_not_overwritten_by_the_next() -> None:
     segments = [Segment(0, 2, 0, [0]), Segment(2, 1, 5, [1])]
     batch = Batch([7, 8, 9], [0, 1, 5], segments, [1, 2])
     assert OneByOne(OneMemory()).forward(batch, None).tolist() == [[7], [9]]
+
+
+def test_hidden_states_go_to_the_rows_that_asked_for_them() -> None:
+    segments = [Segment(0, 3, 0, [0]), Segment(3, 2, 0, [1]), Segment(5, 2, 0, [2])]
+    hidden = torch.zeros(4, 1)
+    batch = Batch([1] * 7, [0, 1, 2, 0, 1, 0, 1], segments, [4], None, [0, 2, 5, 6], hidden)
+    assert OneByOne(OneMemory()).forward(batch, None).shape == (1, 1)
+    assert hidden.tolist() == [[0], [2], [0], [1]]
 
 
 def test_a_step_without_any_logits(house: House) -> None:
