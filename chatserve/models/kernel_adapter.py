@@ -87,8 +87,7 @@ class KernelAdapter:
             _check_rank(adapter, sum(len(pair.a) for _, pair in parts[matrix]))
         rows = _rows(config)
         head = num_matrices(config) - 1
-        # they are only pointed to
-        self._changes = {
+        changes = {
             matrix: _Change(
                 each,
                 config.vocab_size if matrix == head else rows[matrix % len(MATRICES)],
@@ -97,17 +96,14 @@ class KernelAdapter:
             for matrix, each in parts.items()
         }
         table = (LowRank * num_matrices(config))()
-        for matrix, change in self._changes.items():
+        for matrix, change in changes.items():
             table[matrix] = change.low_rank()
         handle = kernels.functions.cs_adapter_create(ctypes.byref(shape), table)
         if not handle:
             raise DoesNotFit(f"no memory for the adapter {adapter.name}")
         self.handle: int = handle
         library.destroy_with(self, kernels.functions.cs_adapter_destroy, handle)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(change.num_bytes for change in self._changes.values())
+        self.num_bytes = sum(change.num_bytes for change in changes.values())
 
 
 def _near_one(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

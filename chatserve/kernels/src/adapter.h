@@ -7,9 +7,11 @@
 
 namespace chatserve {
 
-// Of one network: [layer][qkv, output, gate_up, down], then the head.
+// Of one network: [layer][qkv, output, gate_up, down], then the head. What `changes` point to lies in
+// one piece, in the order in which a step reads it.
 struct Adapter {
   std::vector<LowRank> changes;
+  Buffer<char> numbers;
 };
 
 // A step's rows with their adapters. In one matrix's product a row takes two small steps: `shrink`

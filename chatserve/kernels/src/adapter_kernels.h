@@ -7,6 +7,8 @@ namespace {
 void shrink(const LowRank& change, const float* x, int columns, float* ranks) {
   for (int first = 0; first < change.rank; first += kRankUnit) {
     const uint16_t* a = change.a + static_cast<size_t>(first) * columns;
+    // the next unit follows; rows of a few hundred columns are too short for the processor to guess
+    const size_t ahead = static_cast<size_t>(kRankUnit) * columns;
     F even[kRankUnit], odd[kRankUnit];
     CS_UNROLL for (int j = 0; j < kRankUnit; j++) even[j] = odd[j] = Simd::zero();
     for (int k = 0; k < columns; k += 2 * kLanes) {
@@ -15,6 +17,7 @@ void shrink(const LowRank& change, const float* x, int columns, float* ranks) {
         const uint16_t* row = a + static_cast<size_t>(j) * columns + k;
         even[j] = Simd::fma(Simd::load_half(row), x0, even[j]);
         odd[j] = Simd::fma(Simd::load_half(row + kLanes), x1, odd[j]);
+        Simd::prefetch_l2(row + ahead);
       }
     }
     CS_UNROLL for (int j = 0; j < kRankUnit; j++) {
@@ -30,6 +33,8 @@ void expand(const LowRank& change, const float* ranks, int panel, float* delta) 
     const RankSpan& span = change.spans[panel * kPanelSpans + s];
     const uint16_t* b = change.b + static_cast<size_t>(span.start) * kSpanRows;
     const float* from = ranks + span.first;
+    // the next panel's part: those of the other rows' adapters are read in between
+    const size_t ahead = static_cast<size_t>(kPanelSpans) * span.count * kSpanRows;
     F even[kVectors], odd[kVectors];
     CS_UNROLL for (int v = 0; v < kVectors; v++) even[v] = odd[v] = Simd::zero();
     int r = 0;
@@ -39,6 +44,7 @@ void expand(const LowRank& change, const float* ranks, int panel, float* delta) 
         even[v] = Simd::fma(Simd::load_half(b + v * kLanes), h0, even[v]);
         odd[v] = Simd::fma(Simd::load_half(b + kSpanRows + v * kLanes), h1, odd[v]);
       }
+      Simd::prefetch_l2(b + ahead);
     }
     if (r < span.count) {
       F h = Simd::set1(from[r]);

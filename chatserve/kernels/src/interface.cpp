@@ -1,6 +1,7 @@
 #include "interface.h"
 
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
 
@@ -97,6 +98,36 @@ bool is_valid(const cs_low_rank& change, int rows) {
   }
   return true;
 }
+
+// Puts the numbers of changes one behind the other at `place`; null: only counts their bytes.
+class Copier {
+ public:
+  explicit Copier(char* place) : place_(place) {}
+  size_t used() const { return used_; }
+
+  void add(const cs_low_rank& from, int rows, int columns, LowRank& to) {
+    to.rank = from.rank;
+    if (!from.rank) return;
+    static_assert(sizeof(RankSpan) == 3 * sizeof(int32_t), "spans are read as they come");
+    const size_t panels = (rows + kPanelRows - 1) / kPanelRows;
+    to.a = copy(from.a, static_cast<size_t>(from.rank) * columns);
+    to.scales = copy(from.scales, from.rank);
+    to.spans = reinterpret_cast<const RankSpan*>(copy(from.spans, 3 * kPanelSpans * panels));
+    to.b = copy(from.b, static_cast<size_t>(from.num_b) * kSpanRows);
+  }
+
+ private:
+  template <typename T>
+  const T* copy(const T* from, size_t count) {
+    char* to = place_ ? place_ + used_ : nullptr;
+    if (to) std::memcpy(to, from, count * sizeof(T));
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<const T*>(to);
+  }
+
+  char* place_;
+  size_t used_ = 0;
+};
 
 // Whether the matrices that `adapter` changes have the sizes of the network's.
 bool fits(const cs_adapter& adapter, const NetworkShape& s) {
@@ -357,15 +388,22 @@ cs_adapter* cs_adapter_create(const cs_shape* s, const cs_low_rank* changes) {
   for (int i = 0; i < num_matrices; i++) {
     if (!is_valid(changes[i], i < num_matrices - 1 ? rows[i % 4] : s->vocab)) return nullptr;
   }
-  cs_adapter* handle = new (std::nothrow) cs_adapter{{}, *s};
+  std::unique_ptr<cs_adapter> handle(new (std::nothrow) cs_adapter{{}, *s});
   if (!handle) return nullptr;
-  static_assert(sizeof(RankSpan) == 3 * sizeof(int32_t), "spans are read as they come");
-  for (int i = 0; i < num_matrices; i++) {
-    const cs_low_rank& c = changes[i];
-    handle->adapter.changes.push_back(
-        {c.a, c.b, c.scales, reinterpret_cast<const RankSpan*>(c.spans), c.rank});
-  }
-  return handle;
+  Adapter& adapter = handle->adapter;
+  const int columns[] = {s->hidden, s->num_heads * s->head_dim, s->hidden, s->ffn};
+  auto copy_all = [&](Copier copier) {
+    for (int i = 0; i < num_matrices; i++) {
+      const bool is_head = i == num_matrices - 1;
+      copier.add(changes[i], is_head ? s->vocab : rows[i % 4], is_head ? s->hidden : columns[i % 4],
+                 adapter.changes[i]);
+    }
+    return copier.used();
+  };
+  adapter.changes.resize(num_matrices);
+  if (!adapter.numbers.allocate(copy_all(Copier(nullptr)))) return nullptr;
+  copy_all(Copier(adapter.numbers.data()));
+  return handle.release();
 }
 
 void cs_adapter_destroy(cs_adapter* adapter) { delete adapter; }

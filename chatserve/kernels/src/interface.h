@@ -138,7 +138,7 @@ CS_API int cs_network_forward(cs_network* network, cs_pool* pool, const cs_step*
 CS_API int cs_network_rows(const cs_network* network, int num_rows, float* out);
 
 // changes[4 num_layers + 1]: qkv, output, gate_up, down of each layer, then the head, for networks of
-// these sizes. What they point to is not copied. Null: something does not fit, or no memory.
+// these sizes. What they point to is copied. Null: something does not fit, or no memory.
 CS_API cs_adapter* cs_adapter_create(const cs_shape* shape, const cs_low_rank* changes);
 CS_API void cs_adapter_destroy(cs_adapter* adapter);
 
