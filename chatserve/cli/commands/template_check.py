@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from chatserve import config
 from chatserve.cli.commands.template import TemplateConfig, marked, open_tokenizer, sample
-from chatserve.errors import ChatserveError, InvalidRequest
+from chatserve.errors import ChatserveError, InvalidRequest, ModelLoadError
 from chatserve.flags import CommandParser
 from chatserve.settings import setting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatserve.models.chat_template import TemplateOrigin
+    from chatserve.models.chat_template import TemplateOrigin, WeightsFacts
     from chatserve.models.template_check import PromptReport
+    from chatserve.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TemplateCheckConfig(TemplateConfig):
     """Settings of `chatserve template check`."""
 
+    adapter: str | None = setting(
+        None, "an adapter's folder, whose own template and tokenizer are shown, too", metavar="PATH"
+    )
     json: bool = setting(False, "print JSON: every source with its text, ids and remarks")
 
 
@@ -52,6 +56,8 @@ def main(argv: list[str]) -> int:
     found = open_tokenizer(path)
     origins = template_origins(options.name, *found)
     views = [_View.of(origin, found[1], options) for origin in origins]
+    if options.adapter is not None:
+        views.append(_of_adapter(Path(options.adapter).expanduser(), found[0], found[1], options))
     used, fault = None, None
     try:
         reason = choose_template(options.name, *found).reason
@@ -98,6 +104,33 @@ class _View:
         if self.report is None:
             return True
         return any(remark.status == "fail" for remark in self.report.remarks)
+
+
+def _of_adapter(
+    folder: Path, facts: WeightsFacts, tokenizer: Tokenizer, options: TemplateCheckConfig
+) -> _View:
+    """What an adapter was trained with, by its own tokenizer where it brings one.
+
+    Never in use: it is served with the template and the tokenizer of its base. Raises
+    `ModelLoadError` for what is no adapter.
+    """
+    from chatserve.models.adapter_config import is_adapter
+    from chatserve.models.chat_template import (
+        TemplateOrigin,
+        load_template_sources,
+        template_origins,
+    )
+    from chatserve.models.tokenizer import load_tokenizer
+
+    if not folder.is_dir() or not is_adapter(folder):
+        raise ModelLoadError(f"{folder}: is no adapter's folder; check the path")
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(folder)
+    *_, origin = template_origins(None, facts, tokenizer, load_template_sources(folder))
+    reason = "the adapter's own; it is served with its base's"
+    choice = dataclasses.replace(origin.choice, reason=reason) if origin.choice else None
+    absence = "the adapter brings none" if not origin.choice else ""
+    return _View.of(TemplateOrigin("adapter", choice, absence), tokenizer, options)
 
 
 def _print(views: Sequence[_View], used: _View | None) -> None:

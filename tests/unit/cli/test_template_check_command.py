@@ -12,6 +12,7 @@ import pytest
 
 from chatserve.cli.commands.template import main
 from chatserve.errors import ModelLoadError, UsageError
+from tests import adapters
 from tests.unit.models.vocabularies import save_byte_level, save_json, save_llama, smollm2
 
 CHATML = (
@@ -21,6 +22,7 @@ CHATML = (
 
 
 def save(folder: Path, template: str, **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     save_byte_level(
         folder, special=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
         chat_template=template, **settings,
@@ -127,6 +129,39 @@ def test_a_flag_that_the_vocabulary_cannot_write(
     out = capsys.readouterr().out
     assert "  flag: none\n    the chat template vicuna_v1.1 needs the special token </s>" in out
     assert "  tokenizer: tokenizer" in out
+
+
+def test_an_adapter_is_one_more_source_and_never_in_use(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base", CHATML)
+    adapter = adapters.write(tmp_path / "sql")
+    args = ("--adapter", str(adapter))
+    *_, shown = checked(folder, *args)["sources"]
+    assert shown["source"] == "adapter" and shown["absence"] == "the adapter brings none"
+    (adapter / "chat_template.jinja").write_text(CHATML.replace("{{ m.role }}", "{{ m.role }}!"))
+    found = checked(folder, *args)
+    *_, own, shown = found["sources"]
+    assert found["used"] == "tokenizer" and shown["ids"] != own["ids"]
+    assert shown["text"].startswith("⟦<|im_start|>⟧user!")
+    assert "served with its base's" in shown["reason"]
+    assert found["differences"][-1]["to"] == "adapter"
+
+
+def test_an_adapters_own_tokenizer_encodes_its_template(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base", CHATML)
+    adapter = adapters.write(tmp_path / "sql")
+    save_byte_level(
+        adapter, special=["<|new|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
+        chat_template="<|new|>" + CHATML,
+    )  # fmt: skip
+    *_, own, shown = checked(folder, "--adapter", str(adapter))["sources"]
+    assert shown["text"] == "⟦<|new|>⟧" + own["text"] and shown["ids"][2:] != own["ids"][1:]
+
+
+@pytest.mark.parametrize("name", ["nothing", "base"])
+def test_what_is_no_adapter_is_refused(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path / "base", CHATML)
+    with pytest.raises(ModelLoadError, match=f"{name}: is no adapter's folder"):
+        main(["check", str(folder), "--adapter", str(tmp_path / name)])
 
 
 def test_weights_are_needed() -> None:
