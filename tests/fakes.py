@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.errors import (
     ChatserveError,
@@ -209,6 +210,15 @@ class FakePrompts:
 
     def chat(self, messages: Sequence[Any]) -> list[int]:
         return self.completion("".join(f"<{m.role}>{m.content}" for m in messages))
+
+    def rolling_chat(self, messages: Sequence[Any], asked: int | None) -> Rolled:
+        """Where not all fit, the last message alone stays."""
+        texts = [f"<{m.role}>{m.content}".encode() for m in messages]
+        num_bytes = sum(map(len, texts))
+        if num_bytes + (asked or 1) <= self._context_length:
+            return Rolled(list(b"".join(texts)))
+        dropped = tuple(range(len(texts) - 1))
+        return Rolled(self.completion(list(texts[-1])), dropped, num_bytes - len(texts[-1]))
 
     def completion(self, prompt: str | Sequence[int]) -> list[int]:
         ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)

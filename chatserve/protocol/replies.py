@@ -64,12 +64,18 @@ class PromptTokensDetails(TypedDict):
 
 
 class Usage(TypedDict):
-    """Tokens; a prompt counts once, however many choices continue it."""
+    """Tokens; a prompt counts once, however many choices continue it.
+
+    With `truncation`: by how many tokens the prompt became shorter, and the places of the messages
+    that were dropped.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_dropped: NotRequired[int]
+    messages_dropped: NotRequired[list[int]]
 
 
 class Live(TypedDict):

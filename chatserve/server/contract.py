@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pydantic import JsonValue
 
 from chatserve.engine.output import TokenBytes
+from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 
 
@@ -66,6 +67,7 @@ class Prompts(Protocol):
     """
 
     def chat(self, messages: Sequence[Any]) -> list[int]: ...
+    def rolling_chat(self, messages: Sequence[Any], asked: int | None) -> Rolled: ...
     def completion(self, prompt: str | Sequence[int]) -> list[int]: ...
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int: ...
 

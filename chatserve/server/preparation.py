@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
-from chatserve.protocol.chat import parse_chat
+from chatserve.protocol.chat import ChatRequest, parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
@@ -37,6 +38,7 @@ class Prepared:
     """A request that can be submitted. Choice k of prompt p has index p * num_choices + k.
 
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
+    `rolled` says what gave way to the prompt, where that was asked for.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Prepared:
     is_echo: bool = False
     shows_logprobs: bool = False
     has_usage_in_chunks: bool = False
+    rolled: Rolled | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -64,21 +67,28 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
     """
     request = parse_chat(body)
     adapter = _check_common(request, model)
-    _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
-    ids = model.prompts.chat(request.messages)
-    max_tokens = model.prompts.max_tokens(len(ids), request.asked_tokens)
+    rolled = _chat_prompt(request, model)
+    max_tokens = model.prompts.max_tokens(len(rolled.ids), request.asked_tokens)
     params = _sampling_params(
         request, model, max_tokens, stop=(*request.stop, *model.stop), logprobs=request.num_top
     )
     return _prepared(
         request,
-        [Prompt(tuple(ids), params)],
+        [Prompt(tuple(rolled.ids), params)],
         adapter,
+        rolled=rolled if request.truncation == "rolling" else None,
         num_choices=request.num_choices,
         is_chat=True,
         strip_leading_space=model.strip_leading_space,
         shows_logprobs=request.num_top is not None,
     )
+
+
+def _chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
+    if request.truncation == "rolling":
+        return model.prompts.rolling_chat(request.messages, request.asked_tokens)
+    _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
+    return Rolled(model.prompts.chat(request.messages))
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> Prepared:

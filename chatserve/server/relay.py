@@ -26,6 +26,7 @@ from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
 from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,15 @@ CONNECT_TIMEOUT_S = 2.0
 # under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
 KEEPALIVE_S = 2.0
 FRAME_ENDS = (b"\n\n", b"\r\n\r\n")
-PASSED_HEADERS = ("content-type", "cache-control", "x-accel-buffering", "retry-after", HEADER)
+PASSED_HEADERS = (
+    "content-type",
+    "cache-control",
+    "x-accel-buffering",
+    "retry-after",
+    HEADER,
+    TOKENS_HEADER,
+    MESSAGES_HEADER,
+)
 
 
 def open_session() -> aiohttp.ClientSession:

@@ -21,6 +21,7 @@ from chatserve.protocol.sse import DONE_FRAME
 from chatserve.server.choices import Choice, Piece, PlainChoice, finish_reason_of
 from chatserve.server.error_response import error_event
 from chatserve.server.generation import Generation
+from chatserve.server.truncation import dropped_usage
 
 logger = logging.getLogger(__name__)
 
@@ -248,4 +249,5 @@ def usage_of(generation: Generation) -> dict[str, Any]:
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
         "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+        **dropped_usage(generation.prepared.rolled),
     }

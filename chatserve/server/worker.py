@@ -37,6 +37,7 @@ from chatserve.server.preparation import Prepared, prepare_chat, prepare_complet
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
 from chatserve.server.token_routes import TokenRoutes
+from chatserve.server.truncation import dropped_headers
 
 PING_INTERVAL_S = 15
 STALL_S = 30.0
@@ -208,12 +209,17 @@ class WorkerRoutes:
             fingerprint_of(model, prepared.adapter), prepared.is_chat,
         )  # fmt: skip
         salt = salt_of(request.headers, self._control_token)
+        headers = dropped_headers(prepared.rolled)
         generation = await Generation.submit(engine, request_id, prepared, salt)
         if prepared.is_stream:
-            return self._stream(generation, head, choices_of(prepared, model.tokenizer))
+            stream = self._stream(generation, head, choices_of(prepared, model.tokenizer))
+            stream.headers.update(headers)
+            return stream
         try:
             answer = fold(generation, head, choices_of(prepared, model.tokenizer))
-            return json_response(await until_disconnect(request.receive, answer))
+            response = json_response(await until_disconnect(request.receive, answer))
+            response.headers.update(headers)
+            return response
         except ClientDisconnect:
             return nobody_listens(request)
         finally:

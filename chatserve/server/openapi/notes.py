@@ -26,6 +26,9 @@ NOTES: Mapping[str, str] = {
     "logprobs": "with each token, the logarithm of the probability that it was drawn with",
     "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
     "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
+    "truncation": "`rolling`: where the context is too short, the oldest turns are dropped, never "
+    "the system message or the last question, and `usage` says which; default: refuse with the "
+    "numbers",
     "echo": "give the prompt back before the answer; with `logprobs` it is scored, and with "
     "`max_tokens` 0 only that",
     "temperature": "0 takes the likeliest token; default 1",
