@@ -208,8 +208,9 @@ class FakePrompts:
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
 
-    def chat(self, messages: Sequence[Any]) -> list[int]:
-        return self.completion("".join(f"<{m.role}>{m.content}" for m in messages))
+    def chat(self, messages: Sequence[Any], *, is_open: bool = False) -> list[int]:
+        text = "".join(f"<{m.role}>{m.content}" for m in messages)
+        return self.completion(text + "..." * is_open)
 
     def rolling_chat(self, messages: Sequence[Any], asked: int | None) -> Rolled:
         """Where not all fit, the last message alone stays."""

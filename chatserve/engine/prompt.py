@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatserve.engine.continuation import render_open
 from chatserve.engine.rolling import Rolled, Turns, most_that_fit
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.models.templates import ChatTemplate
@@ -69,12 +70,19 @@ class PromptBuilder:
                     template.name, str(text), model_name,
                 )  # fmt: skip
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], *, is_open: bool = False) -> list[int]:
         """Ids of a chat that an answer of the assistant continues.
 
-        Raises `InvalidRequest`, and `ContextLengthExceeded` when no room for an answer is left.
+        `is_open`: the last message is the beginning of that answer. Raises `InvalidRequest`, and
+        `ContextLengthExceeded` when no room for an answer is left.
         """
-        ids = self._chat_ids(self._checked(messages))
+        turns = self._checked(messages, may_end_with_answer=is_open)
+        if is_open and turns[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message needs a last message of the assistant",
+                param=f"messages[{len(turns) - 1}].role",
+            )
+        ids = self._chat_ids(turns, is_open=is_open)
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
 
@@ -150,11 +158,14 @@ class PromptBuilder:
         return asked
 
     def _chat_ids(
-        self, turns: Sequence[Message], *, add_generation_prompt: bool = True
+        self, turns: Sequence[Message], *, add_generation_prompt: bool = True, is_open: bool = False
     ) -> list[int]:
         if self._system_message is not None and turns[0].role != "system":
             turns = [Message("system", self._system_message), *turns]
-        rendered = self._template.render(turns, add_generation_prompt=add_generation_prompt)
+        if is_open:
+            rendered = render_open(self._template, turns)
+        else:
+            rendered = self._template.render(turns, add_generation_prompt=add_generation_prompt)
         ids = self._tokenizer.encode(
             rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
         )
@@ -184,8 +195,8 @@ class PromptBuilder:
             turns.append(Message(role, message.content))
         if turns[-1].role == "assistant" and not may_end_with_answer:
             raise InvalidRequest(
-                "the last message is the assistant's, and continuing it is not supported; "
-                "end the chat with a user message",
+                "the last message is the assistant's; end the chat with a user message, or ask for "
+                "continue_final_message",
                 param=f"messages[{len(turns) - 1}].role",
             )
         return turns

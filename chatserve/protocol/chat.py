@@ -153,6 +153,13 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     truncation: Literal["disabled", "rolling"] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        return bool(self.continue_final_message)
 
     @property
     def num_top(self) -> int | None:
@@ -177,4 +184,14 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    if request.add_generation_prompt is request.is_open:
+        raise InvalidRequest(
+            "add_generation_prompt must be the contrary of continue_final_message; leave it out",
+            param="add_generation_prompt",
+        )
+    if request.is_open and request.truncation == "rolling":
+        raise UnsupportedParameter(
+            "continue_final_message cannot be combined with truncation rolling; leave one out",
+            param="continue_final_message",
+        )
     return request

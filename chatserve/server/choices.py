@@ -60,7 +60,9 @@ class DetailedChoice:
     """Text with what else was asked for of it: the prompt in front, the logprobs of its tokens."""
 
     def __init__(self, prepared: Prepared, prompt: Prompt, tokenizer: Tokenizer) -> None:
-        end_ids = frozenset(prompt.params.stop_token_ids)
+        params, end_ids = prompt.params, frozenset(prompt.params.stop_token_ids)
+        # a grammar says itself where its answer may end
+        ignores_eos = params.ignore_eos and params.grammar is None
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._encode = chat_logprobs if prepared.is_chat else completion_logprobs
@@ -70,7 +72,7 @@ class DetailedChoice:
         self._has_told = False
         self._shown_tokens = ShownTokens(
             tokenizer,
-            end_ids if prompt.params.ignore_eos else end_ids | tokenizer.eos_ids,
+            end_ids if ignores_eos else end_ids | tokenizer.eos_ids,
             first_offset=len(prompt.text),
             strip_leading_space=prepared.strip_leading_space and tokenizer.strips_leading_space,
             tells_end=not prepared.is_chat,

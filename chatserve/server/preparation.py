@@ -79,7 +79,7 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
         rolled=rolled if request.truncation == "rolling" else None,
         num_choices=request.num_choices,
         is_chat=True,
-        strip_leading_space=model.strip_leading_space,
+        strip_leading_space=model.strip_leading_space and not request.is_open,
         shows_logprobs=request.num_top is not None,
     )
 
@@ -88,7 +88,7 @@ def _chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
     if request.truncation == "rolling":
         return model.prompts.rolling_chat(request.messages, request.asked_tokens)
     _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
-    return Rolled(model.prompts.chat(request.messages))
+    return Rolled(model.prompts.chat(request.messages, is_open=request.is_open))
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> Prepared:

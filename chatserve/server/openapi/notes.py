@@ -41,6 +41,9 @@ NOTES: Mapping[str, str] = {
     "seed": "the same seed gives the same text",
     "stop": "texts that end the answer and are not part of it, each of at most 256 bytes",
     "logit_bias": "added to the logits of tokens, by id",
+    "continue_final_message": "the last message, the assistant's, is the beginning of the answer; "
+    "the reply has only what follows",
+    "ChatRequest.add_generation_prompt": "the contrary of `continue_final_message`",
     "TokenizeRequest.prompt": "a text",
     "add_special_tokens": "with those that begin a text; default true",
     "add_generation_prompt": "up to where the answer begins; default true",

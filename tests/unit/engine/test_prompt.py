@@ -47,6 +47,17 @@ def test_chat(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_a_chat_that_ends_inside_its_answer(tokenizer: Tokenizer) -> None:
+    prompts = builder(tokenizer, system_message="be kind")
+    chat = [Message("user", "hi"), Message("assistant", "Sure, ")]
+    text = text_of(tokenizer, prompts.chat(chat, is_open=True))
+    assert text.startswith("<|endoftext|><|im_start|>system\nbe kind<|im_end|>")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\nSure, ")
+    with pytest.raises(InvalidRequest, match="last message of the assistant") as caught:
+        prompts.chat([Message("user", "hi")], is_open=True)
+    assert caught.value.param == "messages[0].role"
+
+
 def test_default_system_message_only_for_chats_without_one(tokenizer: Tokenizer) -> None:
     prompts = builder(tokenizer, system_message="be kind")
     user = Message("user", "hi")
@@ -81,7 +92,7 @@ def test_stops_of_the_template(tokenizer: Tokenizer) -> None:
         ([], "messages", "messages is empty"),
         ([("tool", "x")], "messages[0].role", "'tool'; supported: system, developer, user"),
         ([("user", "x"), ("User", "x")], "messages[1].role", "'User'"),
-        ([("user", "x"), ("assistant", "y")], "messages[1].role", "continuing it is not"),
+        ([("user", "x"), ("assistant", "y")], "messages[1].role", "continue_final_message"),
         ([("user", "a\udc00b")], "messages[0].content", "surrogate pair at character 1"),
     ],
 )

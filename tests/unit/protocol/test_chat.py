@@ -181,6 +181,18 @@ def test_logprobs() -> None:
     assert "needs logprobs" in refusal(top_logprobs=1).message
 
 
+def test_an_answer_that_has_begun() -> None:
+    assert not chat().is_open and not chat(add_generation_prompt=True).is_open
+    assert chat(continue_final_message=True).is_open
+    assert chat(continue_final_message=True, add_generation_prompt=False).is_open
+    for value in (True, False):
+        error = refusal(continue_final_message=value, add_generation_prompt=value)
+        assert error.param == "add_generation_prompt"
+    assert refusal(add_generation_prompt=False).param == "add_generation_prompt"
+    error = refusal(continue_final_message=True, truncation="rolling")
+    assert error.param == "continue_final_message"
+
+
 def test_one_limit_under_two_names() -> None:
     assert chat(max_tokens=5).asked_tokens == 5
     assert chat(max_completion_tokens=6).asked_tokens == 6

@@ -66,6 +66,11 @@ def test_min_tokens_and_endless_answers() -> None:
     assert caught.value.param == "min_tokens"
 
 
+def test_an_answer_that_has_begun_keeps_its_spaces() -> None:
+    prepared = chat(continue_final_message=True)
+    assert bytes(prepared.prompts[0].ids) == b"<user>hi..." and not prepared.strip_leading_space
+
+
 def test_logprobs_of_a_chat() -> None:
     prepared = chat(logprobs=True, top_logprobs=3)
     assert prepared.shows_logprobs and prepared.prompts[0].params.logprobs == 3
