@@ -6,6 +6,7 @@ that chatserve does not implement is accepted only with a value that changes not
 
 from __future__ import annotations
 
+import json
 import math
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Set
@@ -120,8 +121,14 @@ def label_schema(name: str) -> dict[str, Any]:
 def refuse_unknown(fields: dict[str, Any], known: frozenset[str], *, prefix: str = "") -> None:
     """Raises for the first of `fields` that is not `known`; a lenient server takes them out."""
     for name in [name for name in fields if name not in known]:
-        _refuse(prefix + name[:64], "is not a known field")
+        _refuse(prefix + shown(name), "is not a known field")
         del fields[name]
+
+
+def shown(name: str) -> str:
+    """A client's own name for something, as a message can hold it."""
+    short = name[:64]
+    return short if short and short.isprintable() else json.dumps(short)
 
 
 def _refuse(name: str, reason: str) -> None:

@@ -68,7 +68,7 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
     request = parse_chat(body)
     adapter = _check_common(request, model)
     rolled = _chat_prompt(request, model)
-    max_tokens = model.prompts.max_tokens(len(rolled.ids), request.asked_tokens)
+    max_tokens = _room(request, model, len(rolled.ids))
     params = _sampling_params(
         request, model, max_tokens, stop=(*request.stop, *model.stop), logprobs=request.num_top
     )
@@ -89,6 +89,17 @@ def _chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
         return model.prompts.rolling_chat(request.messages, request.asked_tokens)
     _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
     return Rolled(model.prompts.chat(request.messages, is_open=request.is_open))
+
+
+def _room(request: ChatRequest, model: ServedModel, num_prompt_tokens: int) -> int:
+    """How long the answer may be. The field at fault goes by the name that the client used."""
+    try:
+        return model.prompts.max_tokens(num_prompt_tokens, request.asked_tokens)
+    except ContextLengthExceeded as error:
+        if request.max_completion_tokens is None:
+            raise
+        name = "max_completion_tokens"
+        raise ContextLengthExceeded(error.message.replace("max_tokens", name), param=name) from None
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
