@@ -75,6 +75,6 @@ def test_sizes_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with (
         closing(checkpoint.weights),
-        pytest.raises(ModelLoadError, match=r"int4/32 weights .*80.* use --load-8bit"),
+        pytest.raises(ModelLoadError, match=r"4-bit weights .*80.* use --load-8bit"),
     ):
         load_model(checkpoint, policy)
