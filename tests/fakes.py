@@ -212,9 +212,12 @@ class FakePrompts:
         text = "".join(f"<{m.role}>{m.content}" for m in messages)
         return self.completion(text + "..." * is_open)
 
-    def rolling_chat(self, messages: Sequence[Any], asked: int | None) -> Rolled:
+    def rolling_chat(
+        self, messages: Sequence[Any], asked: int | None, *, is_open: bool = False
+    ) -> Rolled:
         """Where not all fit, the last message alone stays."""
         texts = [f"<{m.role}>{m.content}".encode() for m in messages]
+        texts[-1] += b"..." * is_open
         num_bytes = sum(map(len, texts))
         if num_bytes + (asked or 1) <= self._context_length:
             return Rolled(list(b"".join(texts)))

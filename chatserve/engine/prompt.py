@@ -76,12 +76,7 @@ class PromptBuilder:
         `is_open`: the last message is the beginning of that answer. Raises `InvalidRequest`, and
         `ContextLengthExceeded` when no room for an answer is left.
         """
-        turns = self._checked(messages, may_end_with_answer=is_open)
-        if is_open and turns[-1].role != "assistant":
-            raise InvalidRequest(
-                "continue_final_message needs a last message of the assistant",
-                param=f"messages[{len(turns) - 1}].role",
-            )
+        turns = self._checked_chat(messages, is_open=is_open)
         ids = self._chat_ids(turns, is_open=is_open)
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
@@ -93,14 +88,16 @@ class PromptBuilder:
         turns = self._checked(messages, may_end_with_answer=not add_generation_prompt)
         return self._chat_ids(turns, add_generation_prompt=add_generation_prompt)
 
-    def rolling_chat(self, messages: Sequence[Message], asked: int | None) -> Rolled:
+    def rolling_chat(
+        self, messages: Sequence[Message], asked: int | None, *, is_open: bool = False
+    ) -> Rolled:
         """The same, but the oldest turns give way until `asked` tokens of an answer have room.
 
         Without `asked` it is a quarter of the context, at most 1,024 tokens, and less where the
         last turn alone leaves less. Raises as `chat` does where even that does not fit.
         """
-        turns = self._checked(messages)
-        whole = self._chat_ids(turns)
+        turns = self._checked_chat(messages, is_open=is_open)
+        whole = self._chat_ids(turns, is_open=is_open)
         reserve = min(self.context_length // 4, _MAX_RESERVE) if asked is None else asked
         room = self.context_length - max(1, reserve)
         if len(whole) <= room:
@@ -110,7 +107,8 @@ class PromptBuilder:
 
         def ids_of(num_kept: int) -> list[int]:
             if num_kept not in built:
-                built[num_kept] = self._chat_ids([turns[i] for i in order.places(num_kept)])
+                kept = [turns[i] for i in order.places(num_kept)]
+                built[num_kept] = self._chat_ids(kept, is_open=is_open)
             return built[num_kept]
 
         last = ids_of(1)
@@ -156,6 +154,15 @@ class PromptBuilder:
                 param="max_tokens",
             )
         return asked
+
+    def _checked_chat(self, messages: Sequence[Message], *, is_open: bool) -> list[Message]:
+        turns = self._checked(messages, may_end_with_answer=is_open)
+        if is_open and turns[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message needs a last message of the assistant",
+                param=f"messages[{len(turns) - 1}].role",
+            )
+        return turns
 
     def _chat_ids(
         self, turns: Sequence[Message], *, add_generation_prompt: bool = True, is_open: bool = False

@@ -86,7 +86,9 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
 
 def _chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
     if request.truncation == "rolling":
-        return model.prompts.rolling_chat(request.messages, request.asked_tokens)
+        return model.prompts.rolling_chat(
+            request.messages, request.asked_tokens, is_open=request.is_open
+        )
     _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
     return Rolled(model.prompts.chat(request.messages, is_open=request.is_open))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chatserve.engine.prompt import Message, PromptBuilder
 from chatserve.engine.rolling import Rolled, Turns, most_that_fit
-from chatserve.errors import ContextLengthExceeded
+from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.models.templates.builtin import BUILTIN
 from chatserve.models.tokenizer import Rendered, Tokenizer, load_tokenizer
 from tests.unit.models.vocabularies import save_byte_level
@@ -172,3 +172,12 @@ def test_no_turn_is_torn(letters: str) -> None:
         spoken = [roles[i] for i in places if roles[i] != "system"]
         if "user" in roles:
             assert spoken[0] == "user" and spoken.count("user") == number
+
+
+def test_an_answer_that_has_begun_goes_on(tokenizer: Tokenizer) -> None:
+    messages = chat("uauaua")
+    kept = builder(tokenizer, 10**6).chat(messages[2:], is_open=True)
+    rolled = builder(tokenizer, len(kept) + 3).rolling_chat(messages, 3, is_open=True)
+    assert (rolled.ids, rolled.messages_dropped) == (kept, (0, 1))
+    with pytest.raises(InvalidRequest, match="needs a last message of the assistant"):
+        builder(tokenizer, 100).rolling_chat(messages[:3], 3, is_open=True)
