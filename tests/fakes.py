@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chatserve.engine.rolling import Rolled
+from chatserve.engine.grammar import Grammars
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.errors import (
     ChatserveError,
@@ -336,6 +337,7 @@ class FakeModel:
     description: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu"})
     defaults: Mapping[str, float] = field(default_factory=dict)
     adapters: FakeAdapters = field(default_factory=lambda: FakeAdapters())
+    grammars: Grammars | None = None
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
 
     @property

@@ -21,6 +21,7 @@ from chatserve.engine.adapters import AdaptableNetwork, AdapterPlace, Adapters
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.fingerprint import fingerprint
+from chatserve.engine.grammar import Grammars
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.tokenization import Tokenization
@@ -91,6 +92,7 @@ class ServedModel:
     description: Mapping[str, Any]
     defaults: Mapping[str, float]
     adapters: Adapters
+    grammars: Grammars | None = None
 
 
 def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncEngine, ServedModel]:

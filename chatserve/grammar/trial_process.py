@@ -47,10 +47,12 @@ class TrialProcess:
         *,
         seconds: float = TRIAL_S,
         num_bytes: int = TRIAL_BYTES,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._vocabulary = vocabulary
         self._seconds = seconds
         self._num_bytes = num_bytes
+        self._patience_s = patience_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._is_closed = False
@@ -104,7 +106,7 @@ class TrialProcess:
             connection = self._connection or self._start()
             try:
                 frames.send(connection, request)
-                result = frames.receive(connection, seconds=self._seconds + PATIENCE_S)
+                result = frames.receive(connection, seconds=self._seconds + self._patience_s)
             except TimeoutError:
                 self.end()
                 return {"failure": TOO_SLOW}

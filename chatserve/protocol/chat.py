@@ -29,7 +29,6 @@ CHAT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": NOTHING,
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": NOTHING,
     "prediction": NOTHING,

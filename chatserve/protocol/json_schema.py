@@ -6,6 +6,7 @@ by name, because a constraint that is ignored in silence is a wrong answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ KEYWORDS = _ANNOTATIONS | _CONSTRAINTS | frozenset(_NAMED)
 FORMATS = frozenset({
     "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid",
 })  # fmt: skip
+
+# JSON spells them with \u, which an answer must not use: see `chatserve.grammar.source`
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_CONTROL_ESCAPE = re.compile(r"(?<!\\)(\\\\)*\\([0Uacv]|x[01{]|x7[fF]|u00[01]|u007[fF]|u\{)")
 
 _YEAR = r"([1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
 _LEAP_YEAR = r"(\d\d(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
@@ -119,11 +124,40 @@ def _check_keyword(keyword: str, value: Any, param: str) -> None:
             f"{str(value)[:40]!r} is not supported; use one of {', '.join(sorted(FORMATS))}, "
             "or a pattern",
         )  # fmt: skip
+    if keyword in ("const", "enum") and any(map(_CONTROL.search, _texts(value))):
+        raise _control(param)
+    if keyword == "pattern" and isinstance(value, str) and _has_control(value):
+        raise _control(param)
+    if keyword == "patternProperties" and isinstance(value, dict) and any(map(_has_control, value)):
+        raise _control(param)
     if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
         raise _at(
             UnsupportedParameter, param,
             "must point into the schema itself (#/$defs/...); nothing is fetched",
         )  # fmt: skip
+
+
+def _has_control(pattern: str) -> bool:
+    return bool(_CONTROL.search(pattern) or _CONTROL_ESCAPE.search(pattern))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in `value`, names too."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list):
+            waiting += each
+
+
+def _control(param: str) -> InvalidRequest:
+    return _at(
+        UnsupportedParameter, param, "holds a control character that JSON has no short escape for"
+    )
 
 
 def _at(kind: type[InvalidRequest], param: str, message: str) -> InvalidRequest:

@@ -18,6 +18,16 @@ from chatserve.protocol.fields import (
     refuse_unknown,
     without_no_ops,
 )
+from chatserve.protocol.response_format import (
+    GrammarSpec,
+    GuidedChoice,
+    GuidedGrammar,
+    GuidedJSON,
+    GuidedRegex,
+    ResponseFormat,
+    StructuredOutputs,
+    only_one,
+)
 
 MAX_CHOICES = 8
 # of one request: more could never be in the queue together
@@ -130,6 +140,12 @@ class SamplingRequest(BaseModel):
     logit_bias: Annotated[
         dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(LOGIT_BIAS_SCHEMA)
     ] = Field(default_factory=dict)
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
+    guided_json: GuidedJSON = None
+    guided_regex: GuidedRegex = None
+    guided_choice: GuidedChoice = None
+    guided_grammar: GuidedGrammar = None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -152,6 +168,16 @@ class SamplingRequest(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """What the answer must match. Raises `InvalidRequest` where that is said twice."""
+        return only_one(
+            (
+                self.response_format, self.structured_outputs, self.guided_json, self.guided_regex,
+                self.guided_choice, self.guided_grammar,
+            )
+        )  # fmt: skip
 
     def check_streaming(self) -> None:
         """Raises `InvalidRequest` for options of a stream that was not asked for."""

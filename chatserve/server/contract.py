@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
+from chatserve.engine.grammar import Grammars
 from chatserve.engine.output import TokenBytes
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
@@ -120,6 +121,7 @@ class ServedModel(Protocol):
     ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
     (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
     (`--use-generation-config`), by their OpenAI names.
+    `grammars` compiles what answers must match; None where that is not offered.
     `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
     """
 
@@ -149,3 +151,5 @@ class ServedModel(Protocol):
     def defaults(self) -> Mapping[str, float]: ...
     @property
     def adapters(self) -> Adapters: ...
+    @property
+    def grammars(self) -> Grammars | None: ...

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
@@ -24,7 +25,8 @@ MAX_QUEUED_EVENTS = 16
 class Generation:
     """Submits every choice of every prompt at once; prompts of one `salt` may share a cache.
 
-    Raises what the engine raises at submission (`Overloaded`); nothing is left running then.
+    Raises what the engine raises at submission (`Overloaded`), and `InvalidRequest` for a grammar
+    that cannot be compiled; nothing is left running then.
     """
 
     def __init__(self, engine: Engine, request_id: str, prepared: Prepared) -> None:
@@ -44,11 +46,18 @@ class Generation:
         cls, engine: Engine, request_id: str, prepared: Prepared, salt: bytes = b""
     ) -> Generation:
         generation = cls(engine, request_id, prepared)
+        prompts = prepared.prompts
+        if prepared.compile_grammar is not None:
+            grammar = await prepared.compile_grammar()
+            prompts = tuple(
+                replace(prompt, params=replace(prompt.params, grammar=grammar))
+                for prompt in prompts
+            )
         try:
-            for i, prompt in enumerate(prepared.prompts):
+            for i, prompt in enumerate(prompts):
                 for choice in range(prepared.num_choices):
                     stream = engine.submit(
-                        request_id if len(prepared.prompts) == 1 else f"{request_id}-{i}",
+                        request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         prompt.ids,
                         prompt.params,
                         choice=choice,

@@ -51,6 +51,11 @@ class ModelSlot:
         self._names = tuple(model.names)
         self._served = (engine, model)
 
+    def close(self) -> None:
+        """End what the model has started beside the engine."""
+        if self._served is not None and (grammars := self._served[1].grammars) is not None:
+            grammars.close()
+
     @property
     def engine(self) -> Engine | None:
         return self._served[0] if self._served else None

@@ -5,12 +5,15 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from chatserve.engine.rolling import Rolled
+from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
-from chatserve.errors import ContextLengthExceeded, InvalidRequest
+from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from chatserve.protocol.chat import ChatRequest, parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.sampling_request import SamplingRequest
@@ -38,6 +41,7 @@ class Prepared:
     """A request that can be submitted. Choice k of prompt p has index p * num_choices + k.
 
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
+    `compile_grammar` gives what its answers must match.
     `rolled` says what gave way to the prompt, where that was asked for.
     """
 
@@ -53,6 +57,7 @@ class Prepared:
     is_echo: bool = False
     shows_logprobs: bool = False
     has_usage_in_chunks: bool = False
+    compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
     rolled: Rolled | None = None
 
     @property
@@ -80,6 +85,9 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
         num_choices=request.num_choices,
         is_chat=True,
         strip_leading_space=model.strip_leading_space and not request.is_open,
+        compile_grammar=_compiling(
+            request.grammar, model, after_space=model.strip_leading_space and not request.is_open
+        ),
         shows_logprobs=request.num_top is not None,
     )
 
@@ -118,6 +126,7 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
         shows_logprobs=request.logprobs is not None,
         num_dropped=request.num_tries - request.num_choices,
         is_echo=bool(request.echo),
+        compile_grammar=_compiling(request.grammar, model),
     )
 
 
@@ -146,6 +155,19 @@ def _completion_prompt(
         return Prompt(tuple(ids), params)
     text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids)
     return Prompt(tuple(ids), params, text)
+
+
+def _compiling(
+    spec: GrammarSpec | None, model: ServedModel, *, after_space: bool = False
+) -> Callable[[], Awaitable[Grammar]] | None:
+    """How to compile `spec`, if there is one; it takes its time, and is awaited."""
+    if spec is None:
+        return None
+    if model.grammars is None:
+        raise UnsupportedParameter(
+            f"{spec.param} is not offered by this server; leave it out", param=spec.param
+        )
+    return partial(model.grammars.compile, spec, after_space=after_space)
 
 
 def _prepared(

@@ -21,6 +21,7 @@ from chatserve import environment
 from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
 from chatserve.errors import GenerationFailed
+from chatserve.grammar.compiler import GrammarCompiler
 from chatserve.progress import Progress
 from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.contract import Engine, ServedModel
@@ -62,7 +63,9 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     # here and not above: this is where torch comes in
     from chatserve.engine.serving import load
 
-    return load(config, progress)
+    engine, model = load(config, progress)
+    grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
+    return engine, dataclasses.replace(model, grammars=grammars)
 
 
 def run_worker(config: WorkerConfig, load: Load) -> int:
@@ -115,6 +118,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             )
             await listener.close()
             await _stop_engine(slot)
+            slot.close()
     return EXIT_INTERRUPTED if stop.is_interrupted else 0
 
 

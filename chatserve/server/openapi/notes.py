@@ -41,6 +41,13 @@ NOTES: Mapping[str, str] = {
     "seed": "the same seed gives the same text",
     "stop": "texts that end the answer and are not part of it, each of at most 256 bytes",
     "logit_bias": "added to the logits of tokens, by id",
+    "response_format": "what the answer must be: text, any JSON object, or JSON that matches a "
+    "schema; `strict` or not, it is kept to the letter",
+    "structured_outputs": "what the answer must match, in vLLM's words; one of its fields",
+    "guided_json": "a JSON Schema, or its text, that the answer must match",
+    "guided_regex": "a regular expression that the whole answer must match",
+    "guided_choice": "the texts of which the answer must be one",
+    "guided_grammar": "a grammar, Lark or GBNF, that the answer must match",
     "continue_final_message": "the last message, the assistant's, is the beginning of the answer; "
     "the reply has only what follows",
     "ChatRequest.add_generation_prompt": "the contrary of `continue_final_message`",
