@@ -43,6 +43,8 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
 }
 INTERNAL: tuple[int, ErrorType] = (500, "server_error")
 INTERNAL_MESSAGE = "internal error; the server's log says more"
+# OpenAI's own: LiteLLM and LangChain know the case by its words alone, not by its code
+TOO_LONG_WORDS = " (Input tokens exceed the configured limit)"
 
 
 def status_of(error: ChatserveError) -> tuple[int, ErrorType]:
@@ -55,7 +57,7 @@ def error_body(error: Exception) -> bytes:
     """`{"error": {...}}`; what is not a ChatserveError is a bug and stays in the log."""
     if isinstance(error, ChatserveError):
         fields = {
-            "message": error.message,
+            "message": error.message + _words_of(error),
             "type": status_of(error)[1],
             "param": error.param,
             "code": error.code,
@@ -70,6 +72,10 @@ def error_body(error: Exception) -> bytes:
     # a message may quote a lone surrogate of a path or header, which UTF-8 cannot hold
     fields["message"] = str(fields["message"]).encode("utf-8", "replace").decode()
     return orjson.dumps({"error": fields})
+
+
+def _words_of(error: ChatserveError) -> str:
+    return TOO_LONG_WORDS if isinstance(error, errors.ContextLengthExceeded) else ""
 
 
 def error_event(error: Exception) -> bytes:

@@ -58,7 +58,8 @@ def test_a_child_without_a_row_takes_its_parents() -> None:
 def test_shape() -> None:
     error = ContextLengthExceeded("too long", param="messages")
     expected = (
-        b'{"error":{"message":"too long","type":"invalid_request_error",'
+        b'{"error":{"message":"too long (Input tokens exceed the configured limit)",'
+        b'"type":"invalid_request_error",'
         b'"param":"messages","code":"context_length_exceeded"}}'
     )
     assert error_body(error) == expected
