@@ -141,6 +141,9 @@ class FakeEngine:
     def stats(self) -> FakeStats:
         return self.current
 
+    def draw_seed(self) -> int:
+        return 1000 + len(self.submitted)
+
     def submit(
         self,
         request_id: str,

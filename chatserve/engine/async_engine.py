@@ -127,6 +127,10 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
         self._fail_all(GenerationFailed("the server is shutting down; try again later"))
 
+    def draw_seed(self) -> int:
+        """For a request that brings none."""
+        return self._engine.draw_seed()
+
     def stats(self) -> EngineStats:
         engine = self._engine
         is_idle = not self._streams

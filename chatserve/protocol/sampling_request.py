@@ -128,6 +128,7 @@ class SamplingRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
     min_tokens: int | None = Field(None, ge=0, lt=INT64)
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=INT64)

@@ -6,7 +6,7 @@ A stream of plain text needs none of this: it goes from the event to its frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from chatserve.engine.sequence import TokenEvent, TokenLogprobs
@@ -24,6 +24,7 @@ class Piece:
     text: str
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
+    token_ids: Sequence[int] | None = None
 
 
 def finish_reason_of(event: TokenEvent) -> str | None:
@@ -43,10 +44,16 @@ class Choice(Protocol):
 
 def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
     """One for each choice of a request; none at all where it wants nothing but text."""
+    choices = _choices_of(prepared, tokenizer)
+    return [TokenIdsChoice(each) for each in choices] if prepared.returns_token_ids else choices
+
+
+def _choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
     prompts = [prompt for prompt in prepared.prompts for _ in range(prepared.num_choices)]
     if prepared.shows_logprobs or prepared.is_echo:
         return [DetailedChoice(prepared, prompt, tokenizer) for prompt in prompts]
-    return [PlainChoice() for _ in prompts] if prepared.has_usage_in_chunks else []
+    has_more = prepared.has_usage_in_chunks or prepared.returns_token_ids
+    return [PlainChoice() for _ in prompts] if has_more else []
 
 
 class PlainChoice:
@@ -54,6 +61,16 @@ class PlainChoice:
 
     def feed(self, event: TokenEvent) -> Piece:
         return Piece(event.text, None, finish_reason_of(event))
+
+
+class TokenIdsChoice:
+    """The pieces of `choice` with the ids that were generated, also those that are no text."""
+
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+
+    def feed(self, event: TokenEvent) -> Piece:
+        return replace(self._choice.feed(event), token_ids=event.token_ids)
 
 
 class DetailedChoice:

@@ -59,6 +59,7 @@ class Prepared:
     has_usage_in_chunks: bool = False
     compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
     rolled: Rolled | None = None
+    returns_token_ids: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -179,6 +180,7 @@ def _prepared(
         is_stream=request.is_stream,
         includes_usage=request.includes_usage,
         has_usage_in_chunks=request.has_usage_in_chunks,
+        returns_token_ids=bool(request.return_token_ids),
         adapter=adapter,
         **shape,
     )

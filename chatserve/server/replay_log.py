@@ -1,4 +1,4 @@
-"""What it takes to repeat an answer: prompt ids, sampling with its seed, the ids that were said.
+"""What it takes to repeat an answer: prompt ids, sampling with its seed, ids that were said.
 
 Off unless asked for, because it keeps prompts. One SQLite file that only its owner can read, shared
 by all workers of this user; the oldest answers go when it is full. Knows no HTTP header and so no
@@ -15,7 +15,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,55 +33,45 @@ _BUSY_TIMEOUT_S = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     place INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
+    id TEXT NOT NULL,
+    choice INTEGER NOT NULL,
     num_bytes INTEGER NOT NULL,
-    record BLOB NOT NULL
+    record BLOB NOT NULL,
+    UNIQUE (id, choice)
 );
 CREATE INDEX IF NOT EXISTS sizes ON answers (place, num_bytes);
 """
 
 
 @dataclass(frozen=True)
-class LoggedPrompt:
-    """One prompt and what each of its choices said.
-
-    `sampling`: the fields of `SamplingParams` that decide which token comes next, with the seed
-    that was drawn where the request brought none.
-    """
-
-    ids: Sequence[int]
-    sampling: Mapping[str, Any]
-    choices: Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
 class LoggedAnswer:
-    """One answer. `model` as the request named it, `adapter` by its name beside the base.
+    """One choice of an answer.
 
-    `created` in seconds since 1970. `finish_reasons`: one for each choice of each prompt; `abort`
-    for a client that left, `error` for what failed.
+    `id` of the answer; behind it, where a request has several prompts, `-` and the prompt's number.
+    `created` in seconds since 1970. `model` is the base, `adapter` the name of one beside it.
+    `sampling`: the fields of `SamplingParams` that decide which token comes next, with the seed
+    that was drawn where the request brought none. `has_grammar`: it had to match one, which is not
+    kept. `token_ids`: what was said. `finish_reason` None: the client left, or the engine failed.
     """
 
     id: str
+    choice: int
     created: int
     model: str
     adapter: str | None
     fingerprint: str
-    prompts: Sequence[LoggedPrompt]
-    finish_reasons: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def num_generated_tokens(self) -> int:
-        return sum(len(ids) for prompt in self.prompts for ids in prompt.choices)
+    prompt_ids: Sequence[int]
+    sampling: Mapping[str, Any]
+    has_grammar: bool
+    token_ids: Sequence[int]
+    finish_reason: str | None
 
     def to_json(self) -> bytes:
         return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS)
 
     @staticmethod
     def from_json(data: bytes) -> LoggedAnswer:
-        fields = orjson.loads(data)
-        prompts = tuple(LoggedPrompt(**prompt) for prompt in fields.pop("prompts"))
-        return LoggedAnswer(prompts=prompts, **fields)
+        return LoggedAnswer(**orjson.loads(data))
 
 
 def default_path() -> Path:
@@ -113,6 +103,10 @@ class ReplayLog:
         except queue.Full:
             self._complain(answer, "the disk is too slow")
 
+    def flush(self) -> None:
+        """Wait until all that has been added is written, or given up."""
+        self._queue.join()
+
     def close(self) -> None:
         """Write what has been added."""
         self._queue.put(None)
@@ -129,6 +123,8 @@ class ReplayLog:
                 self._complain(answer, str(error))
             else:
                 self._is_failing = False
+            finally:
+                self._queue.task_done()
 
     def _write(self, answer: LoggedAnswer) -> None:
         record = answer.to_json()
@@ -136,8 +132,9 @@ class ReplayLog:
             raise CannotWrite(f"it has {len(record):,} bytes, all may have {self._max_bytes:,}")
         with _opened(self._path) as database, database:
             database.execute(
-                "INSERT OR REPLACE INTO answers (id, num_bytes, record) VALUES (?, ?, ?)",
-                (answer.id, len(record), record),
+                "INSERT OR REPLACE INTO answers (id, choice, num_bytes, record) "
+                "VALUES (?, ?, ?, ?)",
+                (answer.id, answer.choice, len(record), record),
             )
             # newest first, as many as there is room for
             database.execute(
@@ -153,11 +150,14 @@ class ReplayLog:
         self._is_failing = True
 
 
-def find(path: Path, answer_id: str) -> LoggedAnswer | None:
-    """The answer of that id. Raises `UsageError` where no log can be read."""
+def find(path: Path, answer_id: str) -> list[LoggedAnswer]:
+    """All choices of the answer of that id. Raises `UsageError` where no log can be read."""
     with _read(path) as database:
-        row = database.execute("SELECT record FROM answers WHERE id = ?", (answer_id,)).fetchone()
-    return LoggedAnswer.from_json(row[0]) if row else None
+        rows = database.execute(
+            "SELECT record FROM answers WHERE id = ? OR id GLOB ? ORDER BY place",
+            (answer_id, f"{answer_id}-[0-9]*"),
+        )
+        return [LoggedAnswer.from_json(record) for (record,) in rows]
 
 
 def newest(path: Path, count: int) -> list[LoggedAnswer]:

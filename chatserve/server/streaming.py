@@ -96,9 +96,10 @@ class ChunkEncoder:
     def detailed(self, index: int, piece: Piece) -> bytes:
         """A chunk with all that `piece` has, and one more where it is the last."""
         frame = b""
-        if piece.text or piece.logprobs:
+        if piece.text or piece.logprobs or piece.token_ids:
             content = self._content(piece.text)
-            frame = self._frame(self._choice(index, content, None, piece.logprobs))
+            choice = self._choice(index, content, None, piece.logprobs)
+            frame = self._frame(choice | _token_ids(piece.token_ids))
         return frame + self.finish(index, piece.finish_reason) if piece.finish_reason else frame
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -132,6 +133,11 @@ class ChunkEncoder:
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head.to_dict(is_chunk=True), "choices": choices}
         return {**chunk, "usage": usage} if self._includes_usage else chunk
+
+
+def _token_ids(ids: Sequence[int] | None) -> dict[str, Any]:
+    """Nothing where they were not asked for."""
+    return {} if ids is None else {"token_ids": ids}
 
 
 async def stream_frames(
@@ -188,11 +194,14 @@ async def fold(
         for start in range(0, len(answers), prepared.num_choices)
         for answer in _best(answers[start : start + prepared.num_choices], num_kept)
     ]
-    return {
-        **head.to_dict(is_chunk=False),
-        "choices": [answer.to_choice(head, index) for index, answer in enumerate(chosen)],
-        "usage": usage_of(generation),
-    }
+    answered = [answer.to_choice(head, index) for index, answer in enumerate(chosen)]
+    reply = {**head.to_dict(is_chunk=False), "choices": answered, "usage": usage_of(generation)}
+    if prepared.returns_token_ids:
+        # vLLM's places: a chat has one prompt, a completion may have several
+        for choice in [reply] if head.is_chat else answered:
+            place = choice.get("index", 0) // num_kept
+            choice["prompt_token_ids"] = prepared.prompts[place].ids
+    return reply
 
 
 @dataclass
@@ -202,12 +211,15 @@ class _Answer:
     texts: list[str] = field(default_factory=list)
     logprobs: dict[str, Any] | None = None
     reason: str | None = None
+    token_ids: list[int] | None = None
     sum_logprobs: float = 0.0
     num_tokens: int = 0
 
     def add(self, piece: Piece, event: TokenEvent) -> None:
         self.texts.append(piece.text)
         self.reason = piece.finish_reason
+        if piece.token_ids is not None:
+            self.token_ids = [*(self.token_ids or ()), *piece.token_ids]
         self.sum_logprobs += sum(each.logprob for each in event.logprobs)
         self.num_tokens += len(event.logprobs)
         if piece.logprobs is None:
@@ -230,6 +242,7 @@ class _Answer:
         )
         return {
             "index": index, **content, "logprobs": self.logprobs, "finish_reason": self.reason,
+            **_token_ids(self.token_ids),
         }  # fmt: skip
 
 

@@ -40,6 +40,8 @@ from chatserve.server.process import (
     run_process,
     run_until,
 )
+from chatserve.server.recording import RecordingEngine
+from chatserve.server.replay_log import ReplayLog, default_path
 from chatserve.server.worker import create_slot_app
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     slot = ModelSlot(served_names(config.weights, config.model_names))
     token = shared_token() if config.controller and not config.no_register else None
     policy = _policy(config, token)
+    replay_log = ReplayLog(default_path()) if config.replay_log else None
     sock = bind(config.host, config.port)
     heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
     edge = create_slot_app(
@@ -104,7 +107,8 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         await listener.start()
         url = url_of(config.host, sock)
         logger.info("listening on %s", url)
-        jobs = [_fill(slot, config, load, on_ready=partial(_announce, heartbeat, slot, url))]
+        on_ready = partial(_announce, heartbeat, slot, url)
+        jobs = [_fill(slot, config, load, replay_log, on_ready=on_ready)]
         if heartbeat is not None:
             jobs.append(heartbeat.run())
         drain_s = 0.0
@@ -118,6 +122,8 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             )
             await listener.close()
             await _stop_engine(slot)
+            if replay_log is not None:
+                replay_log.close()
             slot.close()
     return EXIT_INTERRUPTED if stop.is_interrupted else 0
 
@@ -150,7 +156,12 @@ def _announce(heartbeat: HeartbeatSender | None, slot: ModelSlot, url: str) -> N
 
 
 async def _fill(
-    slot: ModelSlot, config: WorkerConfig, load: Load, *, on_ready: Callable[[], None]
+    slot: ModelSlot,
+    config: WorkerConfig,
+    load: Load,
+    replay_log: ReplayLog | None,
+    *,
+    on_ready: Callable[[], None],
 ) -> None:
     config = dataclasses.replace(config, model_names=slot.names)
 
@@ -164,6 +175,8 @@ async def _fill(
             return load(config, progress)
 
     engine, model = await _in_daemon_thread(work)
+    if replay_log is not None:
+        engine = RecordingEngine(engine, model, replay_log)
     engine.start()
     slot.fill(engine, model)
     logger.info("%s is ready", slot.names[0])

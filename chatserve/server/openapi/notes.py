@@ -26,6 +26,8 @@ NOTES: Mapping[str, str] = {
     "logprobs": "with each token, the logarithm of the probability that it was drawn with",
     "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
     "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
+    "return_token_ids": "the ids that were generated, also those that are no text, as `token_ids` of "
+    "each choice; in a whole answer `prompt_token_ids`, too",
     "truncation": "`rolling`: where the context is too short, the oldest turns are dropped, never "
     "the system message or the last question, and `usage` says which; default: refuse with the "
     "numbers",

@@ -7,19 +7,18 @@ import sqlite3
 import stat
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from chatserve.errors import CannotWrite, UsageError
-from chatserve.server.replay_log import LoggedAnswer, LoggedPrompt, ReplayLog, find, newest
+from chatserve.server.replay_log import LoggedAnswer, ReplayLog, find, newest
 
 
-def answer(name: str, num_ids: int = 3, **fields: Any) -> LoggedAnswer:
-    prompt = LoggedPrompt([1, 2, 3], {"seed": -5, "logit_bias": {7: -100.0}}, [[4] * num_ids, []])
+def answer(name: str, num_ids: int = 3, choice: int = 0) -> LoggedAnswer:
     return LoggedAnswer(
-        name, 1_700_000_000, "tiny", None, "fp_1", (prompt,), finish_reasons=["stop", "abort"],
-        **fields,
+        name, choice, 1_700_000_000, "tiny", None, "fp_1", prompt_ids=[1, 2, 3],
+        sampling={"seed": -5, "logit_bias": {7: -100.0}}, has_grammar=False,
+        token_ids=[4] * num_ids, finish_reason="stop",
     )  # fmt: skip
 
 
@@ -36,15 +35,21 @@ def names(path: Path) -> list[str]:
 def test_what_is_written_is_found(tmp_path: Path) -> None:
     path = tmp_path / "home" / "replay.db"
     write(path, answer("a"), answer("b"))
-    found = find(path, "a")
-    assert found is not None
-    assert (found.id, found.fingerprint, found.num_generated_tokens) == ("a", "fp_1", 3)
-    assert found.prompts[0].choices == [[4, 4, 4], []]
-    assert found.prompts[0].sampling == {"seed": -5, "logit_bias": {"7": -100.0}}
-    assert found.finish_reasons == ["stop", "abort"]
-    assert find(path, "c") is None
+    [found] = find(path, "a")
+    assert found.sampling == {"seed": -5, "logit_bias": {"7": -100.0}}
+    assert (found.id, found.token_ids) == ("a", [4, 4, 4])
+    assert find(path, "c") == []
     assert names(path) == ["b", "a"]
     assert [each.id for each in newest(path, 1)] == ["b"]
+
+
+def test_choices_and_prompts_of_one_answer(tmp_path: Path) -> None:
+    path = tmp_path / "replay.db"
+    parts = [answer("a-0"), answer("a-0", choice=1), answer("a-1"), answer("ab"), answer("a-x")]
+    write(path, *parts, answer("a-0"))
+    assert [(each.id, each.choice) for each in find(path, "a")] == [
+        ("a-0", 1), ("a-1", 0), ("a-0", 0),
+    ]  # fmt: skip
 
 
 def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
