@@ -84,6 +84,14 @@ class ChatClient:
                 self._check(response)
             return _progress(self._json(response))
 
+    def post(self, path: str, body: Mapping[str, Any], *, below_v1: bool = True) -> Any:
+        """The JSON that answers `body`; however long it takes. Raises `ChatserveError`."""
+        root = None if below_v1 else self.base_url.removesuffix("/v1")
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        with self._request("POST", path, root=root, json=body, timeout=timeout) as response:
+            self._check(response)
+            return self._json(response)
+
     def stream(
         self, messages: Sequence[Mapping[str, str]], model: str, **sampling: Any
     ) -> Generator[ChatDelta, None, None]:

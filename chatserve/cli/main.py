@@ -50,6 +50,7 @@ COMMANDS = {
         "chatserve.cli.commands.repair", "find what a conversion spoilt, and put it right"
     ),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
+    "replay": CommandEntry("chatserve.cli.commands.replay", "repeat a logged answer, and compare"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),
 }
