@@ -14,7 +14,7 @@ from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Tokenizer
 from chatserve.server.logprobs import chat_logprobs, completion_logprobs
 from chatserve.server.preparation import Prepared, Prompt
-from chatserve.server.shown_tokens import Shown, ShownTokens, shown_prompt
+from chatserve.server.shown_tokens import Shown, ShownPrompt, ShownTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,13 @@ class DetailedChoice:
         params, end_ids = prompt.params, frozenset(prompt.params.stop_token_ids)
         # a grammar says itself where its answer may end
         ignores_eos = params.ignore_eos and params.grammar is None
-        self._prompt = prompt
         self._tokenizer = tokenizer
         self._encode = chat_logprobs if prepared.is_chat else completion_logprobs
         self._has_logprobs = prepared.shows_logprobs
-        self._is_echo_due = prepared.is_echo
-        self._prompt_logprobs: list[TokenLogprobs | None] = []
+        self._is_scored = prepared.is_echo and prepared.shows_logprobs
+        self._echo = prompt.text if prepared.is_echo else ""
         self._has_told = False
+        self._shown_prompt = ShownPrompt(tokenizer, prompt.ids, prompt.text)
         self._shown_tokens = ShownTokens(
             tokenizer,
             end_ids if ignores_eos else end_ids | tokenizer.eos_ids,
@@ -97,28 +97,15 @@ class DetailedChoice:
 
     def feed(self, event: TokenEvent) -> Piece:
         reason = finish_reason_of(event)
-        text, shown = event.text, self._shown_tokens.feed(event) if self._has_logprobs else []
-        if self._is_echo_due and self._knows_prompt(event):
-            self._is_echo_due = False
-            text = self._prompt.text + text
-            shown = self._prompt_tokens() + shown
+        text, self._echo = self._echo + event.text, ""
+        shown = self._shown(event) if self._has_logprobs else []
         if not self._has_logprobs or not (shown or (reason and not self._has_told)):
             return Piece(text, None, reason)
         self._has_told = True
         return Piece(text, self._encode(self._tokenizer, shown), reason)
 
-    def _knows_prompt(self, event: TokenEvent) -> bool:
-        if not self._has_logprobs:
-            return True
-        self._prompt_logprobs += event.prompt_logprobs
-        is_known = len(self._prompt_logprobs) == len(self._prompt.ids)
-        if event.token_ids and not is_known:
+    def _shown(self, event: TokenEvent) -> list[Shown]:
+        shown = self._shown_prompt.feed(event.prompt_logprobs) if self._is_scored else []
+        if event.token_ids and self._is_scored and not self._shown_prompt.is_complete:
             raise GenerationFailed("the engine answered before it had scored the prompt")
-        return is_known
-
-    def _prompt_tokens(self) -> list[Shown]:
-        if not self._has_logprobs:
-            return []
-        return shown_prompt(
-            self._tokenizer, self._prompt.ids, self._prompt.text, self._prompt_logprobs
-        )
+        return shown + self._shown_tokens.feed(event)

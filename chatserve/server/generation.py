@@ -122,7 +122,7 @@ class Generation:
 
     def _note(self, index: int, event: TokenEvent) -> None:
         self._last_at = time.monotonic()
-        if self._first_at is None:
+        if self._first_at is None and event.num_generated_tokens:
             self._first_at = self._last_at
         self._num_tokens[index] = event.num_generated_tokens
         self._num_cached_tokens[index] = event.num_cached_tokens

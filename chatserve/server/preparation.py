@@ -5,7 +5,7 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from chatserve.server.contract import ServedModel
 
 MAX_BYTES_PER_TOKEN = 16
 COMPLETION_MAX_TOKENS = 16
+MAX_SCORES = 1 << 20
+"""Numbers that the scored prompts of one request may take in its answer: some 100 MB of memory."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
     """Validate a text completion request and encode its prompts. Raises as `prepare_chat` does."""
     request = parse_completion(body)
     adapter = _check_common(request, model)
+    prompts = [_completion_prompt(prompt, request, model) for prompt in request.prompt]
+    _check_num_scores(prompts, request)
     return _prepared(
         request,
-        [_completion_prompt(prompt, request, model) for prompt in request.prompt],
+        prompts,
         adapter,
         num_choices=request.num_tries,
         is_chat=False,
@@ -129,6 +133,19 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
         is_echo=bool(request.echo),
         compile_grammar=_compiling(request.grammar, model),
     )
+
+
+def _check_num_scores(prompts: Sequence[Prompt], request: CompletionRequest) -> None:
+    if not request.echo or request.logprobs is None:
+        return
+    num_tokens = sum(len(prompt.ids) for prompt in prompts) * request.num_tries
+    num_scores = num_tokens * (1 + request.logprobs)
+    if num_scores > MAX_SCORES:
+        raise InvalidRequest(
+            f"logprobs {request.logprobs} of {num_tokens:,} echoed tokens are {num_scores:,} "
+            f"numbers, the limit is {MAX_SCORES:,}; lower it or send fewer prompts at once",
+            param="logprobs",
+        )
 
 
 def _completion_prompt(

@@ -66,18 +66,28 @@ class ShownTokens:
             self._waiting.append(Shown(self._num_chars, token_id, logprobs))
 
 
-def shown_prompt(
-    tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    text: str,
-    logprobs: Sequence[TokenLogprobs | None],
-) -> list[Shown]:
+class ShownPrompt:
     """The tokens of a prompt that is shown as `text` in front of its answer."""
-    detokenizer = Detokenizer(tokenizer, strip_leading_space=tokenizer.strips_leading_space)
-    offset = 0
-    shown = []
-    for token_id, known in zip(prompt_ids, logprobs, strict=True):
-        # a text need not be what its tokens decode to: tokenizers normalise
-        shown.append(Shown(min(offset, len(text)), token_id, known))
-        offset += len(detokenizer.add(token_id))
-    return shown
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer, strip_leading_space=tokenizer.strips_leading_space
+        )
+        self._ids = prompt_ids
+        self._num_chars = len(text)
+        self._num_told = self._offset = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_told == len(self._ids)
+
+    def feed(self, scores: Sequence[TokenLogprobs | None]) -> list[Shown]:
+        """The next tokens, with their scores."""
+        shown = []
+        for known in scores:
+            token_id = self._ids[self._num_told]
+            # a text need not be what its tokens decode to: tokenizers normalise
+            shown.append(Shown(min(self._offset, self._num_chars), token_id, known))
+            self._offset += len(self._detokenizer.add(token_id))
+            self._num_told += 1
+        return shown

@@ -93,6 +93,16 @@ def test_a_prompt_is_scored_where_it_is_echoed() -> None:
     assert completion(echo=True).prompts[0].params.prompt_logprobs is None
 
 
+def test_scores_of_long_prompts_have_a_limit() -> None:
+    model = FakeModel(context_length=10**6)
+    fields: dict[str, Any] = {"prompt": ["x" * 2**14] * 64, "echo": True, "max_tokens": 0}
+    assert len(completion(model, **fields, logprobs=0).prompts) == 64
+    with pytest.raises(InvalidRequest, match=r"1,048,576 echoed tokens are 2,097,152") as caught:
+        completion(model, **fields, logprobs=1)
+    assert caught.value.param == "logprobs"
+    completion(model, **{**fields, "echo": False}, logprobs=1)
+
+
 def test_the_best_are_chosen_by_logprobs_that_are_not_shown() -> None:
     prepared = completion(n=2, best_of=3)
     assert (prepared.num_choices, prepared.num_dropped) == (3, 1)

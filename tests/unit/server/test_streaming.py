@@ -290,6 +290,21 @@ def test_closing_early_aborts_every_sequence(num_choices: int, num_read: int) ->
     assert sorted(engine.aborted) == [f"id-1-{i}" for i in range(num_choices)]
 
 
+def test_scores_of_a_prompt_are_no_first_token(caplog: pytest.LogCaptureFixture) -> None:
+    class Scores(FakeEngine):
+        def _script(self, seq_id: str, num_prompt: int, params: Any) -> list[TokenEvent]:
+            return [TokenEvent(seq_id), TokenEvent(seq_id, finish_reason="length")]
+
+    async def main() -> None:
+        generation = await Generation.submit(Scores(), "id-1", prepared())
+        await fold(generation, head())
+        generation.log_summary()
+
+    with caplog.at_level("INFO"):
+        asyncio.run(main())
+    assert "ttft_ms=- tpot_ms=- finish=length" in caplog.text
+
+
 def test_cancelling_in_the_middle_aborts() -> None:
     engine = FakeEngine(["a"], hangs=True)
 
