@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.grammar import Grammars
-from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
 from chatserve.errors import (
     ChatserveError,
     ContextLengthExceeded,
@@ -166,6 +168,8 @@ class FakeEngine:
             )
             self.running.add(seq_id)
             self._changed.notify_all()
+        if params.pooling is not None and self.error is None and not self.hangs:
+            return FakeStream(self, seq_id, [_embedded(seq_id, prompt_ids, params.pooling)])
         return FakeStream(self, seq_id, self._script(seq_id, len(prompt_ids), params))
 
     def _script(self, seq_id: str, num_prompt: int, params: SamplingParams) -> list[TokenEvent]:
@@ -204,6 +208,15 @@ class FakeEngine:
         """Block the test until the server thread has made `condition` true."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self), WAIT_S), what or "timed out"
+
+
+def _embedded(seq_id: str, prompt_ids: Sequence[int], pooling: Pooling) -> TokenEvent:
+    """A vector that tells what was pooled, and how: 3 for the mean, 5 for the last."""
+    vector = [prompt_ids[0], prompt_ids[-1], len(prompt_ids), 3 if pooling == "mean" else 5]
+    return TokenEvent(
+        seq_id, num_prompt_tokens=len(prompt_ids), finish_reason="length",
+        embedding=np.array(vector, np.float32),
+    )  # fmt: skip
 
 
 class FakePrompts:
@@ -333,6 +346,8 @@ class FakeModel:
     names: Sequence[str] = ("fake",)
     context_length: int = 1000
     vocab_size: int = 256
+    hidden_size: int = 4
+    pooling: Pooling = "mean"
     stop: Sequence[str] = ("</s>",)
     stop_token_ids: Sequence[int] = (7,)
     strip_leading_space: bool = True

@@ -23,7 +23,7 @@ from chatserve.engine.engine import Engine
 from chatserve.engine.fingerprint import fingerprint
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.prompt import PromptBuilder
-from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.sequence import Pooling, SamplingParams
 from chatserve.engine.tokenization import Tokenization
 from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, UsageError
 from chatserve.hub import resolve_weights
@@ -53,6 +53,7 @@ from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.merge import merge
 from chatserve.models.placed_llama import PlacedLlama
+from chatserve.models.pooling_config import default_pooling
 from chatserve.models.receipt import MeasuredForm, read_receipt
 from chatserve.models.self_check import check_reading
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
@@ -83,6 +84,8 @@ class ServedModel:
     context_length: int
     vocab_size: int
     prompts: PromptBuilder
+    hidden_size: int
+    pooling: Pooling
     tokenization: Tokenization
     tokenizer: Tokenizer
     stop: Sequence[str]
@@ -187,6 +190,8 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         context_length=limits.context_length,
         vocab_size=model.vocab_size,
         prompts=prompts,
+        hidden_size=model.hidden_size,
+        pooling=default_pooling(path) or "mean",
         tokenization=Tokenization(tokenizer, prompts, model.vocab_size),
         tokenizer=tokenizer,
         stop=prompts.stop,

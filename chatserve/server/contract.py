@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.output import TokenBytes
 from chatserve.engine.rolling import Rolled
-from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
 
 
 class TokenStream(Protocol):
@@ -121,7 +121,8 @@ class ServedModel(Protocol):
     `stop` are the chat template's own stop strings, `stop_token_ids` ids beside the end-of-sequence
     ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
     (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
-    (`--use-generation-config`), by their OpenAI names.
+    (`--use-generation-config`), by their OpenAI names. `hidden_size` is how long an embedding is,
+    `pooling` how it is made unless a request says otherwise.
     `grammars` compiles what answers must match; None where that is not offered.
     `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
     """
@@ -134,6 +135,10 @@ class ServedModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def prompts(self) -> Prompts: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def pooling(self) -> Pooling: ...
     @property
     def tokenization(self) -> Tokenization: ...
     @property

@@ -35,6 +35,7 @@ from chatserve.protocol.control import (
     parse,
     proof_of,
 )
+from chatserve.protocol.embeddings import EMBEDDINGS_PATH, SCORE_PATH
 from chatserve.protocol.fields import model_of
 from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
@@ -102,6 +103,8 @@ class ControllerRoutes:
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
         app.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        app.add_api_route(EMBEDDINGS_PATH, self.forward, methods=["POST"])
+        app.add_api_route(SCORE_PATH, self.forward, methods=["POST"])
         app.add_api_route(TOKENIZE_PATH, self.forward_tokens, methods=["POST"])
         app.add_api_route(DETOKENIZE_PATH, self.forward_tokens, methods=["POST"])
         app.add_api_route(LOAD_PATH, self.load_adapter, methods=["POST"])

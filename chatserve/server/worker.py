@@ -27,6 +27,7 @@ from chatserve.server.choices import Choice, choices_of
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.edge import AccessPolicy, Edge
+from chatserve.server.embedding_routes import EmbeddingRoutes
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
@@ -87,6 +88,7 @@ def create_slot_app(
     )  # fmt: skip
     WorkerRoutes(slot, control_token, ping_interval_s, pool).add_to(app)
     TokenRoutes(slot, pool).add_to(app)
+    EmbeddingRoutes(slot, pool, control_token).add_to(app)
     adapters = AdapterRoutes(slot, on_change)
     adapters.add_to(app)
     if control_token is not None:
