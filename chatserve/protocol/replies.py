@@ -238,6 +238,44 @@ class TextCompletion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class EmbeddingUsage(TypedDict):
+    """`prompt_tokens_dropped` where `truncate_prompt_tokens` was given."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_dropped: NotRequired[int]
+
+
+class Embedding(TypedDict):
+    """Numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingReply(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Score(TypedDict):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class ScoreReply(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    data: list[Score]
+    model: str
+    usage: EmbeddingUsage
+
+
 class TokenizeReply(TypedDict):
     """`token_strs` where `return_token_strs` asks for them."""
 

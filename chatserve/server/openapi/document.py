@@ -21,13 +21,14 @@ from chatserve.protocol.fields import MAX_BODY_BYTES, MAX_NESTING, label_schema,
 from chatserve.protocol.leniency import HEADER
 from chatserve.server.error_response import STATUSES
 from chatserve.server.json_response import JSON_TYPE
-from chatserve.server.openapi import completions, models, tokens
+from chatserve.server.openapi import completions, embeddings, models, tokens
 from chatserve.server.openapi.notes import NO_OP, NOTES
 from chatserve.server.openapi.operation import Body, Operation
 
 PATH = "/openapi.json"
 OPERATIONS: tuple[Operation, ...] = (
     *completions.OPERATIONS,
+    *embeddings.OPERATIONS,
     *tokens.OPERATIONS,
     *models.OPERATIONS,
 )

@@ -59,6 +59,15 @@ NOTES: Mapping[str, str] = {
     "return_token_strs": "each token as a text, too",
     "tokens": "token ids",
     "skip_special_tokens": "leave out what a chat would not show; default false",
+    "input": "a text, token ids, or a list of either",
+    "encoding_format": "`float`: numbers; `base64`: little-endian float32; default numbers",
+    "dimensions": "only so many of each vector, the first, and length 1 again; default all",
+    "truncate_prompt_tokens": "keep so many tokens of each text, the first, -1 for as many as the "
+    "model holds; `usage` says how many were dropped; default: refuse with the numbers",
+    "pooling": "the mean of all hidden states, or the last token's; default: as the model's files "
+    "say, else the mean",
+    "text_1": "a text, or as many as `text_2` has",
+    "text_2": "a text, or several",
     "user": "a label; changes nothing",
     "metadata": "labels; change nothing",
     "store": "accepted; nothing is stored",
