@@ -24,9 +24,6 @@ MAX_MESSAGES = 1024
 MAX_CONTENT_PARTS = 1024
 
 CHAT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "tools": NOTHING,
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": NOTHING,
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -42,7 +39,6 @@ MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "refusal": (None,),
     "audio": NOTHING,
     "annotations": NOTHING,
-    "tool_calls": NOTHING,
     "function_call": NOTHING,
 }
 # developer is what OpenAI now calls the system role
@@ -172,7 +168,12 @@ class ChatRequest(SamplingRequest):
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Read a chat request. Raises `InvalidRequest` or `UnsupportedParameter` naming the field."""
-    request = validate(ChatRequest, read_object(body), CHAT_NO_OPS)
+    return read_chat(read_object(body))
+
+
+def read_chat(payload: dict[str, Any]) -> ChatRequest:
+    """The same, of what has been read already. Raises as `parse_chat` does."""
+    request = validate(ChatRequest, payload, CHAT_NO_OPS)
     request.check_streaming()
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from chatserve.engine.rolling import Rolled
 from chatserve.engine.grammar import Grammar, GrammarSpec
+from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from chatserve.protocol.chat import ChatRequest, parse_chat
@@ -43,8 +43,8 @@ class Prepared:
     """A request that can be submitted. Choice k of prompt p has index p * num_choices + k.
 
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
-    `compile_grammar` gives what its answers must match.
     `rolled` says what gave way to the prompt, where that was asked for.
+    `compile_grammar` gives what its answers must match.
     """
 
     model: str
@@ -59,9 +59,9 @@ class Prepared:
     is_echo: bool = False
     shows_logprobs: bool = False
     has_usage_in_chunks: bool = False
-    compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
     rolled: Rolled | None = None
     returns_token_ids: bool = False
+    compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -73,9 +73,13 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
 
     Raises `InvalidRequest` and its children, `ModelNotFound`.
     """
-    request = parse_chat(body)
+    return prepare_chat_request(parse_chat(body), model)
+
+
+def prepare_chat_request(request: ChatRequest, model: ServedModel) -> Prepared:
+    """The same, of a chat that has been validated. Raises as `prepare_chat` does."""
     adapter = _check_common(request, model)
-    rolled = _chat_prompt(request, model)
+    rolled = chat_prompt(request, model)
     max_tokens = _room(request, model, len(rolled.ids))
     params = _sampling_params(
         request, model, max_tokens, stop=(*request.stop, *model.stop), logprobs=request.num_top
@@ -88,14 +92,15 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
         num_choices=request.num_choices,
         is_chat=True,
         strip_leading_space=model.strip_leading_space and not request.is_open,
+        shows_logprobs=request.num_top is not None,
         compile_grammar=_compiling(
             request.grammar, model, after_space=model.strip_leading_space and not request.is_open
         ),
-        shows_logprobs=request.num_top is not None,
     )
 
 
-def _chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
+def chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
+    """The prompt of a chat. Raises `ContextLengthExceeded`."""
     if request.truncation == "rolling":
         return model.prompts.rolling_chat(
             request.messages, request.asked_tokens, is_open=request.is_open
