@@ -19,6 +19,9 @@ LOAD_PATH = "/v1/load_lora_adapter"
 UNLOAD_PATH = "/v1/unload_lora_adapter"
 STAGE_PATH = "/v1/stage_lora_adapter"
 SETTLE_PATH = "/v1/settle_lora_adapter"
+MAX_LORA_NAME_LEN = 300
+
+LoraName = Annotated[str, Field(min_length=1, max_length=MAX_LORA_NAME_LEN)]
 
 
 class _Body(BaseModel):
@@ -32,19 +35,19 @@ class LoadAdapter(_Body):
     """`lora_name`: NAME, or BASE:NAME where several models are served. `lora_path`: a folder on the
     worker's machine. `load_inplace`: put it in the place of one that has the name already."""
 
-    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+    lora_name: LoraName
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
 
 
 class UnloadAdapter(_Body):
-    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+    lora_name: LoraName
 
 
 class SettleAdapter(_Body):
     """What becomes of a staged adapter: it is served, or let go."""
 
-    lora_name: Annotated[str, Field(min_length=1, max_length=300)]
+    lora_name: LoraName
     is_wanted: bool
 
 

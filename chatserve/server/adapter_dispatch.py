@@ -17,6 +17,7 @@ from starlette.responses import Response
 from chatserve.config import adapted_name
 from chatserve.errors import AdapterRefused, InvalidRequest, WorkerLost
 from chatserve.protocol.adapters import (
+    MAX_LORA_NAME_LEN,
     SETTLE_PATH,
     STAGE_PATH,
     UNLOAD_PATH,
@@ -160,10 +161,10 @@ class AdapterDispatch:
         names = [card.name for card in self._registry.cards() if card.parent is None]
         base, _, name = lora_name.rpartition(":")
         if base:
-            return self._first_name(base), name
+            return _key(self._first_name(base), name)
         bases = list(dict.fromkeys(map(self._first_name, names)))
         if len(bases) == 1:
-            return bases[0], name
+            return _key(bases[0], name)
         there = f"this server has {', '.join(bases)}" if bases else "no model is ready yet"
         raise InvalidRequest(
             f"lora_name: which base is {name[:80]!r} for? {there}; write BASE:{name[:80]}",
@@ -223,6 +224,18 @@ def _refusal(workers: list[Worker], staged: Replies) -> Response | None:
         if reply.status_code != 200:
             return _said_by(worker, reply) if len(workers) > 1 else reply
     return None
+
+
+def _key(base: str, name: str) -> Key:
+    """Raises `InvalidRequest` where no worker could be told of it."""
+    length = len(adapted_name(base, name))
+    if length > MAX_LORA_NAME_LEN:
+        raise InvalidRequest(
+            f"lora_name: with its base it has {length} characters, the limit is "
+            f"{MAX_LORA_NAME_LEN}; choose a shorter one",
+            param="lora_name",
+        )
+    return base, name
 
 
 def _said_by(worker: Worker, reply: Response) -> Response:

@@ -210,7 +210,9 @@ class Edge:
             raise _shutting_down()
         if scope["method"] not in METHODS_WITH_BODY:
             return receive
-        _check_media_type(headers)
+        has_media_type = bool(_values(headers, b"content-type"))
+        if has_media_type:
+            _check_media_type(headers)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S) as reading:
                 if is_counted:
@@ -224,6 +226,8 @@ class Edge:
             ) from None
         finally:
             self._readings.discard(reading)
+        if body and not has_media_type:
+            _check_media_type(headers)
         return _replayed(body, receive)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:

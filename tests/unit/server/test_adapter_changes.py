@@ -13,6 +13,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chatserve.errors import InvalidRequest
 from chatserve.protocol.adapters import SETTLE_PATH, STAGE_PATH, UNLOAD_PATH, LoadAdapter
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server import adapter_beliefs
@@ -153,6 +154,20 @@ async def idle() -> None:
 def serving(dispatch: Dispatch) -> set[str]:
     """The workers that a request for m:sql may reach."""
     return {worker.worker_id for worker in dispatch.registry.ready("m:sql")}
+
+
+def test_a_name_that_is_too_long_with_its_base_is_refused() -> None:
+    async def main() -> None:
+        dispatch = dispatch_of(1)
+        name = "x" * 299
+        for change in (
+            dispatch.load(asking(lora_name=name, lora_path="x")),
+            dispatch.unload(asking(lora_name=name)),
+        ):
+            with pytest.raises(InvalidRequest, match="301 characters, the limit is 300"):
+                await change
+
+    asyncio.run(main())
 
 
 def test_all_stage_an_adapter_before_one_serves_it() -> None:

@@ -183,6 +183,12 @@ def test_anything_but_plain_json_is_refused(headers: list[tuple[str, str]]) -> N
     assert app.app.num_calls == 0  # type: ignore[attr-defined]  # Echo
 
 
+def test_no_body_needs_no_media_type() -> None:
+    """What has none may be meant for a route that takes none, or for none at all."""
+    assert post(edge(), body=[b""]).body == b"0"
+    assert post(edge(), ("content-type", "text/plain"), body=[b""]).status == 415
+
+
 def test_no_cors_header_for_any_origin() -> None:
     for origin in ("http://127.0.0.1:3000", "null", "https://evil.example"):
         answer = get(edge(), "/v1/models", ("origin", origin))
