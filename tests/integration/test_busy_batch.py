@@ -28,6 +28,8 @@ from tests.servers import serving
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 TEXT = "The quick brown fox"
 ENDLESS = {"ignore_eos": True}
+# the tiny model's letters: what is said is text, and ids and text are one
+LETTERS = {str(id_): -100 for id_ in range(259) if not 64 <= id_ < 90}
 TOLERANCE = 1e-3
 
 
@@ -351,6 +353,22 @@ def test_the_first_of_several_stop_strings_ends_it(client: openai.OpenAI) -> Non
     assert (choice.text, choice.finish_reason) == (text[: text.index(early)], "stop")
     assert choice.logprobs is not None and choice.logprobs.text_offset is not None
     assert max(choice.logprobs.text_offset) < len(choice.text)
+
+
+def test_an_answer_that_has_begun_goes_on_as_it_would_have(client: openai.OpenAI) -> None:
+    def answer(*begun: ChatCompletionMessageParam, **fields: Any) -> str:
+        reply = client.chat.completions.create(
+            model="tiny", messages=[*MESSAGES, *begun], temperature=0, logit_bias=LETTERS,
+            extra_body=fields, max_tokens=10 if begun else 20,
+        )  # fmt: skip
+        return reply.choices[0].message.content or ""
+
+    whole = answer()
+    assert len(whole) == 20
+    begun: ChatCompletionMessageParam = {"role": "assistant", "content": whole[:10]}
+    assert answer(begun, continue_final_message=True) == whole[10:]
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        answer(begun)
 
 
 def test_the_best_of_several_is_the_likeliest(client: openai.OpenAI) -> None:

@@ -69,6 +69,16 @@ MIXED = {
 }
 
 
+SAMPLERS = [
+    SamplingParams(temperature=0, repetition_penalty=1.4),
+    SamplingParams(seed=5, temperature=0.6, top_k=9, logprobs=20),
+    SamplingParams(seed=5, min_p=0.05, frequency_penalty=0.7, logprobs=0),
+    SamplingParams(seed=6, temperature=1.7, logit_bias={7: 4.0, 8: -100.0}),
+    SamplingParams(seed=7, top_p=0.7, presence_penalty=-1.5, logprobs=5, prompt_logprobs=3),
+    SamplingParams(temperature=0, min_tokens=9, stop=("a", "e"), logprobs=1),
+]
+
+
 def run(engine: Engine) -> dict[str, list[int]]:
     return {
         name: [token_id for event in events for token_id in event.token_ids]
@@ -93,6 +103,28 @@ def alone(house: House) -> dict[str, list[int]]:
 
 def test_batched_equals_alone(house: House, alone: dict[str, list[int]]) -> None:
     assert tokens(house, "abcd") == alone
+
+
+def test_every_sampler_is_of_its_own_row(house: House) -> None:
+    def told(*numbers: int) -> dict[str, list[Any]]:
+        engine = house.build(max_num_batched_tokens=48)
+        for number in numbers:
+            params = replace(SAMPLERS[number], max_tokens=18, ignore_eos=True)
+            prompt_ids = list(range(10 + number, 40))
+            for choice in (0, 1):
+                engine.add(f"{number}-{choice}", prompt_ids, params, choice=choice)
+        fields = ["text", "token_ids", "logprobs", "prompt_logprobs"]
+        if not isinstance(house.model, KernelLlama):
+            fields = fields[:2]  # a product of another shape rounds differently
+        return {
+            name: [each for field in fields for event in events for each in getattr(event, field)]
+            for name, events in drain(engine).items()
+        }
+
+    together = told(*range(len(SAMPLERS)))
+    for number in range(len(SAMPLERS)):
+        for name, alone in told(number).items():
+            assert alone == together[name]
 
 
 def test_chunked_prefill_equals_whole(house: House, alone: dict[str, list[int]]) -> None:

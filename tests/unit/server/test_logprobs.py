@@ -146,6 +146,33 @@ def test_several_tokens_of_one_step() -> None:
     assert piece.logprobs is not None and piece.logprobs["tokens"] == ["a", "b", "c"]
 
 
+class Anything:
+    """A grammar, as far as anybody here looks at it."""
+
+    def matcher(self) -> Any:
+        raise AssertionError("the engine's own")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ignore_eos": True}, ["a", "\x07"]),
+        ({"ignore_eos": True, "grammar": Anything()}, ["a"]),
+        ({}, ["a"]),
+    ],
+)
+def test_an_end_token_that_ends_nothing_is_told(
+    options: dict[str, Any], expected: list[str]
+) -> None:
+    params = SamplingParams(logprobs=0, **options)
+    choice = DetailedChoice(prepared(is_chat=True), Prompt((1,), params), FakeTokenizer())
+    entries = (TokenLogprobs(97, -1.0), TokenLogprobs(END, -1.0))
+    text = "a\x07" if len(expected) == 2 else "a"
+    piece = choice.feed(TokenEvent("s", text, (97, END), finish_reason="stop", logprobs=entries))
+    assert piece.logprobs is not None
+    assert [entry["token"] for entry in piece.logprobs["content"]] == expected
+
+
 # how tokens are written
 
 
@@ -235,6 +262,13 @@ def test_echo_scores_the_prompt() -> None:
         ],
         "text_offset": [0, 0, 1, 2, 3],
     }  # fmt: skip
+
+
+def test_offsets_stay_inside_a_prompt_that_its_tokens_do_not_spell() -> None:
+    shape = {**echoing(max_tokens=1), "prompt": Prompt(PROMPT, SamplingParams(
+        max_tokens=1, logprobs=0, prompt_logprobs=0), "")}  # fmt: skip
+    [choice] = folded(Scores("a"), **shape)["choices"]
+    assert choice["text"] == "a" and choice["logprobs"]["text_offset"] == [0, 0, 0, 0]
 
 
 def test_a_prompt_can_be_scored_and_no_more() -> None:
