@@ -265,8 +265,15 @@ class FakeTokenization:
     def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [0] * add_special_tokens + list(text.encode())
 
-    def of_chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True) -> list[int]:
-        return self._prompts.chat(messages) + [1] * add_generation_prompt
+    def of_chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = True,
+        is_open: bool = False,
+    ) -> list[int]:
+        ends = add_generation_prompt and not is_open
+        return self._prompts.chat(messages, is_open=is_open) + [1] * ends
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return bytes(id_ for id_ in ids if id_ > 1 or not skip_special_tokens).decode()

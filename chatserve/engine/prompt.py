@@ -82,9 +82,15 @@ class PromptBuilder:
         return ids
 
     def chat_ids(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        is_open: bool = False,
     ) -> list[int]:
         """Ids of a chat of any length; without `add_generation_prompt` of what has been said."""
+        if is_open:
+            return self._chat_ids(self._checked_chat(messages, is_open=True), is_open=True)
         turns = self._checked(messages, may_end_with_answer=not add_generation_prompt)
         return self._chat_ids(turns, add_generation_prompt=add_generation_prompt)
 

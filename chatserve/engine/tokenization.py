@@ -26,13 +26,20 @@ class Tokenization:
         return self._tokenizer.encode(text, add_bos=add_bos)
 
     def of_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        is_open: bool = False,
     ) -> list[int]:
         """What the network reads of a chat; without `add_generation_prompt` it may end anyhow.
 
-        Raises `InvalidRequest` for a chat that the template has no form for.
+        `is_open`: the last message is the beginning of the answer. Raises `InvalidRequest` for a
+        chat that the template has no form for.
         """
-        return self._prompts.chat_ids(messages, add_generation_prompt=add_generation_prompt)
+        return self._prompts.chat_ids(
+            messages, add_generation_prompt=add_generation_prompt, is_open=is_open
+        )
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `ids`; special tokens as they are written.

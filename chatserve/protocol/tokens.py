@@ -17,7 +17,6 @@ MAX_TOKENS = 1 << 18
 
 TOKENIZE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "tools": NOTHING,
-    "continue_final_message": (None, False),
     "chat_template": (None,),
     "chat_template_kwargs": NOTHING,
     "mm_processor_kwargs": NOTHING,
@@ -61,6 +60,7 @@ class TokenizeRequest(_Request):
     ] = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -81,8 +81,15 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
             "add_special_tokens is for a prompt; the chat template puts its own into messages",
             param="add_special_tokens",
         )
-    if request.messages is None and request.add_generation_prompt is not None:
-        raise InvalidRequest("add_generation_prompt is for messages", param="add_generation_prompt")
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if request.messages is None and getattr(request, name) is not None:
+            raise InvalidRequest(f"{name} is for messages", param=name)
+    if request.add_generation_prompt and request.continue_final_message:
+        raise InvalidRequest(
+            "add_generation_prompt and continue_final_message cannot both be true; the answer "
+            "begins either with its last message or behind it",
+            param="add_generation_prompt",
+        )
     return request
 
 

@@ -48,7 +48,9 @@ def tokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
     _check_model(request.model, model)
     if request.messages is not None:
         ids = model.tokenization.of_chat(
-            request.messages, add_generation_prompt=request.add_generation_prompt is not False
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            is_open=bool(request.continue_final_message),
         )
     else:
         ids = model.tokenization.of_text(

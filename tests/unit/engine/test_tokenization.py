@@ -69,6 +69,16 @@ def test_a_chat_has_the_ids_of_the_chat_route(tokenizer: Tokenizer) -> None:
     assert tokens.text(said) == written + "yes<|im_end|>\n"
 
 
+def test_an_answer_that_goes_on_has_the_ids_of_the_chat_route(tokenizer: Tokenizer) -> None:
+    prompts = PromptBuilder(tokenizer, BUILTIN["chatml"], CONTEXT)
+    begun = [*CHAT, Message("assistant", "yes, ")]
+    ids = Tokenization(tokenizer, prompts, 0).of_chat(begun, is_open=True)
+    assert ids == prompts.chat(begun, is_open=True)
+    assert Tokenization(tokenizer, prompts, 0).text(ids).endswith("<|im_start|>assistant\nyes, ")
+    with pytest.raises(InvalidRequest, match="last message"):
+        Tokenization(tokenizer, prompts, 0).of_chat(CHAT, is_open=True)
+
+
 def test_a_chat_longer_than_the_context_is_counted(tokenizer: Tokenizer) -> None:
     assert len(tokenization(tokenizer).of_chat([Message("user", "word " * CONTEXT)])) > CONTEXT
 

@@ -33,6 +33,11 @@ def test_a_text_and_a_chat() -> None:
         ({"messages": []}, "messages"),
         ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
         ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"prompt": "a", "continue_final_message": False}, "continue_final_message"),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
         ({"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
         ({"prompt": "a", "model": 1}, "model"),
         ({"prompt": "a", "model": "m" * 501}, "model"),
@@ -46,7 +51,7 @@ def test_refused(fields: dict[str, Any], param: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tools", [{}]), ("chat_template", "x"), ("continue_final_message", True), ("other", 1)],
+    [("tools", [{}]), ("chat_template", "x"), ("other", 1)],
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UnsupportedParameter, match=name):
