@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 # One space, or a new line with its indentation: a model that likes blanks gets no further with them
@@ -43,7 +42,7 @@ def _inner(kind: str, source: str) -> dict[str, Any]:
     if kind == "json_schema":
         return _json(json.loads(source))
     if kind == "regex":
-        return {"lark_grammar": f"start: /{_in_slashes(source)}/"}
+        return {"lark_grammar": f"start: /{_between_slashes(source)}/"}
     if kind == "choice":
         texts = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
         return {"lark_grammar": f"start: {' | '.join(texts)}"}
@@ -56,10 +55,11 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}
 
 
-def _in_slashes(regex: str) -> str:
-    """The same expression between the slashes of a Lark grammar."""
-    escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL)
-    return escaped.replace("\r", r"\r").replace("\n", r"\n")
+def _between_slashes(regex: str) -> str:
+    from llguidance import regex_to_lark
+
+    # \d is one of ten digits, as in JSON Schema, and not of all the digits of Unicode
+    return regex_to_lark(regex, "d")
 
 
 def _from_gbnf(source: str) -> str:

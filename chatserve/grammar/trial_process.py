@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -88,7 +91,7 @@ class TrialProcess:
         self._is_closed = True
         process = self._process
         if process is not None:
-            process.kill()  # whoever waits for its answer notices
+            _kill(process)  # whoever waits for its answer notices
 
     def end(self) -> None:
         """End the process and wait for it; the next spec starts another."""
@@ -96,7 +99,7 @@ class TrialProcess:
             self._connection.close()
             self._connection = None
         if self._process is not None:
-            self._process.kill()
+            _kill(self._process)
             self._process.wait()
             self._process = None
 
@@ -147,3 +150,9 @@ class TrialProcess:
         finally:
             theirs.close()
         return ours
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # it leads a group of its own, with the child that tries a spec
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -150,7 +150,8 @@ HOSTILE: list[tuple[Kind, str, str]] = [
     ("json_schema", json.dumps({"oneOf": [{}, {}]}), "anyOf"),
     ("json_schema", json.dumps({"type": "integer", "multipleOf": 10**9 + 7}), "too large"),
     ("json_schema", json.dumps({"type": "string", "pattern": "(" * 2000 + ")" * 2000}), "regex"),
-    ("json_schema", json.dumps({"enum": [f"value{i}" for i in range(60_000)]}), "the limit is 32 MB"),
+    ("json_schema", json.dumps({"enum": [f"value{n}" for n in range(60_000)]}),
+     "the limit is 32 MB"),
 ]  # fmt: skip
 HARMLESS: list[tuple[Kind, str]] = [
     ("regex", "a{1000000000}"),
@@ -273,7 +274,7 @@ def test_too_many_specs_at_once_are_turned_away(
 
 
 def test_closing_ends_the_process_and_fails_what_is_being_tried() -> None:
-    trial = CountingTrial(seconds=0.5)
+    trial = CountingTrial(seconds=60)
 
     async def ask() -> None:
         compiler = build(trial)
@@ -288,7 +289,6 @@ def test_closing_ends_the_process_and_fails_what_is_being_tried() -> None:
         with pytest.raises(GenerationFailed):
             await slow
         assert not process.is_running()
-        # the child ends by its own clock
         assert not psutil.wait_procs(children, timeout=20)[1]
 
     asyncio.run(ask())
