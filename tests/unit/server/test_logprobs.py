@@ -154,23 +154,27 @@ class Anything:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "is_text"),
     [
-        ({"ignore_eos": True}, ["a", "\x07"]),
-        ({"ignore_eos": True, "grammar": Anything()}, ["a"]),
-        ({}, ["a"]),
+        ({"ignore_eos": True}, True),
+        ({"ignore_eos": True, "grammar": Anything()}, False),
+        ({}, False),
     ],
 )
-def test_an_end_token_that_ends_nothing_is_told(
-    options: dict[str, Any], expected: list[str]
-) -> None:
+def test_an_end_token_that_ends_nothing_is_text(options: dict[str, Any], is_text: bool) -> None:
     params = SamplingParams(logprobs=0, **options)
-    choice = DetailedChoice(prepared(is_chat=True), Prompt((1,), params), FakeTokenizer())
     entries = (TokenLogprobs(97, -1.0), TokenLogprobs(END, -1.0))
-    text = "a\x07" if len(expected) == 2 else "a"
-    piece = choice.feed(TokenEvent("s", text, (97, END), finish_reason="stop", logprobs=entries))
-    assert piece.logprobs is not None
-    assert [entry["token"] for entry in piece.logprobs["content"]] == expected
+    text = "a\x07" if is_text else "a"
+    event = TokenEvent("s", text, (97, END), finish_reason="stop", logprobs=entries)
+    for is_chat in (False, True):
+        shape = prepared(is_chat=is_chat)
+        logprobs = DetailedChoice(shape, Prompt((1,), params), FakeTokenizer()).feed(event).logprobs
+        assert logprobs is not None
+        if is_chat:
+            expected = ["a", "\x07"] if is_text else ["a"]
+            assert [entry["token"] for entry in logprobs["content"]] == expected
+        else:
+            assert logprobs["tokens"] == ["a", "\x07"]
 
 
 # how tokens are written
