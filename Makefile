@@ -15,8 +15,8 @@ KERNELS := chatserve/kernels/lib/libchatserve_kernels.so
 export CHAT_PROMPT := $(value PROMPT)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev format check chat test unit integration e2e weights bench \
-	sanitize gpu-check docs build clean
+.PHONY: help install install-dev format check chat test unit integration e2e weights judges \
+	bench sanitize gpu-check docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,13 +47,21 @@ chat: $(VENV)/.runtime $(KERNELS) ## chat in the terminal; PROMPT="…" answers 
 weights: $(VENV)/.runtime
 	@$(PY) -m chatserve pull smollm2-135m >/dev/null
 
-test: $(VENV)/.dev $(KERNELS) weights ## unit, integration and e2e tests
+# the official client for Node, which judges the API; its test is skipped where there is no npm
+$(VENV)/.node: tests/judges/node/package.json tests/judges/node/package-lock.json | $(VENV)/.dev
+	@mkdir -p $(VENV)/node && cp tests/judges/node/*.json $(VENV)/node
+	@if command -v npm >/dev/null; then npm --prefix $(VENV)/node ci --silent --no-audit --no-fund \
+		--ignore-scripts --omit=peer && touch $@; fi
+
+judges: $(VENV)/.node
+
+test: $(VENV)/.dev $(KERNELS) weights judges ## unit, integration and e2e tests
 	$(PY) -m pytest
 
 unit: $(VENV)/.dev $(KERNELS) ## tests without sockets, in seconds
 	$(PY) -m pytest tests/unit
 
-integration: $(VENV)/.dev $(KERNELS) weights ## tests against real servers on loopback
+integration: $(VENV)/.dev $(KERNELS) weights judges ## tests against real servers on loopback
 	$(PY) -m pytest tests/integration
 
 e2e: $(VENV)/.dev $(KERNELS) weights ## whole programs: processes, terminals

@@ -1,0 +1,1 @@
+"""Other people's clients, each in a process of its own, judging a server that runs."""
