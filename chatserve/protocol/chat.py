@@ -189,9 +189,4 @@ def read_chat(payload: dict[str, Any]) -> ChatRequest:
             "add_generation_prompt must be the contrary of continue_final_message; leave it out",
             param="add_generation_prompt",
         )
-    if request.is_open and request.truncation == "rolling":
-        raise UnsupportedParameter(
-            "continue_final_message cannot be combined with truncation rolling; leave one out",
-            param="continue_final_message",
-        )
     return request
