@@ -22,6 +22,7 @@ from chatserve.models.adapter_config import (
     is_value_head,
     serve_command,
 )
+from chatserve.models.encoders import refuse_encoder
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, gguf_hint, read_json
@@ -151,6 +152,7 @@ def _open_folder(folder: Path, headers_only: bool) -> Checkpoint:
     if not os.path.lexists(folder / "config.json"):
         raise ModelLoadError(_why_no_config(folder))
     config = read_json(folder, "config.json")
+    refuse_encoder(config)
     if "auto_map" in config:
         logger.warning("%s: auto_map ignored, chatserve never runs a model folder's code", folder)
     generation_config = {}
