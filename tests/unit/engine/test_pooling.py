@@ -127,8 +127,9 @@ def test_only_the_last_state_can_come_from_the_cache(house: House) -> None:
     house.assert_same(event.embedding, embed(house.engine(), "mean"))
 
 
-def test_means_take_no_place_in_the_cache(house: House) -> None:
-    engine = house.engine()
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_means_take_no_place_in_the_cache(house: House, by_blocks: bool) -> None:
+    engine = house.engine(by_blocks=by_blocks)
     embed(engine, "mean")
     engine.add("chat", PROMPT, SamplingParams(max_tokens=1))
     assert drain(engine)["chat"][-1].num_cached_tokens == 0
@@ -161,7 +162,7 @@ def test_aborted_in_the_middle_it_leaves_nothing(house: House) -> None:
 class Faulty:
     """A network whose `fault` may spoil or refuse a batch."""
 
-    def __init__(self, model: Any, fault: Callable[[Batch], None]) -> None:
+    def __init__(self, model: Any, fault: Callable[[Batch, torch.Tensor], None]) -> None:
         self._model = model
         self._fault = fault
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
@@ -171,12 +172,12 @@ class Faulty:
 
     def forward(self, batch: Batch, pool: Any) -> torch.Tensor:
         logits: torch.Tensor = self._model.forward(batch, pool)
-        self._fault(batch)
+        self._fault(batch, logits)
         return logits
 
 
 def test_a_batch_that_failed_is_counted_once(house: House) -> None:
-    def fault(batch: Batch) -> None:
+    def fault(batch: Batch, logits: torch.Tensor) -> None:
         if len(batch.segments) > 1:
             raise ValueError("together they fail")
 
@@ -190,8 +191,24 @@ def test_a_batch_that_failed_is_counted_once(house: House) -> None:
         house.assert_same(events[name][-1].embedding, embed(house.engine(), "mean"))
 
 
+def test_a_batch_that_fails_behind_the_network_is_counted_once(house: House) -> None:
+    """A scored neighbour without finite logits: all of the batch run again, each alone."""
+
+    def fault(batch: Batch, logits: torch.Tensor) -> None:
+        logits.fill_(torch.nan)
+
+    engine = Engine(
+        Faulty(house.model, fault), ByteTokenizer(), num_kv_tokens=1280, max_num_batched_tokens=48
+    )
+    engine.add("scored", PROMPT[:9], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    engine.add("e", PROMPT, params("mean"))
+    events = drain(engine)
+    assert isinstance(events["scored"][-1].error, GenerationFailed)
+    house.assert_same(events["e"][-1].embedding, embed(house.engine(), "mean"))
+
+
 def test_states_that_are_no_numbers_fail_their_own_sequence_only(house: House) -> None:
-    def fault(batch: Batch) -> None:
+    def fault(batch: Batch, logits: torch.Tensor) -> None:
         if batch.hidden is not None and batch.token_ids[batch.hidden_rows[0]] == 7:
             batch.hidden[0, 3] = torch.nan
 
