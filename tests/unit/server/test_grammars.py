@@ -1,0 +1,112 @@
+"""From a request's response_format to the engine's params: compiled once, before anything runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from chatserve.engine.grammar import Grammar, GrammarSpec
+from chatserve.errors import InvalidRequest, UnsupportedParameter
+from chatserve.server.generation import Generation
+from chatserve.server.model_slot import ModelSlot
+from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
+from tests.fakes import FakeEngine, FakeModel
+
+
+class FakeMatcher:
+    is_finished = False
+
+    def fill_mask(self, words: NDArray[np.uint32]) -> None: ...
+    def accept(self, token_id: int) -> None: ...
+
+
+class FakeGrammar:
+    def matcher(self) -> FakeMatcher:
+        return FakeMatcher()
+
+
+class FakeGrammars:
+    def __init__(self, error: InvalidRequest | None = None) -> None:
+        self.error = error
+        self.asked: list[tuple[str, str, bool]] = []
+        self.is_closed = False
+
+    async def compile(self, spec: GrammarSpec, *, after_space: bool = False) -> Grammar:
+        self.asked.append((spec.kind, spec.source, after_space))
+        if self.error is not None:
+            raise self.error
+        return FakeGrammar()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def chat(model: FakeModel, *roles: str, **fields: Any) -> Prepared:
+    messages = [{"role": role, "content": "x"} for role in roles or ("user",)]
+    body = {"model": "fake", "messages": messages, "guided_regex": "a", **fields}
+    return prepare_chat(json.dumps(body).encode(), model)
+
+
+def submit(engine: FakeEngine, prepared: Prepared) -> None:
+    async def run() -> None:
+        generation = await Generation.submit(engine, "id", prepared)
+        await generation.aclose()
+
+    asyncio.run(run())
+
+
+def test_all_answers_of_a_request_share_one_grammar() -> None:
+    grammars = FakeGrammars()
+    model, engine = FakeModel(grammars=grammars), FakeEngine()
+    body = {"model": "fake", "prompt": ["x", "y"], "n": 3, "guided_regex": "a"}
+    submit(engine, prepare_completion(json.dumps(body).encode(), model))
+    assert grammars.asked == [("regex", "a", False)]
+    (grammar,) = {each.params.grammar for each in engine.submitted}
+    assert isinstance(grammar, FakeGrammar) and len(engine.submitted) == 6
+
+
+def test_without_one_nothing_is_compiled() -> None:
+    grammars = FakeGrammars()
+    engine = FakeEngine()
+    prepared = chat(FakeModel(grammars=grammars), guided_regex=None)
+    submit(engine, prepared)
+    assert prepared.compile_grammar is None and not grammars.asked
+    assert engine.submitted[0].params.grammar is None
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_the_grammar_allows_for_the_space_that_is_taken_away(strips: bool) -> None:
+    grammars = FakeGrammars()
+    model, engine = FakeModel(grammars=grammars, strip_leading_space=strips), FakeEngine()
+    submit(engine, chat(model))
+    submit(engine, chat(model, "user", "assistant", continue_final_message=True))
+    assert [after_space for _, _, after_space in grammars.asked] == [strips, False]
+    assert [each.strip_leading_space for each in engine.submitted] == [strips, False]
+
+
+def test_a_grammar_that_cannot_be_compiled_runs_nothing() -> None:
+    engine = FakeEngine()
+    refused = FakeGrammars(InvalidRequest("guided_regex is bad", param="guided_regex"))
+    with pytest.raises(InvalidRequest, match="is bad"):
+        submit(engine, chat(FakeModel(grammars=refused)))
+    assert not engine.submitted
+
+
+def test_a_server_without_grammars_refuses_by_name() -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        chat(FakeModel(), guided_regex="a")
+    assert caught.value.param == "guided_regex"
+
+
+def test_what_the_grammars_have_started_ends_with_the_model() -> None:
+    grammars = FakeGrammars()
+    slot = ModelSlot(["fake"])
+    slot.close()  # nothing is loaded yet
+    slot.fill(FakeEngine(), FakeModel(grammars=grammars))
+    slot.close()
+    assert grammars.is_closed
