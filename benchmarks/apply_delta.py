@@ -2,8 +2,10 @@
 
     python -m benchmarks.apply_delta BASE DELTA [--scratch FOLDER] [--repeats 3]
     python -m benchmarks.apply_delta --make FOLDER [--shape tiny|7b|13b] [--version v0|v1.1]
+        [--layers N] [--fresh]
 
-The second form writes random `base` and `delta` folders of that shape, some rows at a time.
+The second form writes random `base` and `delta` folders of that shape, or with fewer layers, some
+rows at a time; with `--fresh` no row twice, so that nothing below can save itself any work.
 The first prints one JSON line; the sum is written to SCRATCH (default: beside BASE) and removed.
 Copies are synced like the sum is. `read_ratio`: against copying base and delta, as many bytes as
 apply-delta reads; `written_ratio`: against copying the delta alone, as many as it writes.
@@ -65,24 +67,27 @@ def infos(shape: Shape, vocab: int) -> list[TensorInfo]:
     return [TensorInfo(f"{name}.weight", size, "float16", 0) for name, size in sizes.items()]
 
 
-def make(folder: Path, shape: Shape, *, is_v0: bool) -> None:
-    """Random folders `base` and `delta`; the same rows again and again, which no step can tell."""
+def make(folder: Path, shape: Shape, *, is_v0: bool, is_fresh: bool = False) -> None:
+    """Random folders `base` and `delta`; the same rows again and again unless `is_fresh`."""
     for name, scale, vocab in (("base", 0.02, shape.vocab), ("delta", 0.001, shape.vocab + is_v0)):
         tensors = infos(shape, vocab)
         with FolderWriter(folder / name, tensors, metadata={"format": "pt"}) as writer:
             for info in tensors:
                 is_norm = name == "base" and "norm" in info.name
-                writer.write(info.name, random_rows(info, scale, float(is_norm)))
+                rows = random_rows(info, scale, float(is_norm), is_fresh=is_fresh)
+                writer.write(info.name, rows)
             writer.write_json("config.json", config(shape, vocab))
             writer.write_json("tokenizer.json", {})
             writer.finish()
 
 
-def random_rows(info: TensorInfo, scale: float, mean: float) -> Iterator[torch.Tensor]:
+def random_rows(
+    info: TensorInfo, scale: float, mean: float, *, is_fresh: bool
+) -> Iterator[torch.Tensor]:
     pattern: torch.Tensor | None = None
     for rows in parts(info):
         size = (len(rows), *info.shape[1:])
-        if pattern is None or pattern.shape != size:
+        if is_fresh or pattern is None or pattern.shape != size:
             pattern = (torch.randn(size) * scale + mean).half()
         yield pattern
 
@@ -135,7 +140,10 @@ def measure(base: Path, delta: Path, scratch: Path, repeats: int) -> dict[str, o
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     # the largest child: no other command was started
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    described = json.loads((base / "config.json").read_text())
     return {
+        "layers": described["num_hidden_layers"],
+        "hidden": described["hidden_size"],
         "seconds": {name: round(value, 2) for name, value in medians.items()},
         "read_ratio": round(medians["apply"] / medians["copy_both"], 2),
         "written_ratio": round(medians["apply"] / medians["copy_delta"], 2),
@@ -152,10 +160,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--make", type=Path, metavar="FOLDER")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--fresh", action="store_true", help="no row twice")
     parser.add_argument("--version", choices=["v0", "v1.1"], default="v0")
     options = parser.parse_args()
     if options.make is not None:
-        make(options.make, SHAPES[options.shape], is_v0=options.version == "v0")
+        shape = SHAPES[options.shape]
+        shape = shape._replace(layers=options.layers or shape.layers)
+        make(options.make, shape, is_v0=options.version == "v0", is_fresh=options.fresh)
         return
     if len(options.folders) != 2:
         parser.error("name BASE and DELTA, or --make FOLDER")

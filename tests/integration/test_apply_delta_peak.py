@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from benchmarks.apply_delta import SHAPES, Shape, infos, make
 from chatserve.models.manifest import MAX_PART_BYTES
+from chatserve.models.safetensors_file import SafetensorsFile
 from tests.processes import environment
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,16 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert line["delta_bytes"] > 2 * num_weights(SHAPES["tiny"], added_rows=1)
     assert line["peak_rss_bytes"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_no_row_comes_twice_where_that_is_wanted(tmp_path: Path) -> None:
+    make(tmp_path, Shape(1, 512, 64, 4, 3000), is_v0=False, is_fresh=True)
+    for name in ("base", "delta"):
+        (path,) = (tmp_path / name).glob("*.safetensors")
+        with closing(SafetensorsFile(path)) as weights:
+            rows = weights.read("model.embed_tokens.weight")
+        assert len(rows.unique(dim=0)) == len(rows)
+        assert rows.nbytes > 2 * MAX_PART_BYTES  # which are written one after the other
 
 
 def num_weights(shape: Shape, *, added_rows: int = 0) -> int:
