@@ -241,9 +241,9 @@ class FakePrompts:
         dropped = tuple(range(len(texts) - 1))
         return Rolled(self.completion(list(texts[-1])), dropped, num_bytes - len(texts[-1]))
 
-    def completion(self, prompt: str | Sequence[int]) -> list[int]:
+    def completion(self, prompt: str | Sequence[int], *, is_answered: bool = True) -> list[int]:
         ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
-        if len(ids) >= self._context_length:
+        if len(ids) + is_answered > self._context_length:
             raise ContextLengthExceeded(
                 f"prompt has {len(ids)} tokens, fake holds {self._context_length}; shorten it"
             )

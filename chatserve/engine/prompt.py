@@ -126,10 +126,11 @@ class PromptBuilder:
         ids = ids_of(num_kept)
         return Rolled(ids, order.dropped(num_kept), len(whole) - len(ids))
 
-    def completion(self, prompt: str | Sequence[int]) -> list[int]:
+    def completion(self, prompt: str | Sequence[int], *, is_answered: bool = True) -> list[int]:
         """Ids of a prompt to be continued: text, which is never read as special tokens, or ids.
 
-        Raises `InvalidRequest`, and `ContextLengthExceeded` when no room for an answer is left.
+        One that is not to be answered may fill the context. Raises `InvalidRequest`, and
+        `ContextLengthExceeded` when no room for an answer is left.
         """
         if isinstance(prompt, str):
             _check_unicode(prompt, "prompt")
@@ -139,7 +140,8 @@ class PromptBuilder:
         if not ids:
             raise InvalidRequest("the prompt is empty; send text or token ids", param="prompt")
         self._check_known(ids, "prompt")
-        self._check_length(len(ids), "prompt", "shorten it")
+        if is_answered or len(ids) > self.context_length:
+            self._check_length(len(ids), "prompt", "shorten it")
         return ids
 
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:

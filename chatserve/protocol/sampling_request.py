@@ -32,8 +32,9 @@ from chatserve.protocol.response_format import (
 MAX_CHOICES = 8
 # of one request: more could never be in the queue together
 MAX_SEQUENCES = 64
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 
@@ -43,6 +44,16 @@ STOPS_SCHEMA = {
     "anyOf": [
         _STOP_SCHEMA,
         {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
+STOP_TOKENS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "maxItems": MAX_STOP_TOKENS,
+        },
         {"type": "null"},
     ]
 }
@@ -75,6 +86,19 @@ def _stops(value: Any) -> tuple[str, ...]:
                 param="stop",
             )
     return tuple(stops)
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(id_) is int and id_ >= 0 for id_ in value):
+        raise InvalidRequest("stop_token_ids must be a list of token ids", param="stop_token_ids")
+    if len(value) > MAX_STOP_TOKENS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(value)} ids, the limit is {MAX_STOP_TOKENS}",
+            param="stop_token_ids",
+        )
+    return tuple(value)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -138,6 +162,9 @@ class SamplingRequest(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], BeforeValidator(_stop_token_ids), WithJsonSchema(STOP_TOKENS_SCHEMA)
+    ] = ()
     logit_bias: Annotated[
         dict[int, float], BeforeValidator(_logit_bias), WithJsonSchema(LOGIT_BIAS_SCHEMA)
     ] = Field(default_factory=dict)

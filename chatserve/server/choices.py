@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from chatserve.engine.sequence import TokenEvent, TokenLogprobs
+from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Tokenizer
 from chatserve.server.logprobs import chat_logprobs, completion_logprobs

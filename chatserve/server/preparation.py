@@ -157,7 +157,7 @@ def _completion_prompt(
     prompt: str | list[int], request: CompletionRequest, model: ServedModel
 ) -> Prompt:
     _check_prompt(prompt, model)
-    ids = model.prompts.completion(prompt)
+    ids = model.prompts.completion(prompt, is_answered=request.asked_tokens != 0)
     if not ids:
         raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
     max_tokens = model.prompts.max_tokens(len(ids), request.asked_tokens)
@@ -217,6 +217,12 @@ def _check_common(request: SamplingRequest, model: ServedModel) -> LoadedAdapter
                 f"logit_bias: there is no token {token_id}, the vocabulary has {model.vocab_size}",
                 param=f"logit_bias.{token_id}",
             )
+    highest = max(request.stop_token_ids, default=0)
+    if highest >= model.vocab_size:
+        raise InvalidRequest(
+            f"stop_token_ids: there is no token {highest}, the vocabulary has {model.vocab_size}",
+            param="stop_token_ids",
+        )
     return adapter
 
 
@@ -277,7 +283,10 @@ def _sampling_params(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop=stop,
-        stop_token_ids=() if request.ignore_eos else tuple(model.stop_token_ids),
+        stop_token_ids=(
+            *request.stop_token_ids,
+            *(() if request.ignore_eos else model.stop_token_ids),
+        ),
         ignore_eos=bool(request.ignore_eos),
         seed=request.seed,
         logprobs=logprobs,

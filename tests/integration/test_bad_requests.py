@@ -224,7 +224,7 @@ def lists(field: str, entry: Any, most: int) -> list[tuple[str, Any, bool]]:
         *lists("messages", USER, 1024),
         ("messages", [{"role": "user", "content": [{"type": "text", "text": ""}] * 1024}], True),
         ("messages", [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}], False),
-        ("stop", [], True), ("stop", ["x"] * 4, True), ("stop", ["x"] * 5, False),
+        ("stop", [], True), ("stop", ["x"] * 16, True), ("stop", ["x"] * 17, False),
         ("stop", "", False), ("stop", "x" * 256, True), ("stop", "x" * 257, False),
         ("stop", "é" * 128, True), ("stop", "é" * 129, False),
         ("logit_bias", {}, True), ("logit_bias", {"5": 100}, True),

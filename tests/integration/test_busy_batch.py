@@ -339,6 +339,31 @@ def test_nothing_ends_an_answer_before_its_least(client: openai.OpenAI) -> None:
     assert length(ignore_eos=True) == (9, "length")
 
 
+def test_a_token_may_end_it(house: House, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": "tiny", "prompt": TEXT, "max_tokens": 60, "seed": 2, "logprobs": 0,
+    }  # fmt: skip
+    free = client.completions.create(**fields, extra_body=ENDLESS).choices[0].logprobs
+    assert free is not None and free.tokens is not None and free.token_logprobs is not None
+    end = free.tokens[9]
+    where = free.tokens.index(end)
+    reply = client.completions.create(
+        **fields, extra_body={**ENDLESS, "stop_token_ids": [house.ids[end]]}
+    )
+    [choice] = reply.choices
+    assert choice.finish_reason == "stop" and choice.logprobs is not None
+    assert choice.logprobs.tokens == free.tokens[: where + 1]
+    assert reply.usage is not None and reply.usage.completion_tokens == where + 1
+
+
+def test_a_prompt_that_fills_the_context_is_scored(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="tiny", prompt=[65] * 512, echo=True, logprobs=0, max_tokens=0
+    )
+    assert reply.choices[0].logprobs is not None
+    assert len(reply.choices[0].logprobs.token_logprobs or []) == 512
+
+
 def test_the_first_of_several_stop_strings_ends_it(client: openai.OpenAI) -> None:
     free = client.completions.create(
         model="tiny", prompt=TEXT, max_tokens=60, seed=2, extra_body=ENDLESS

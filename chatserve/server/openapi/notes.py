@@ -42,6 +42,7 @@ NOTES: Mapping[str, str] = {
     "frequency_penalty": "the same, for each time",
     "seed": "the same seed gives the same text",
     "stop": "texts that end the answer and are not part of it, each of at most 256 bytes",
+    "stop_token_ids": "ids of tokens that end the answer and are not part of it",
     "logit_bias": "added to the logits of tokens, by id",
     "response_format": "what the answer must be: text, any JSON object, or JSON that matches a "
     "schema; `strict` or not, it is kept to the letter",

@@ -159,6 +159,16 @@ def test_chat_over_the_context_is_refused_not_cut(tokenizer: Tokenizer) -> None:
     assert caught.value.param == "messages"
 
 
+def test_a_prompt_that_is_not_answered_may_fill_the_context(tokenizer: Tokenizer) -> None:
+    prompts = builder(tokenizer, context_length=10)
+    ids = prompts.completion(list(range(10)), is_answered=False)
+    assert prompts.max_tokens(len(ids), 0) == 0
+    with pytest.raises(ContextLengthExceeded, match="leaves none for an answer"):
+        prompts.completion(list(range(10)))
+    with pytest.raises(ContextLengthExceeded, match="11 tokens, tiny holds 10"):
+        prompts.completion(list(range(11)), is_answered=False)
+
+
 def test_max_tokens(tokenizer: Tokenizer) -> None:
     prompts = builder(tokenizer, context_length=100)
     assert prompts.max_tokens(60, None) == 40

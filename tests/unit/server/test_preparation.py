@@ -71,6 +71,21 @@ def test_an_answer_that_has_begun_keeps_its_spaces() -> None:
     assert bytes(prepared.prompts[0].ids) == b"<user>hi..." and not prepared.strip_leading_space
 
 
+def test_stop_tokens_join_those_of_the_model() -> None:
+    assert chat(stop_token_ids=[5]).prompts[0].params.stop_token_ids == (5, 7)
+    assert chat(stop_token_ids=[255], ignore_eos=True).prompts[0].params.stop_token_ids == (255,)
+    with pytest.raises(InvalidRequest, match="there is no token 256") as caught:
+        chat(stop_token_ids=[0, 256])
+    assert caught.value.param == "stop_token_ids"
+
+
+def test_a_prompt_that_is_only_scored_may_fill_the_context() -> None:
+    model = FakeModel(context_length=4)
+    assert completion(model, prompt="full", max_tokens=0).prompts[0].params.max_tokens == 0
+    with pytest.raises(ContextLengthExceeded):
+        completion(model, prompt="full")
+
+
 def test_logprobs_of_a_chat() -> None:
     prepared = chat(logprobs=True, top_logprobs=3)
     assert prepared.shows_logprobs and prepared.prompts[0].params.logprobs == 3
