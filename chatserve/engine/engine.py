@@ -170,9 +170,8 @@ class Engine:
         if adapter is not None:
             salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
         # the mean needs all tokens' states; nor should documents drive chats from the cache
-        is_mean = params.pooling == "mean"
-        reads_cache = params.prompt_logprobs is None and not is_mean
-        table = BlockTable(salt, reads_cache=reads_cache, num_shared=0 if is_mean else None)
+        num_shared = 0 if params.pooling == "mean" else None
+        table = BlockTable(salt, reads_cache=params.prompt_logprobs is None, num_shared=num_shared)
         sequence = Sequence(
             seq_id, tuple(prompt_ids), params, seed, choice, group, table, adapter=adapter
         )
