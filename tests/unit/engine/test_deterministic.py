@@ -6,7 +6,7 @@ sequences run one by one and by blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.unit.engine.scripted import ByteTokenizer, drain
 BLOCK = 32
 PROMPT = [(7 * i) % 250 for i in range(100)]
 OTHERS = [[1, 2, 3], [9] * 64, [(5 * i) % 250 for i in range(77)], PROMPT, PROMPT[:96]]
-PARAMS = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
+PARAMS = SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
 
 Logits = dict[int, torch.Tensor]
 
@@ -90,6 +90,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small take longer by several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=FORMS)
 def house(request: pytest.FixtureRequest, folder: Path) -> House:
     policy = choose_policy("cpu", **FORMS[request.param])
@@ -112,7 +121,7 @@ def run(engine: Engine, prompt: Sequence[int] = PROMPT) -> Logits:
     return watched.logits
 
 
-def add_others(engine: Engine, max_tokens: int = 12) -> None:
+def add_others(engine: Engine, max_tokens: int = 8) -> None:
     params = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
     for index, prompt in enumerate(OTHERS):
         engine.add(str(index), prompt, params)
@@ -145,13 +154,12 @@ def test_while_others_decode(house: House, alone: Logits) -> None:
 
 
 def test_in_steps_of_other_sizes(house: House, alone: Logits) -> None:
-    for max_num_batched_tokens in (7, 50):
-        engine = house.build(max_num_batched_tokens=max_num_batched_tokens)
-        add_others(engine)
-        assert is_same(run(engine), alone)
+    engine = house.build(max_num_batched_tokens=7)
+    add_others(engine, 2)
+    assert is_same(run(engine), alone)
 
 
-@pytest.mark.parametrize("first", [PROMPT, PROMPT[:96], [*PROMPT, 5], PROMPT[:40]])
+@pytest.mark.parametrize("first", [PROMPT, PROMPT[:40]])
 def test_with_a_beginning_from_the_cache(house: House, alone: Logits, first: list[int]) -> None:
     engine = house.build()
     engine.add("first", first, PARAMS)
@@ -163,12 +171,12 @@ def test_with_a_beginning_from_the_cache(house: House, alone: Logits, first: lis
     assert is_same(run(engine), alone)
 
 
-@pytest.mark.parametrize("num_tokens", [32, 96, 97])
+@pytest.mark.parametrize("num_tokens", [32, 97])
 def test_prompts_that_end_with_a_block(house: House, num_tokens: int) -> None:
     prompt = PROMPT[:num_tokens]
     expected = run(house.build(), prompt)
     engine = house.build()
-    add_others(engine)
+    add_others(engine, 1)
     drain(engine)
     assert is_same(run(engine, prompt), expected)
 
@@ -196,7 +204,7 @@ def test_others_prompts_that_hold_its_answer(house: House) -> None:
     watched = engine.model
     assert isinstance(watched, Watched)
     engine.add("x", prompt, PARAMS)
-    for _ in range(8):
+    for _ in range(6):
         engine.step()
     scheduler = engine._scheduler
     scheduler._preempt(engine._live["x"].sequence)
@@ -205,7 +213,7 @@ def test_others_prompts_that_hold_its_answer(house: House) -> None:
     assert is_same(watched.logits, expected)
 
 
-@pytest.mark.parametrize("first_tokens", [1, 12])
+@pytest.mark.parametrize("first_tokens", [1, 8])
 def test_choices_of_one_request(house: House, first_tokens: int) -> None:
     """Each is what it is without those before it, however long they last."""
     engine = house.build()
