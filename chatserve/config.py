@@ -145,7 +145,18 @@ class ApiOptions:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(ModelOptions, EngineConfig, ApiOptions):
+class KeepingOptions:
+    """What is kept of requests by whoever clients talk to."""
+
+    store_responses: bool = setting(
+        True, "keep answers of /v1/responses, with what they answer to, for 30 days in a private "
+        "file of CHATSERVE_HOME, so that previous_response_id can go on from them",
+        group="api",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkerConfig(ModelOptions, EngineConfig, ApiOptions, KeepingOptions):
     """One worker process: one model, one engine."""
 
     weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
@@ -169,7 +180,7 @@ class WorkerConfig(ModelOptions, EngineConfig, ApiOptions):
 
 
 @dataclass(frozen=True)
-class ControllerConfig:
+class ControllerConfig(KeepingOptions):
     """The controller: registry, relay, public API."""
 
     host: str = setting("127.0.0.1", "address to listen on", group="network")

@@ -4,10 +4,12 @@
     ├─ InvalidRequest
     │  ├─ ContextLengthExceeded
     │  ├─ UnsupportedParameter
+    │  ├─ PreviousResponseNotFound
     │  └─ AdapterRefused
     │     └─ AdapterConflict
     ├─ InvalidAPIKey
     ├─ ModelNotFound
+    ├─ ResponseNotFound
     ├─ RouteNotFound
     ├─ MethodNotAllowed
     ├─ BodyTooLarge
@@ -16,6 +18,7 @@
     ├─ Overloaded
     ├─ OutOfMemory
     ├─ GenerationFailed
+    ├─ StorageFailed
     ├─ NoWorkerAvailable
     ├─ WorkerLost
     ├─ RegistrationRefused
@@ -72,6 +75,12 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class PreviousResponseNotFound(InvalidRequest):
+    """The response that a request goes on from is not kept, or belongs to another key."""
+
+    code = "previous_response_not_found"
+
+
 class AdapterRefused(InvalidRequest):
     """An adapter that cannot be loaded beside the base; whatever was there goes on serving."""
 
@@ -94,6 +103,12 @@ class ModelNotFound(ChatserveError):
     """No worker serves the model of this name."""
 
     code = "model_not_found"
+
+
+class ResponseNotFound(ChatserveError):
+    """No response of this id is kept for this key."""
+
+    code = "response_not_found"
 
 
 class RouteNotFound(ChatserveError):
@@ -146,6 +161,12 @@ class GenerationFailed(ChatserveError):
     """The engine failed while it was generating this sequence."""
 
     code = "generation_failed"
+
+
+class StorageFailed(ChatserveError):
+    """What is kept on disk for later requests cannot be read or written."""
+
+    code = "storage_failed"
 
 
 class NoWorkerAvailable(ChatserveError):

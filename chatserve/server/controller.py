@@ -19,8 +19,9 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from chatserve.errors import ModelNotFound, RegistrationRefused
+from chatserve.errors import InvalidRequest, ModelNotFound, RegistrationRefused
 from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
+from chatserve.protocol.anthropic import COUNT_TOKENS_PATH, MESSAGES_PATH
 from chatserve.protocol.control import (
     HEARTBEAT_PATH,
     LEAVE_PATH,
@@ -46,6 +47,8 @@ from chatserve.server.json_response import json_response
 from chatserve.server.openapi import document
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay, open_session
+from chatserve.server.response_door import ResponseDoor
+from chatserve.server.response_store import ResponseStore
 
 CALL_BACK_TIMEOUT_S = 3.0
 MAX_CALL_BACK_BYTES = 64 * 1024
@@ -59,14 +62,19 @@ def create_controller_app(
     control_token: str,
     policy: AccessPolicy | None = None,
     heartbeat_interval_s: float = 2.0,
+    response_store: ResponseStore | None = None,
 ) -> Edge:
-    """The ASGI app of a controller. Without a `policy` it is open to loopback names."""
+    """The ASGI app of a controller. Without a `policy` it is open to loopback names.
+
+    `response_store`: where responses are kept that others go on from; None keeps none.
+    """
     controller = ControllerRoutes(registry, control_token, heartbeat_interval_s)
     app = FastAPI(
         lifespan=controller.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
     controller.add_to(app)
+    ResponseDoor(response_store, controller).add_to(app)
     document.add_to(app)
     install_error_handlers(app)
     if policy is None:
@@ -103,6 +111,8 @@ class ControllerRoutes:
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
         app.add_api_route("/v1/completions", self.forward, methods=["POST"])
+        app.add_api_route(MESSAGES_PATH, self.forward, methods=["POST"])
+        app.add_api_route(COUNT_TOKENS_PATH, self.forward, methods=["POST"])
         app.add_api_route(EMBEDDINGS_PATH, self.forward, methods=["POST"])
         app.add_api_route(SCORE_PATH, self.forward, methods=["POST"])
         app.add_api_route(TOKENIZE_PATH, self.forward_tokens, methods=["POST"])
@@ -135,6 +145,16 @@ class ControllerRoutes:
             return await self._relay.forward(request, model, body)
         except ClientDisconnect:
             return nobody_listens(request)
+
+    async def respond(self, request: Request, body: bytes, model: object) -> Response:
+        """A response, in whose body an earlier one is expanded already."""
+        if not isinstance(model, str):
+            raise InvalidRequest("model is missing or not a text", param="model")
+        return await self._relay.forward(request, model, body)
+
+    async def cancel(self, request: Request, _response_id: str, stream: Response) -> Response:
+        """End a response that comes from a worker, there."""
+        return await self._relay.forward_again(request, stream, b"{}")
 
     async def models(self) -> Response:
         cards = [card.to_openai() for card in self._registry.cards()]

@@ -19,6 +19,7 @@ from chatserve.server.process import (
     run_process,
 )
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.response_store import ResponseStore
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ async def _serve(config: ControllerConfig) -> int:
         control_token=token,
         policy=policy,
         heartbeat_interval_s=config.heartbeat_interval_s,
+        response_store=ResponseStore.at_home() if config.store_responses else None,
     )
     sock = bind(config.host, config.port)
     listener = Listener(edge, sock)

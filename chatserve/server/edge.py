@@ -42,6 +42,7 @@ _KEYED = (
     " (a key of CHATSERVE_API_KEYS or --api-key-file, or CHATSERVE_CONTROL_TOKEN; a server without "
     "either loads no adapters)"
 )
+KEY_HEADER = b"x-api-key"
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 BODY_TIMEOUT_S = 30.0
@@ -134,8 +135,7 @@ def _check_host(headers: list[tuple[bytes, bytes]], allowed: frozenset[str]) -> 
 
 
 def _check_key(headers: list[tuple[bytes, bytes]], keys: tuple[bytes, ...], hint: str = "") -> None:
-    values = _values(headers, b"authorization")
-    scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    scheme, token = _credentials(headers)
     # latin-1 is how the header was read: these are the bytes the client sent
     given = hashlib.sha256(token.strip().encode("latin-1")).digest()
     # every key is compared, so that time tells nothing about which one was near
@@ -144,6 +144,16 @@ def _check_key(headers: list[tuple[bytes, bytes]], keys: tuple[bytes, ...], hint
         raise InvalidAPIKey(
             "the API key is missing or wrong; send `Authorization: Bearer KEY`" + hint
         )
+
+
+def _credentials(headers: list[tuple[bytes, bytes]]) -> tuple[str, str]:
+    """Scheme and key. Anthropic's `x-api-key` counts where there is no Authorization."""
+    values = _values(headers, b"authorization")
+    if len(values) == 1:
+        scheme, _, token = values[0].partition(" ")
+        return scheme, token
+    keys = [] if values else _values(headers, KEY_HEADER)
+    return ("bearer", keys[0]) if len(keys) == 1 else ("", "")
 
 
 class Edge:
@@ -193,7 +203,7 @@ class Edge:
         except ClientDisconnect:
             log_left(scope)
         except ChatserveError as error:
-            response = error_response(error)
+            response = error_response(error, scope["path"])
             if isinstance(error, (BodyTooSlow, ShuttingDown)):
                 # the rest of a body may never come: no other request could follow it
                 response.headers["Connection"] = "close"

@@ -1,4 +1,7 @@
-"""Exception -> (status, OpenAI error). The only table of statuses, for controller and worker."""
+"""Exception -> (status, error). The only table of statuses, for controller and worker.
+
+Errors have OpenAI's shape, but on the routes of other protocols: `error_dialects.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from chatserve import errors
 from chatserve.errors import ChatserveError
 from chatserve.protocol.fields import invalid_request
 from chatserve.protocol.replies import ErrorType
-from chatserve.protocol.sse import encode_event
+from chatserve.server.error_dialects import dialect_of
 from chatserve.server.json_response import JSON_TYPE
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,9 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.InvalidAPIKey: (401, "invalid_request_error"),
     errors.HostNotAllowed: (403, "invalid_request_error"),
     errors.RegistrationRefused: (403, "invalid_request_error"),
+    errors.PreviousResponseNotFound: (400, "invalid_request_error"),
     errors.ModelNotFound: (404, "invalid_request_error"),
+    errors.ResponseNotFound: (404, "invalid_request_error"),
     errors.RouteNotFound: (404, "invalid_request_error"),
     errors.MethodNotAllowed: (405, "invalid_request_error"),
     errors.BodyTooSlow: (408, "invalid_request_error"),
@@ -35,6 +40,7 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.UnsupportedMediaType: (415, "invalid_request_error"),
     errors.Overloaded: (429, "rate_limit_error"),
     errors.GenerationFailed: (500, "server_error"),
+    errors.StorageFailed: (500, "server_error"),
     errors.WorkerLost: (502, "server_error"),
     errors.BadStream: (502, "server_error"),
     errors.OutOfMemory: (503, "server_error"),
@@ -53,8 +59,8 @@ def status_of(error: ChatserveError) -> tuple[int, ErrorType]:
     return next(rows, INTERNAL)
 
 
-def error_body(error: Exception) -> bytes:
-    """`{"error": {...}}`; what is not a ChatserveError is a bug and stays in the log."""
+def error_fields(error: Exception) -> dict[str, str | None]:
+    """OpenAI's fields; what is not a ChatserveError is a bug and stays in the log."""
     if isinstance(error, ChatserveError):
         fields = {
             "message": error.message + _words_of(error),
@@ -70,48 +76,59 @@ def error_body(error: Exception) -> bytes:
             "code": ChatserveError.code,
         }
     # a message may quote a lone surrogate of a path or header, which UTF-8 cannot hold
-    fields["message"] = str(fields["message"]).encode("utf-8", "replace").decode()
-    return orjson.dumps({"error": fields})
+    return {**fields, "message": str(fields["message"]).encode("utf-8", "replace").decode()}
 
 
 def _words_of(error: ChatserveError) -> str:
     return TOO_LONG_WORDS if isinstance(error, errors.ContextLengthExceeded) else ""
 
 
-def error_event(error: Exception) -> bytes:
-    """The last event of a stream that fails after its first byte; no `[DONE]` follows it."""
-    return encode_event(error_body(error))
+def error_body(error: Exception, path: str = "") -> bytes:
+    """`{"error": {...}}`, or what stands for it on the routes of another protocol."""
+    status = status_of(error)[0] if isinstance(error, ChatserveError) else INTERNAL[0]
+    return orjson.dumps(dialect_of(path).body(error_fields(error), status))
 
 
-def error_response(error: ChatserveError) -> Response:
-    """The whole answer to a request that fails before its first byte."""
+def error_event(error: Exception, path: str = "", last: bytes = b"") -> bytes:
+    """The last event of a stream that fails after its first byte; no `[DONE]` follows it.
+
+    `last`: frames that it follows.
+    """
+    status = status_of(error)[0] if isinstance(error, ChatserveError) else INTERNAL[0]
+    return dialect_of(path).event(error_fields(error), status, last)
+
+
+def error_response(error: ChatserveError, path: str = "") -> Response:
+    """The whole answer to a request for `path` that fails before its first byte."""
     headers = {}
     if isinstance(error, (errors.Overloaded, errors.NoWorkerAvailable, errors.ShuttingDown)):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.InvalidAPIKey):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(error_body(error), status_of(error)[0], headers=headers, media_type=JSON_TYPE)
+    body = error_body(error, path)
+    return Response(body, status_of(error)[0], headers=headers, media_type=JSON_TYPE)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error of `app` the one shape: ours, the router's, FastAPI's 422, and bugs."""
 
-    async def on_chatserve_error(_request: Request, error: Exception) -> Response:
+    async def on_chatserve_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ChatserveError)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _router_error(request, error)
 
-    async def on_validation_error(_request: Request, error: Exception) -> Response:
+    async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         # where it was found (body, query …) is not part of the name
-        return error_response(invalid_request({**first, "loc": first["loc"][1:]}))
+        fault = invalid_request({**first, "loc": first["loc"][1:]})
+        return error_response(fault, request.url.path)
 
-    async def on_bug(_request: Request, error: Exception) -> Response:
-        return Response(error_body(error), INTERNAL[0], media_type=JSON_TYPE)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return Response(error_body(error, request.url.path), INTERNAL[0], media_type=JSON_TYPE)
 
     app.add_exception_handler(ChatserveError, on_chatserve_error)
     app.add_exception_handler(HTTPException, on_http_exception)
@@ -120,14 +137,16 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _router_error(request: Request, error: HTTPException) -> Response:
-    what = f"{request.method} {request.url.path}"[:200]
+    path = request.url.path
+    what = f"{request.method} {path}"[:200]
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         response = error_response(
-            errors.MethodNotAllowed(f"no {what} here; use {allowed or 'another method'}")
+            errors.MethodNotAllowed(f"no {what} here; use {allowed or 'another method'}"), path
         )
         response.headers["Allow"] = allowed
         return response
     if error.status_code == 404:
-        return error_response(errors.RouteNotFound(f"no route {what}; /openapi.json lists them"))
-    return error_response(errors.InvalidRequest(f"{what}: {error.detail}"))
+        unknown = errors.RouteNotFound(f"no route {what}; /openapi.json lists them")
+        return error_response(unknown, path)
+    return error_response(errors.InvalidRequest(f"{what}: {error.detail}"), path)

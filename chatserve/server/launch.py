@@ -29,6 +29,7 @@ from chatserve.server.process import (
     run_until,
 )
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.response_store import ResponseStore
 from chatserve.server.supervisor import RestartPolicy, Supervisor
 from chatserve.settings import flags_of
 
@@ -102,6 +103,7 @@ class _Server:
             control_token=self._token,
             policy=access_policy(config, self._token),
             heartbeat_interval_s=config.heartbeat_interval_s,
+            response_store=ResponseStore.at_home() if config.store_responses else None,
         )
         # before the workers: who finds the port taken should not load a model first
         public = bind(config.host, config.port)

@@ -25,7 +25,7 @@ from chatserve.protocol.sse import MAX_EVENT_BYTES
 from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
-from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.registry import Lease, Worker, WorkerRegistry
 from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,18 @@ class Relay:
             except BaseException:
                 lease.release()
                 raise
+
+    async def forward_again(self, request: Request, stream: Response, body: bytes) -> Response:
+        """Send `body` to the worker that `stream` comes from, and pass its answer on.
+
+        Raises `WorkerLost`.
+        """
+        assert isinstance(stream, RelayedStream)
+        with Lease(stream.worker) as lease:
+            try:
+                return await until_disconnect(request.receive, self._open(request, body, lease))
+            except NotSent as error:
+                raise self._lost(stream.worker.worker_id, error) from error
 
     async def _open(self, request: Request, body: bytes, lease: Lease) -> Response:
         worker = lease.worker
@@ -160,6 +172,11 @@ class RelayedStream(Response):
         self._on_loss = on_loss
         self._is_client_gone = False
 
+    @property
+    def worker(self) -> Worker:
+        """Where it comes from."""
+        return self._lease.worker
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(self._close_on_disconnect(receive))
         try:
@@ -170,7 +187,7 @@ class RelayedStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            await self._pass_on(lambda data: send(_body(data)))
+            await self._pass_on(lambda data: send(_body(data)), scope["path"])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
@@ -179,14 +196,16 @@ class RelayedStream(Response):
             self._lease.release()
             await self._frames.aclose()
 
-    async def _pass_on(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _pass_on(self, write: Callable[[bytes], Awaitable[None]], path: str) -> None:
+        frames = self._first
         try:
-            await write(self._first)
+            await write(frames)
             async for frames in self._frames:
                 await write(frames)
         except (aiohttp.ClientError, BadStream, OSError) as error:
             if not self._is_client_gone:
-                await write(error_event(self._on_loss(self._lease.worker.worker_id, error)))
+                loss = self._on_loss(self._lease.worker.worker_id, error)
+                await write(error_event(loss, path, frames))
 
     async def _close_on_disconnect(self, receive: Receive) -> None:
         await disconnected(receive)

@@ -6,17 +6,13 @@ A complete server by itself. Knows no other worker and no dispatch; the process 
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
-from sse_starlette.event import ServerSentEvent as OutgoingEvent
-from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from chatserve.errors import ModelNotFound
 from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
@@ -29,13 +25,18 @@ from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.embedding_routes import EmbeddingRoutes
 from chatserve.server.error_response import install_error_handlers
+from chatserve.server.event_stream import EventStream
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
 from chatserve.server.leniency import Lenient
+from chatserve.server.message_routes import MessageRoutes
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi import document
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
+from chatserve.server.response_door import ResponseDoor
+from chatserve.server.response_routes import ResponseRoutes
+from chatserve.server.response_store import ResponseStore
 from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
 from chatserve.server.token_routes import TokenRoutes
 from chatserve.server.truncation import dropped_headers
@@ -54,6 +55,7 @@ def create_worker_app(
     control_token: str | None = None,
     ping_interval_s: float = PING_INTERVAL_S,
     is_lenient: bool = False,
+    response_store: ResponseStore | None = None,
 ) -> Edge:
     """The ASGI app of a worker whose model is loaded and whose engine runs.
 
@@ -64,7 +66,7 @@ def create_worker_app(
     slot = ModelSlot.filled(engine, model)
     return create_slot_app(
         slot, policy=policy, control_token=control_token, ping_interval_s=ping_interval_s,
-        is_lenient=is_lenient,
+        is_lenient=is_lenient, response_store=response_store,
     )  # fmt: skip
 
 
@@ -76,10 +78,12 @@ def create_slot_app(
     ping_interval_s: float = PING_INTERVAL_S,
     is_lenient: bool = False,
     on_change: OnChange = nobody_to_tell,
+    response_store: ResponseStore | None = None,
 ) -> Edge:
     """The same for a slot that may still be empty: requests get 503 until it is filled.
 
-    `on_change` is awaited when there is another model name, or one less.
+    `on_change` is awaited when there is another model name, or one less. `response_store` is for a
+    worker that is alone: behind a controller responses are kept there.
     """
     pool = PreparationPool()
     app = FastAPI(
@@ -89,6 +93,12 @@ def create_slot_app(
     WorkerRoutes(slot, control_token, ping_interval_s, pool).add_to(app)
     TokenRoutes(slot, pool).add_to(app)
     EmbeddingRoutes(slot, pool, control_token).add_to(app)
+    MessageRoutes(slot, pool, control_token, ping_interval_s).add_to(app)
+    responses = ResponseRoutes(slot, pool, control_token, ping_interval_s)
+    if control_token is None:
+        ResponseDoor(response_store, responses).add_to(app)
+    else:
+        responses.add_to(app)
     adapters = AdapterRoutes(slot, on_change)
     adapters.add_to(app)
     if control_token is not None:
@@ -96,29 +106,6 @@ def create_slot_app(
     document.add_to(app)
     install_error_handlers(app)
     return Edge(Lenient(app) if is_lenient else app, policy or AccessPolicy())
-
-
-class EventStream(EventSourceResponse):
-    """A generation on its way out: pinged while it is silent, aborted when the client leaves."""
-
-    def __init__(
-        self, generation: Generation, frames: AsyncGenerator[bytes], ping_s: float
-    ) -> None:
-        super().__init__(
-            frames,
-            ping=ping_s,
-            ping_message_factory=lambda: OutgoingEvent(comment="ping", sep="\n"),
-        )
-        self._generation = generation
-        self._frames = frames
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._frames.aclose()
-            await self._generation.aclose()
-            self._generation.log_summary()
 
 
 class WorkerRoutes:

@@ -42,6 +42,7 @@ from chatserve.server.process import (
 )
 from chatserve.server.recording import RecordingEngine
 from chatserve.server.replay_log import ReplayLog, default_path
+from chatserve.server.response_store import ResponseStore
 from chatserve.server.worker import create_slot_app
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,9 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     edge = create_slot_app(
         slot, policy=policy, control_token=token, is_lenient=config.lenient,
         on_change=heartbeat.deliver if heartbeat is not None else nobody_to_tell,
+        response_store=(
+            ResponseStore.at_home() if token is None and config.store_responses else None
+        ),
     )  # fmt: skip
     listener = Listener(edge, sock)
     with stop.installed():

@@ -21,13 +21,15 @@ from chatserve.protocol.fields import MAX_BODY_BYTES, MAX_NESTING, label_schema,
 from chatserve.protocol.leniency import HEADER
 from chatserve.server.error_response import STATUSES
 from chatserve.server.json_response import JSON_TYPE
-from chatserve.server.openapi import completions, embeddings, models, tokens
+from chatserve.server.openapi import completions, embeddings, messages, models, responses, tokens
 from chatserve.server.openapi.notes import NO_OP, NOTES
 from chatserve.server.openapi.operation import Body, Operation
 
 PATH = "/openapi.json"
 OPERATIONS: tuple[Operation, ...] = (
     *completions.OPERATIONS,
+    *responses.OPERATIONS,
+    *messages.OPERATIONS,
     *embeddings.OPERATIONS,
     *tokens.OPERATIONS,
     *models.OPERATIONS,
@@ -159,6 +161,11 @@ def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
             }
             for name, about in operation.parameters.items()
         ]  # fmt: skip
+    if operation.query:
+        described.setdefault("parameters", []).extend(
+            {"name": name, "in": "query", "schema": schema}
+            for name, schema in operation.query.items()
+        )
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,

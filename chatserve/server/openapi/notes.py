@@ -69,6 +69,28 @@ NOTES: Mapping[str, str] = {
     "say, else the mean",
     "text_1": "a text, or as many as `text_2` has",
     "text_2": "a text, or several",
+    "input": "a text, or items: messages, calls of functions and what these gave",
+    "instructions": "the system message, of this response alone",
+    "previous_response_id": "go on from a response that is kept: its items come before `input`",
+    "max_output_tokens": "the longest answer, in tokens; default: what the context has room for",
+    "text": "`format`: what the answer must match",
+    "include": "`message.output_text.logprobs`: with each token, the logarithm of the probability "
+    "that it was drawn with",
+    "ResponsesRequest.top_logprobs": "with `include`: so many of the likeliest tokens, too",
+    "ResponsesRequest.truncation": "`auto`: where the context is too short, the oldest turns are "
+    "dropped, never the instructions or the last question, and `usage` says which; default: refuse "
+    "with the numbers",
+    "ResponsesRequest.store": "false: keep nothing of it; default true",
+    "ResponsesRequest.metadata": "up to 16 labels, which the response has, too",
+    "system": "a text, or text blocks; comes before the messages",
+    "CountTokensRequest.messages": "as in a message",
+    "MessagesRequest.messages": "the conversation so far; where the last one is the assistant's, it "
+    "is the beginning of the answer",
+    "MessagesRequest.max_tokens": "the longest answer, in tokens",
+    "MessagesRequest.metadata": "`user_id`: a label; changes nothing",
+    "stop_sequences": "texts that end the answer and are not part of it; `stop_sequence` says which "
+    "one did",
+    "output_config": "`format`: a JSON Schema that the answer must match",
     "user": "a label; changes nothing",
     "metadata": "labels; change nothing",
     "store": "accepted; nothing is stored",

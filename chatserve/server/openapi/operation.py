@@ -31,7 +31,8 @@ class Operation:
     """One method of one path. `name` is what generated clients call it.
 
     `reply` and `event` (of a stream) are types that pydantic can describe; `errors` the statuses in
-    the one error shape, or that of `error`; `also` are further replies, by status. `access`: `open`
+    the one error shape, or that of `error`; `also` are further replies, by status. `parameters`:
+    of the path, what each means; `query`: their schemas, with that in them. `access`: `open`
     to everyone, `keyed` to nobody without a key, else as the server is set up.
     """
 
@@ -48,4 +49,5 @@ class Operation:
     error: Any = ErrorReply
     also: Mapping[int, Any] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     access: Literal["usual", "open", "keyed"] = "usual"

@@ -70,7 +70,11 @@ def test_it_is_valid() -> None:
     validate(DOCUMENT)
 
 
-@pytest.mark.parametrize("build", [worker, controller])
+def lone_worker() -> Edge:
+    return create_worker_app(FakeEngine(), FakeModel())
+
+
+@pytest.mark.parametrize("build", [lone_worker, controller])
 def test_every_route_is_described(build: Any) -> None:
     app: Any = build().app
     routes = {
@@ -129,6 +133,8 @@ def test_examples_are_valid(operation: Any) -> None:
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "fake", "prompt": ["hi", "ho"]}
 USAGE = {"stream_options": {"include_usage": True}}
+ITEMS = {"model": "fake", "input": [{"role": "user", "content": "hi"}]}
+TURNS = CHAT | {"max_tokens": 100, "system": "be brief"}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,11 @@ USAGE = {"stream_options": {"include_usage": True}}
         ("/v1/chat/completions", CHAT),
         ("/v1/chat/completions", CHAT | {"n": 2, "max_tokens": 1}),
         ("/v1/completions", TEXT),
+        ("/v1/responses", ITEMS),
+        ("/v1/responses", ITEMS | {"max_output_tokens": 2, "truncation": "auto"}),
+        ("/v1/messages", TURNS),
+        ("/v1/messages", TURNS | {"max_tokens": 2}),
+        ("/v1/messages/count_tokens", CHAT),
     ],
 )
 def test_whole_answers_are_as_described(api: RunningApp, path: str, fields: Any) -> None:
@@ -159,6 +170,35 @@ def test_events_are_as_described(api: RunningApp, path: str, fields: Any, option
     checker = validator(reply["text/event-stream"]["schema"], is_closed=True)
     for event in events:
         checker.validate(json.loads(event.removeprefix("data: ")))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/responses", ITEMS),
+        ("/v1/responses", ITEMS | {"max_output_tokens": 2}),
+        ("/v1/messages", TURNS),
+    ],
+)
+def test_named_events_are_as_described(api: RunningApp, path: str, fields: Any) -> None:
+    reply = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]
+    answer = api.post(path, {**fields, "stream": True})
+    events = answer.body.decode().removesuffix("\n\n").split("\n\n")
+    assert len(events) > 6
+    checker = validator(reply["text/event-stream"]["schema"], is_closed=True)
+    for event in events:
+        name, data = event.split("\n")
+        said = json.loads(data.removeprefix("data: "))
+        assert said["type"] == name.removeprefix("event: ")
+        checker.validate(said)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/messages/no"])
+def test_errors_of_messages_have_their_own_shape(api: RunningApp, path: str) -> None:
+    schema = {"$ref": "#/components/schemas/MessageError"}
+    answer = api.post(path, {})
+    assert answer.status in (400, 404)
+    validator(schema, is_closed=True).validate(json.loads(answer.body))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""One answer as the events of an API that has its own: from the engine to frames, or folded.
+
+The APIs differ in their encoders; what they share is here. Knows no field of any event.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+
+from chatserve.engine.sequence import TokenEvent
+from chatserve.errors import ChatserveError
+from chatserve.server.cancellation import Cancellation
+from chatserve.server.choices import Choice, Piece, PlainChoice, choices_of
+from chatserve.server.contract import Tokenizer
+from chatserve.server.deltas import Delta, TextDelta
+from chatserve.server.generation import Generation
+
+logger = logging.getLogger(__name__)
+
+Event = Mapping[str, Any]
+"""What goes into one frame; its `type` is its name, too."""
+
+
+class Encoder(Protocol):
+    """Turns the pieces of an answer into events, and keeps what the whole answer is made of."""
+
+    def start(self) -> Iterable[Event]: ...
+
+    def feed(self, piece: Piece, event: TokenEvent) -> Iterable[Event]: ...
+
+    def finish(self) -> Iterable[Event]:
+        """After the last piece."""
+        ...
+
+    def cancel(self) -> Iterable[Event]:
+        """Somebody has asked for the end before the last piece."""
+        ...
+
+    def fail(self, error: Exception) -> Iterable[Event]: ...
+
+
+def deltas_of(piece: Piece) -> Sequence[Delta]:
+    return [TextDelta(piece.text)] if piece.text else []
+
+
+def choice_of(generation: Generation, tokenizer: Tokenizer) -> Choice:
+    """The only choice of a request."""
+    return next(iter(choices_of(generation.prepared, tokenizer)), PlainChoice())
+
+
+async def events_of(
+    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation
+) -> AsyncGenerator[Iterable[Event]]:
+    """What each step of the engine adds, and the end. Raises what ended the answer otherwise."""
+    async with aclosing(generation.events()) as events:
+        while (item := await cancellation.wait_for(events)) is not None:
+            yield encoder.feed(choice.feed(item[1]), item[1])
+    yield list(encoder.cancel() if cancellation.is_asked else encoder.finish())
+
+
+async def stream_answer(
+    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation
+) -> AsyncGenerator[bytes]:
+    """The answer as frames, one write for each step; an error is its last event."""
+    yield frames(encoder.start())
+    try:
+        async with aclosing(events_of(generation, choice, encoder, cancellation)) as steps:
+            async for step in steps:
+                if data := frames(step):
+                    yield data
+    except ChatserveError as error:
+        yield frames(encoder.fail(error))
+    except Exception as error:  # the status is out: the error can only be told inside the stream
+        logger.exception("%s failed", generation.request_id)
+        yield frames(encoder.fail(error))
+
+
+async def fold_answer(generation: Generation, choice: Choice, encoder: Encoder) -> None:
+    """The same without frames: what the answer has become is in `encoder`. Raises its error."""
+    async with aclosing(events_of(generation, choice, encoder, Cancellation())) as steps:
+        async for _ in steps:
+            pass
+
+
+def frames(events: Iterable[Event]) -> bytes:
+    return b"".join(
+        b"event: " + event["type"].encode() + b"\ndata: " + orjson.dumps(event) + b"\n\n"
+        for event in events
+    )

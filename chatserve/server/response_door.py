@@ -1,0 +1,330 @@
+"""/v1/responses where clients come in: the controller, or a worker that is alone.
+
+Keeps responses, expands `previous_response_id` before a request goes on, and serves what is kept.
+How a response is made it leaves to others. Knows no model, no torch, and of a stream only its first
+and its last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, TypeVarTuple
+
+import orjson
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from chatserve.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    PreviousResponseNotFound,
+    ResponseNotFound,
+    StorageFailed,
+    UnsupportedParameter,
+)
+from chatserve.protocol.fields import MAX_BODY_BYTES, read_object
+from chatserve.protocol.response_items import input_items
+from chatserve.protocol.responses import RESPONSES_PATH
+from chatserve.server.cache_salt import given_key
+from chatserve.server.disconnect import nobody_listens
+from chatserve.server.json_response import json_response
+from chatserve.server.response_store import KeptResponse, ResponseStore
+
+logger = logging.getLogger(__name__)
+
+# parsing a larger body takes longer than a stream should wait for its next token
+MAX_INLINE_BODY_BYTES = 64 * 1024
+MAX_PAGE = 100
+USUAL_PAGE = 20
+_FIRST = re.compile(rb"^event: response\.created\n", re.MULTILINE)
+_LAST = re.compile(rb"^event: response\.(?:completed|incomplete|failed)\n", re.MULTILINE)
+_OWNER = b"chatserve responses of "
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+
+class Backend(Protocol):
+    """Who makes responses."""
+
+    async def respond(self, request: Request, body: bytes, model: object) -> Response: ...
+
+    async def cancel(self, request: Request, response_id: str, stream: Response) -> Response:
+        """End `stream`, which `respond` has returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What of a request concerns whoever keeps responses."""
+
+    body: bytes
+    model: object
+    items: list[Any]
+    is_kept: bool
+
+
+class _Running:
+    """A stream on its way out: whose, what it was asked, and how it began."""
+
+    def __init__(self, owner: bytes, asked: _Asked, stream: Response) -> None:
+        self.owner = owner
+        self.asked = asked
+        self.stream = stream
+        self.response: dict[str, Any] = {}
+
+
+class ResponseDoor:
+    """`store` None: nothing is kept, and nothing can be gone on from."""
+
+    def __init__(self, store: ResponseStore | None, backend: Backend) -> None:
+        self._store = store
+        self._backend = backend
+        self._running: dict[str, _Running] = {}
+
+    def add_to(self, app: FastAPI) -> None:
+        one = RESPONSES_PATH + "/{response_id}"
+        app.add_api_route(RESPONSES_PATH, self.create, methods=["POST"])
+        app.add_api_route(one, self.get, methods=["GET"])
+        app.add_api_route(one, self.delete, methods=["DELETE"])
+        app.add_api_route(one + "/cancel", self.cancel, methods=["POST"])
+        app.add_api_route(one + "/input_items", self.list_items, methods=["GET"])
+
+    async def create(self, request: Request) -> Response:
+        owner = owner_of(request.headers)
+        try:
+            body = await request.body()
+            if len(body) <= MAX_INLINE_BODY_BYTES and b'"previous_response_id"' not in body:
+                asked = self._read(body, owner)
+            else:
+                asked = await asyncio.to_thread(self._read, body, owner)
+            answered = await self._backend.respond(request, asked.body, asked.model)
+        except ClientDisconnect:
+            return nobody_listens(request)
+        if answered.headers.get("content-type", "").startswith("text/event-stream"):
+            return _WatchedStream(self, _Running(owner, asked, answered))
+        if answered.status_code == 200:
+            await self._keep(owner, asked, bytes(answered.body))
+        return answered
+
+    async def get(self, request: Request, response_id: str) -> Response:
+        _check_query(request, {"include", "include[]", "include_obfuscation", "stream"})
+        if request.query_params.get("stream", "false") != "false":
+            raise UnsupportedParameter(
+                "stream is not supported for a response that is kept; leave it out", param="stream"
+            )
+        owner = owner_of(request.headers)
+        running = self._running.get(response_id)
+        if running is not None and running.owner == owner:
+            return json_response(running.response)
+        return json_response((await self._find(owner, response_id)).response)
+
+    async def delete(self, request: Request, response_id: str) -> Response:
+        owner = owner_of(request.headers)
+        if self._store is None or not await _in_thread(self._store.delete, owner, response_id):
+            raise _not_found(response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def cancel(self, request: Request, response_id: str) -> Response:
+        """End a response that is being streamed."""
+        owner = owner_of(request.headers)
+        running = self._running.get(response_id)
+        if running is None or running.owner != owner:
+            kept = await self._find(owner, response_id)
+            raise InvalidRequest(
+                f"response {response_id[:100]} has ended already, as "
+                f"{kept.response.get('status')}; only one that is being streamed can be cancelled",
+                param="response_id",
+            )
+        try:
+            cancelled = await self._backend.cancel(request, response_id, running.stream)
+        except ClientDisconnect:
+            return nobody_listens(request)
+        if cancelled.status_code == 200:
+            await self._keep(owner, running.asked, bytes(cancelled.body))
+        return cancelled
+
+    async def list_items(self, request: Request, response_id: str) -> Response:
+        _check_query(request, {"after", "limit", "order", "include", "include[]"})
+        kept = await self._find(owner_of(request.headers), response_id)
+        return json_response(_page(kept.items, request.query_params))
+
+    async def _find(self, owner: bytes, response_id: str) -> KeptResponse:
+        """Raises `ResponseNotFound`."""
+        store = self._store
+        kept = None if store is None else await _in_thread(store.find, owner, response_id)
+        if kept is None:
+            raise _not_found(response_id)
+        return kept
+
+    def _read(self, body: bytes, owner: bytes) -> _Asked:
+        """The request with what it goes on from in its input, less what a worker need not see.
+
+        What is wrong with it otherwise its maker will say.
+        """
+        payload = read_object(body)
+        is_kept = self._store is not None and payload.get("store") is not False
+        if payload.get("store") is True and self._store is None:
+            raise UnsupportedParameter(
+                "store: true is not supported, this server keeps no responses; leave it out",
+                param="store",
+            )
+        if self._store is None:
+            body = orjson.dumps({**payload, "store": False})
+        previous = payload.get("previous_response_id")
+        try:
+            items = input_items(payload.get("input"))
+        except InvalidRequest:
+            return _Asked(body, payload.get("model"), [], is_kept)
+        if isinstance(previous, str):
+            items = [*self._items_before(previous, owner), *items]
+            body = orjson.dumps({**payload, "input": items})
+            if len(body) > MAX_BODY_BYTES:
+                raise BodyTooLarge(
+                    f"with the conversation before it the request has {len(body):,} bytes, the "
+                    f"limit is {MAX_BODY_BYTES:,}; start a new one"
+                )
+        return _Asked(body, payload.get("model"), items, is_kept)
+
+    def _items_before(self, previous: str, owner: bytes) -> list[Any]:
+        kept = None if self._store is None else self._store.find(owner, previous)
+        if kept is None:
+            reason = "is not kept here" if self._store else "is not known: no responses are kept"
+            raise PreviousResponseNotFound(
+                f"previous_response_id {previous[:100]!r} {reason}; send its items as input",
+                param="previous_response_id",
+            )
+        return [*kept.items, *kept.response["output"]]
+
+    async def _keep(self, owner: bytes, asked: _Asked, body: bytes) -> None:
+        """A response that cannot be kept is answered all the same."""
+        if self._store is None or not asked.is_kept:
+            return
+        try:
+            await _in_thread(_add, self._store, owner, asked.items, body)
+        except StorageFailed as error:
+            logger.warning("a response is not kept: %s", error)
+
+    def begin(self, running: _Running, body: bytes) -> None:
+        running.response = orjson.loads(body)["response"]
+        self._running[running.response["id"]] = running
+
+    async def end(self, running: _Running, body: bytes) -> None:
+        response = await _in_thread(_response_in, body)
+        await self._keep(running.owner, running.asked, response)
+        self.forget(running)
+
+    def forget(self, running: _Running) -> None:
+        self._running.pop(running.response.get("id", ""), None)
+
+
+class _WatchedStream(Response):
+    """The same stream; the door sees its first and its last event before the client does."""
+
+    def __init__(self, door: ResponseDoor, running: _Running) -> None:
+        self.status_code = running.stream.status_code
+        self.background = None
+        self.raw_headers = running.stream.raw_headers
+        self._door = door
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            data = message.get("body")
+            if data:
+                if not self._running.response and (begin := _FIRST.search(data)):
+                    self._door.begin(self._running, _data_of(data, begin.end()))
+                if end := _LAST.search(data):
+                    await self._door.end(self._running, _data_of(data, end.end()))
+            await send(message)
+
+        try:
+            await self._running.stream(scope, receive, watched)
+        finally:
+            self._door.forget(self._running)
+
+
+def _data_of(frames: bytes, start: int) -> bytes:
+    """The data line behind the event line that ends at `start`."""
+    end = frames.index(b"\n", start)
+    return frames[start:end].removeprefix(b"data: ").rstrip(b"\r")
+
+
+def _response_in(event: bytes) -> bytes:
+    return orjson.dumps(orjson.loads(event)["response"])
+
+
+def _add(store: ResponseStore, owner: bytes, items: Iterable[Any], body: bytes) -> None:
+    store.add(owner, KeptResponse(orjson.loads(body), [_named(item) for item in items]))
+
+
+def _named(item: Any) -> Any:
+    """Each item has an id to be found by."""
+    kind = item.get("type") or "message"
+    prefix = {"message": "msg", "function_call": "fc"}.get(kind, "fco")
+    return {
+        **item,
+        "type": kind,
+        "id": item.get("id") or f"{prefix}_{uuid.uuid4().hex}",
+        "status": item.get("status") or "completed",
+    }
+
+
+def owner_of(headers: Mapping[str, str]) -> bytes:
+    """Whose responses these are: those of the same API key, or of all who have none."""
+    key = given_key(headers)
+    return b"" if key is None else hashlib.sha256(_OWNER + key).digest()
+
+
+async def _in_thread(work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+    return await asyncio.to_thread(work, *arguments)
+
+
+def _not_found(response_id: str) -> ResponseNotFound:
+    return ResponseNotFound(
+        f"response {response_id[:100]!r} is not kept here; it may be too old, or another key's",
+        param="response_id",
+    )
+
+
+def _check_query(request: Request, known: set[str]) -> None:
+    for name in request.query_params:
+        if name not in known:
+            raise UnsupportedParameter(
+                f"{name[:64]!r} is not a known parameter; leave it out", param=name[:64]
+            )
+
+
+def _page(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
+    """A piece of a list, newest item first unless the query says otherwise."""
+    order, after = query.get("order", "desc"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order must be asc or desc, not {order[:20]!r}", param="order")
+    asked = query.get("limit", str(USUAL_PAGE))
+    limit = int(asked) if re.fullmatch("[0-9]{1,3}", asked, re.ASCII) else 0
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(
+            f"limit must be a number from 1 to {MAX_PAGE}, not {asked[:20]!r}", param="limit"
+        )
+    rest = items if order == "asc" else items[::-1]
+    if after is not None:
+        places = [place for place, item in enumerate(rest) if item["id"] == after]
+        if not places:
+            raise InvalidRequest(f"after: there is no item {after[:100]!r}", param="after")
+        rest = rest[places[0] + 1 :]
+    page = rest[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(rest) > limit,
+    }

@@ -1,0 +1,158 @@
+"""A worker's side of /v1/responses: makes responses and cancels them, keeps none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from chatserve.errors import ResponseNotFound
+from chatserve.protocol.responses import RESPONSES_PATH, AskedResponse, parse_response
+from chatserve.server.adapted import fingerprint_of
+from chatserve.server.answer_events import choice_of, fold_answer, stream_answer
+from chatserve.server.cache_salt import salt_of
+from chatserve.server.cancellation import Cancellation
+from chatserve.server.contract import ServedModel
+from chatserve.server.disconnect import nobody_listens, until_disconnect
+from chatserve.server.event_stream import EventStream
+from chatserve.server.generation import Generation
+from chatserve.server.json_response import json_response
+from chatserve.server.model_slot import ModelSlot
+from chatserve.server.preparation import Prepared, prepare_chat_request
+from chatserve.server.preparation_pool import PreparationPool
+from chatserve.server.response_events import ResponseEncoder
+from chatserve.server.response_object import head_of, items_of, usage_of
+from chatserve.server.truncation import dropped_headers
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A response on its way out, and whose it is."""
+
+    salt: bytes
+    encoder: ResponseEncoder
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def told(self, frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        """The same, while `ended` is set before the last frame goes out."""
+        async with aclosing(frames):
+            async for data in frames:
+                if self.encoder.has_ended:
+                    self.ended.set()
+                yield data
+
+
+class ResponseRoutes:
+    def __init__(
+        self,
+        slot: ModelSlot,
+        pool: PreparationPool,
+        control_token: str | None,
+        ping_interval_s: float,
+    ) -> None:
+        self._slot = slot
+        self._pool = pool
+        self._control_token = control_token
+        self._ping_interval_s = ping_interval_s
+        self._running: dict[str, _Running] = {}
+
+    def add_to(self, app: FastAPI) -> None:
+        """For a worker behind a controller, where the door is."""
+        app.add_api_route(RESPONSES_PATH, self.create, methods=["POST"])
+        app.add_api_route(
+            RESPONSES_PATH + "/{response_id}/cancel", self.cancel_here, methods=["POST"]
+        )
+
+    async def create(self, request: Request) -> Response:
+        return await self.respond(request, await request.body(), None)
+
+    async def cancel_here(self, request: Request, response_id: str) -> Response:
+        return await self.cancel(request, response_id, None)
+
+    async def respond(self, request: Request, body: bytes, _model: object) -> Response:
+        """Answer `body`, in which an earlier response is expanded already."""
+        engine, model = self._slot.served()
+        asked, prepared = await self._pool.run(_prepare, body, model)
+        response_id = f"resp_{uuid.uuid4().hex}"
+        salt = salt_of(request.headers, self._control_token)
+        with asked.names.in_errors():
+            generation = await Generation.submit(engine, response_id, prepared, salt)
+        fingerprint = fingerprint_of(model, prepared.adapter)
+        encoder = ResponseEncoder(
+            head_of(asked, prepared, response_id, int(time.time()), fingerprint),
+            partial(usage_of, generation, asked.places),
+            shows_logprobs=prepared.shows_logprobs,
+        )
+        headers = _dropped(asked, prepared)
+        choice = choice_of(generation, model.tokenizer)
+        if prepared.is_stream:
+            running = self._running[response_id] = _Running(salt, encoder)
+            frames = stream_answer(generation, choice, encoder, running.cancellation)
+            stream = _Stream(generation, running.told(frames), self._ping_interval_s)
+            stream.headers.update(headers)
+            stream.on_end = partial(self._forget, response_id)
+            return stream
+        try:
+            await until_disconnect(request.receive, fold_answer(generation, choice, encoder))
+            response = json_response(encoder.response)
+            response.headers.update(headers)
+            return response
+        except ClientDisconnect:
+            return nobody_listens(request)
+        finally:
+            await generation.aclose()
+            generation.log_summary()
+
+    async def cancel(
+        self, request: Request, response_id: str, _stream: Response | None
+    ) -> Response:
+        """End a stream of the same key; what it has become. Raises `ResponseNotFound`."""
+        running = self._running.get(response_id)
+        if running is None or running.salt != salt_of(request.headers, self._control_token):
+            raise ResponseNotFound(
+                f"response {response_id[:100]!r} is not being streamed here", param="response_id"
+            )
+        running.cancellation.ask()
+        await running.ended.wait()
+        return json_response(running.encoder.response)
+
+    def _forget(self, response_id: str) -> None:
+        self._running.pop(response_id).ended.set()
+
+
+class _Stream(EventStream):
+    """`on_end` is called when nothing more will be sent."""
+
+    on_end: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.on_end()
+
+
+def _prepare(body: bytes, model: ServedModel) -> tuple[AskedResponse, Prepared]:
+    """Raises `InvalidRequest` and its children, `ModelNotFound`."""
+    asked = parse_response(body)
+    with asked.names.in_errors():
+        return asked, prepare_chat_request(asked.chat, model)
+
+
+def _dropped(asked: AskedResponse, prepared: Prepared) -> Mapping[str, str]:
+    """In headers, items are counted as they came."""
+    rolled = prepared.rolled
+    if rolled is None:
+        return {}
+    items = tuple(items_of(rolled.messages_dropped, asked.places))
+    return dropped_headers(replace(rolled, messages_dropped=items))
