@@ -408,10 +408,10 @@ class SlowPrompts(FakePrompts):
     entered = threading.Event()
     release = threading.Event()
 
-    def chat(self, messages: Sequence[Any]) -> list[int]:
+    def chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
         self.entered.set()
         assert self.release.wait(20)
-        return super().chat(messages)
+        return super().chat(messages, **options)
 
 
 class SlowModel(FakeModel):
