@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from chatserve.engine.rolling import Rolled
 from chatserve.engine.grammar import Grammars
+from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
 from chatserve.errors import (
     ChatserveError,
@@ -19,6 +19,8 @@ from chatserve.errors import (
     GenerationFailed,
     ModelNotFound,
 )
+from chatserve.models.tool_format import TAGS
+from chatserve.server.contract import ToolDefinitions
 
 WAIT_S = 20.0
 ANSWER = ("Hello", ", ", "wörld", " 🙂", "!")
@@ -225,12 +227,23 @@ class FakePrompts:
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
 
-    def chat(self, messages: Sequence[Any], *, is_open: bool = False) -> list[int]:
+    tool_format = TAGS
+    tool_control_id = None
+
+    def chat(
+        self, messages: Sequence[Any], *, is_open: bool = False, tools: ToolDefinitions = ()
+    ) -> list[int]:
         text = "".join(f"<{m.role}>{m.content}" for m in messages)
-        return self.completion(text + "..." * is_open)
+        names = "".join(f"<{tool['function']['name']}>" for tool in tools)
+        return self.completion(names + text + "..." * is_open)
 
     def rolling_chat(
-        self, messages: Sequence[Any], asked: int | None, *, is_open: bool = False
+        self,
+        messages: Sequence[Any],
+        asked: int | None,
+        *,
+        is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> Rolled:
         """Where not all fit, the last message alone stays."""
         texts = [f"<{m.role}>{m.content}".encode() for m in messages]

@@ -14,6 +14,13 @@ from chatserve.engine.continuation import render_open
 from chatserve.engine.rolling import Rolled, Turns, most_that_fit
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.models.templates import ChatTemplate
+from chatserve.models.templates.tools import (
+    ToolCall,
+    ToolDefinitions,
+    has_tools,
+    tool_format_of,
+    with_tools,
+)
 from chatserve.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -21,23 +28,34 @@ logger = logging.getLogger(__name__)
 _MAX_RESERVE = 1024
 
 # "developer" is OpenAI's newer name for "system".
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+    "tool": "tool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat, its content as plain text."""
+    """One message of a chat, its content as plain text.
+
+    tool_calls: what the assistant has asked for. tool_call_id and name: the call whose result a
+    message of the role `tool` is, and its tool.
+    """
 
     role: str
     content: str
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class PromptBuilder:
     """Builds the prompts of one model.
 
     system_message: put in front of chats that bring no system message of their own. stop and
-    stop_token_ids: what ends an answer beside the tokenizer's own end ids. vocab_size: rows of the
-    model's embedding, where they are known; a tokenizer may have more tokens.
+    stop_token_ids: what ends an answer beside the tokenizer's own end ids. tool_format: how answers
+    call tools; tool_control_id: the special token that may come before, if any. vocab_size: rows of
+    the model's embedding, where they are known; a tokenizer may have more tokens.
     """
 
     def __init__(
@@ -57,6 +75,9 @@ class PromptBuilder:
             for text in template.stop_tokens
             if text in tokenizer.special_ids
         )
+        self.tool_format = tool_format_of(template)
+        control = self.tool_format.control
+        self.tool_control_id = tokenizer.special_ids.get(control) if control else None
         self._tokenizer = tokenizer
         self._template = template
         self._system_message = system_message
@@ -70,14 +91,21 @@ class PromptBuilder:
                     template.name, str(text), model_name,
                 )  # fmt: skip
 
-    def chat(self, messages: Sequence[Message], *, is_open: bool = False) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        is_open: bool = False,
+        tools: ToolDefinitions = (),
+    ) -> list[int]:
         """Ids of a chat that an answer of the assistant continues.
 
-        `is_open`: the last message is the beginning of that answer. Raises `InvalidRequest`, and
+        `is_open`: the last message is the beginning of that answer. `tools`: OpenAI's definitions
+        of what that answer may call. Raises `InvalidRequest`, and
         `ContextLengthExceeded` when no room for an answer is left.
         """
         turns = self._checked_chat(messages, is_open=is_open)
-        ids = self._chat_ids(turns, is_open=is_open)
+        ids = self._chat_ids(turns, is_open=is_open, tools=tools)
         self._check_length(len(ids), "messages", "shorten the messages")
         return ids
 
@@ -87,15 +115,22 @@ class PromptBuilder:
         *,
         add_generation_prompt: bool = True,
         is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> list[int]:
         """Ids of a chat of any length; without `add_generation_prompt` of what has been said."""
         if is_open:
-            return self._chat_ids(self._checked_chat(messages, is_open=True), is_open=True)
+            turns = self._checked_chat(messages, is_open=True)
+            return self._chat_ids(turns, is_open=True, tools=tools)
         turns = self._checked(messages, may_end_with_answer=not add_generation_prompt)
-        return self._chat_ids(turns, add_generation_prompt=add_generation_prompt)
+        return self._chat_ids(turns, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def rolling_chat(
-        self, messages: Sequence[Message], asked: int | None, *, is_open: bool = False
+        self,
+        messages: Sequence[Message],
+        asked: int | None,
+        *,
+        is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> Rolled:
         """The same, but the oldest turns give way until `asked` tokens of an answer have room.
 
@@ -103,7 +138,7 @@ class PromptBuilder:
         last turn alone leaves less. Raises as `chat` does where even that does not fit.
         """
         turns = self._checked_chat(messages, is_open=is_open)
-        whole = self._chat_ids(turns, is_open=is_open)
+        whole = self._chat_ids(turns, is_open=is_open, tools=tools)
         reserve = min(self.context_length // 4, _MAX_RESERVE) if asked is None else asked
         room = self.context_length - max(1, reserve)
         if len(whole) <= room:
@@ -114,7 +149,7 @@ class PromptBuilder:
         def ids_of(num_kept: int) -> list[int]:
             if num_kept not in built:
                 kept = [turns[i] for i in order.places(num_kept)]
-                built[num_kept] = self._chat_ids(kept, is_open=is_open)
+                built[num_kept] = self._chat_ids(kept, is_open=is_open, tools=tools)
             return built[num_kept]
 
         last = ids_of(1)
@@ -173,14 +208,22 @@ class PromptBuilder:
         return turns
 
     def _chat_ids(
-        self, turns: Sequence[Message], *, add_generation_prompt: bool = True, is_open: bool = False
+        self,
+        turns: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> list[int]:
+        template = self._template
+        if tools or has_tools(turns):
+            template = with_tools(template, tools)
         if self._system_message is not None and turns[0].role != "system":
             turns = [Message("system", self._system_message), *turns]
         if is_open:
-            rendered = render_open(self._template, turns)
+            rendered = render_open(template, turns)
         else:
-            rendered = self._template.render(turns, add_generation_prompt=add_generation_prompt)
+            rendered = template.render(turns, add_generation_prompt=add_generation_prompt)
         ids = self._tokenizer.encode(
             rendered, add_bos=self._template.adds_bos and self._tokenizer.adds_bos
         )
@@ -207,7 +250,11 @@ class PromptBuilder:
                     param=f"messages[{index}].role",
                 )
             _check_unicode(message.content, f"messages[{index}].content")
-            turns.append(Message(role, message.content))
+            turns.append(
+                Message(
+                    role, message.content, message.tool_calls, message.tool_call_id, message.name
+                )
+            )
         if turns[-1].role == "assistant" and not may_end_with_answer:
             raise InvalidRequest(
                 "the last message is the assistant's; end the chat with a user message, or ask for "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -19,6 +19,19 @@ from chatserve.protocol.fields import (
     without_no_ops,
 )
 from chatserve.protocol.sampling_request import MAX_TOP_LOGPROBS, SamplingRequest
+from chatserve.protocol.tools import (
+    CALL_ID_SCHEMA,
+    NAME_SCHEMA,
+    TOOL_CALLS_SCHEMA,
+    Choice,
+    ToolCall,
+    ToolChoice,
+    Tools,
+    check_choice,
+    read_call_id,
+    read_tool_calls,
+    read_tool_name,
+)
 
 MAX_MESSAGES = 1024
 MAX_CONTENT_PARTS = 1024
@@ -41,6 +54,9 @@ MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "annotations": NOTHING,
     "function_call": NOTHING,
 }
+_RESULT_NO_OPS = {name: values for name, values in MESSAGE_NO_OPS.items() if name != "name"}
+_FIELDS = frozenset({"role", "content"})
+_RESULT_FIELDS = _FIELDS | {"tool_call_id", "name"}
 # developer is what OpenAI now calls the system role
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -51,7 +67,7 @@ _TEXT_PART_SCHEMA = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-_CONTENT_SCHEMA = {
+_CONTENT_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
         {
@@ -62,17 +78,47 @@ _CONTENT_SCHEMA = {
         },
     ]
 }
+_NULL = {"type": "null"}
 MESSAGES_SCHEMA = {
     "type": "array",
     "items": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": list(ROLES)},
-            "content": _CONTENT_SCHEMA,
-            **no_op_schemas(MESSAGE_NO_OPS),
-        },
-        "required": ["role", "content"],
-        "additionalProperties": False,
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"enum": list(ROLES)},
+                    "content": _CONTENT_SCHEMA,
+                    "tool_calls": {"enum": list(NOTHING)},
+                    **no_op_schemas(MESSAGE_NO_OPS),
+                },
+                "required": ["role", "content"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "content": {"anyOf": [*_CONTENT_SCHEMA["anyOf"], _NULL]},
+                    "tool_calls": TOOL_CALLS_SCHEMA,
+                    **no_op_schemas(MESSAGE_NO_OPS),
+                },
+                "required": ["role", "tool_calls"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"const": "tool"},
+                    "content": _CONTENT_SCHEMA,
+                    "tool_call_id": CALL_ID_SCHEMA,
+                    "name": {"anyOf": [NAME_SCHEMA, _NULL]},
+                    "tool_calls": {"enum": list(NOTHING)},
+                    **no_op_schemas(_RESULT_NO_OPS),
+                },
+                "required": ["role", "content", "tool_call_id"],
+                "additionalProperties": False,
+            },
+        ]
     },
     "minItems": 1,
     "maxItems": MAX_MESSAGES,
@@ -81,8 +127,14 @@ MESSAGES_SCHEMA = {
 
 @dataclass(frozen=True)
 class ChatMessage:
+    """tool_calls: what the assistant has asked for. tool_call_id: the call that a message of the
+    role `tool` answers; name: of the tool that was called."""
+
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 def read_messages(value: Any) -> list[ChatMessage]:
@@ -93,23 +145,66 @@ def read_messages(value: Any) -> list[ChatMessage]:
         raise InvalidRequest(
             f"messages must have 1 to {MAX_MESSAGES} entries, it has {len(value)}", param="messages"
         )
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+    messages: list[ChatMessage] = []
+    names: dict[str, str] = {}
+    for index, each in enumerate(value):
+        message = _message(each, f"messages[{index}]")
+        call_id = message.tool_call_id
+        if call_id is None:
+            # only the calls right before them have results
+            names = {call.call_id: call.name for call in message.tool_calls}
+        elif call_id in names:
+            if message.name not in (None, names[call_id]):
+                raise InvalidRequest(
+                    f"messages[{index}].name is {message.name!r}, but the call is of "
+                    f"{names[call_id]}; leave it out",
+                    param=f"messages[{index}].name",
+                )
+            message = replace(message, name=names[call_id])
+        else:
+            raise InvalidRequest(
+                f"messages[{index}].tool_call_id {call_id[:40]!r} is no call of the "
+                "assistant's message before it; send that message with its tool_calls, too",
+                param=f"messages[{index}].tool_call_id",
+            )
+        messages.append(message)
+    return messages
 
 
 def _message(value: Any, param: str) -> ChatMessage:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{param} must be an object with role and content", param=param)
-    fields = without_no_ops(value, MESSAGE_NO_OPS, prefix=f"{param}.")
-    refuse_unknown(fields, frozenset({"role", "content"}), prefix=f"{param}.")
-    role = fields.get("role")
+    role = value.get("role")
+    # the result of a call may say again whose it is
+    no_ops = _RESULT_NO_OPS if role == "tool" else MESSAGE_NO_OPS
+    fields = without_no_ops(value, no_ops, prefix=f"{param}.")
     if not isinstance(role, str):
         raise InvalidRequest(f"{param}.role must be a text", param=f"{param}.role")
-    if role not in ROLES:
+    if role not in (*ROLES, "tool"):
         raise UnsupportedParameter(
-            f"{param}.role {role[:20]!r} is not supported; use one of {', '.join(ROLES)}",
+            f"{param}.role {role[:20]!r} is not supported; use one of {', '.join(ROLES)}, tool",
             param=f"{param}.role",
         )
-    return ChatMessage(ROLES[role], _content(fields.get("content"), f"{param}.content"))
+    calls = fields.pop("tool_calls", None)
+    refuse_unknown(fields, _RESULT_FIELDS if role == "tool" else _FIELDS, prefix=f"{param}.")
+    has_calls = calls not in NOTHING
+    if has_calls and role != "assistant":
+        raise InvalidRequest(
+            f"{param}.tool_calls is for messages of the assistant", param=f"{param}.tool_calls"
+        )
+    if has_calls:
+        tool_calls = read_tool_calls(calls, f"{param}.tool_calls")
+        content = fields.get("content")
+        text = "" if content is None else _content(content, f"{param}.content")
+        return ChatMessage(role, text, tool_calls)
+    text = _content(fields.get("content"), f"{param}.content")
+    if role == "tool":
+        call_id = read_call_id(fields.get("tool_call_id"), f"{param}.tool_call_id")
+        name = fields.get("name")
+        if name is not None:
+            name = read_tool_name(name, f"{param}.name")
+        return ChatMessage(role, text, tool_call_id=call_id, name=name)
+    return ChatMessage(ROLES[role], text)
 
 
 def _content(value: Any, param: str) -> str:
@@ -150,11 +245,19 @@ class ChatRequest(SamplingRequest):
     truncation: Literal["disabled", "rolling"] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: Tools = ()
+    tool_choice: Choice = Field(default_factory=ToolChoice)
+    parallel_tool_calls: bool | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether the last message is the beginning of the answer."""
         return bool(self.continue_final_message)
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model gets to know of tools at all."""
+        return bool(self.tools) and self.tool_choice.mode != "none"
 
     @property
     def num_top(self) -> int | None:
@@ -184,6 +287,12 @@ def read_chat(payload: dict[str, Any]) -> ChatRequest:
         )
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    check_choice(request.tool_choice, request.tools)
+    if request.is_open and request.messages[-1].tool_calls:
+        raise InvalidRequest(
+            "continue_final_message needs a last message without tool_calls; leave it out",
+            param="continue_final_message",
+        )
     if request.add_generation_prompt is request.is_open:
         raise InvalidRequest(
             "add_generation_prompt must be the contrary of continue_final_message; leave it out",

@@ -45,7 +45,8 @@ class Encoder(Protocol):
 
 
 def deltas_of(piece: Piece) -> Sequence[Delta]:
-    return [TextDelta(piece.text)] if piece.text else []
+    text = [TextDelta(piece.text)] if piece.text else []
+    return [*text, *piece.tool_calls]
 
 
 def choice_of(generation: Generation, tokenizer: Tokenizer) -> Choice:

@@ -12,19 +12,22 @@ from typing import Any, Protocol
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Tokenizer
+from chatserve.server.deltas import ReplyParser, TextDelta, ToolCallDelta
 from chatserve.server.logprobs import chat_logprobs, completion_logprobs
 from chatserve.server.preparation import Prepared, Prompt
 from chatserve.server.shown_tokens import Shown, ShownPrompt, ShownTokens
+from chatserve.server.tool_calls import ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new in an answer: text, and the logprobs of the tokens that are shown by now."""
+    """What is new in an answer: text, calls, and the logprobs of the tokens shown by now."""
 
     text: str
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     token_ids: Sequence[int] | None = None
+    tool_calls: Sequence[ToolCallDelta] = ()
 
 
 def finish_reason_of(event: TokenEvent) -> str | None:
@@ -45,6 +48,9 @@ class Choice(Protocol):
 def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
     """One for each choice of a request; none at all where it wants nothing but text."""
     choices = _choices_of(prepared, tokenizer)
+    if prepared.tool_format is not None:
+        plain = choices or [PlainChoice()] * prepared.num_choices
+        choices = [CallingChoice(each, ToolCallParser(prepared.tool_format)) for each in plain]
     return [TokenIdsChoice(each) for each in choices] if prepared.returns_token_ids else choices
 
 
@@ -109,3 +115,36 @@ class DetailedChoice:
         if event.token_ids and self._is_scored and not self._shown_prompt.is_complete:
             raise GenerationFailed("the engine answered before it had scored the prompt")
         return shown + self._shown_tokens.feed(event)
+
+
+class CallingChoice:
+    """The pieces of `choice`, with calls where its text had them."""
+
+    def __init__(self, choice: Choice, parser: ReplyParser) -> None:
+        self._choice = choice
+        self._parser = parser
+
+    def feed(self, event: TokenEvent) -> Piece:
+        piece = self._choice.feed(event)
+        deltas = [*self._parser.feed(piece.text)]
+        reason = piece.finish_reason
+        if reason is not None:
+            deltas += self._parser.finish(is_cut=reason == "length")
+            if reason == "stop" and self._parser.has_tool_calls:
+                reason = "tool_calls"
+        return replace(
+            piece,
+            text="".join(each.text for each in deltas if isinstance(each, TextDelta)),
+            finish_reason=reason,
+            tool_calls=_merged([each for each in deltas if isinstance(each, ToolCallDelta)]),
+        )
+
+
+def _merged(deltas: Sequence[ToolCallDelta]) -> list[ToolCallDelta]:
+    """One delta for each call: clients keep the last of two in a chunk."""
+    merged: dict[int, ToolCallDelta] = {}
+    for delta in deltas:
+        if (first := merged.get(delta.index)) is not None:
+            delta = replace(first, arguments=first.arguments + delta.arguments)
+        merged[delta.index] = delta
+    return list(merged.values())

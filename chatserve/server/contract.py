@@ -15,6 +15,10 @@ from chatserve.engine.grammar import Grammars
 from chatserve.engine.output import TokenBytes
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.models.tool_format import ToolFormat
+
+ToolDefinitions = Sequence[Mapping[str, Any]]
+"""Tools as OpenAI's requests write them."""
 
 
 class TokenStream(Protocol):
@@ -65,12 +69,24 @@ class Engine(Protocol):
 class Prompts(Protocol):
     """`chatserve.engine.prompt.PromptBuilder`, as the server uses it.
 
-    Messages are whatever has `role` and `content`.
+    Messages are whatever has `role` and `content`, and perhaps `tool_calls`, `tool_call_id` and
+    `name`. `tool_format`: how answers call tools; `tool_control_id`: a special token before that.
     """
 
-    def chat(self, messages: Sequence[Any], *, is_open: bool = False) -> list[int]: ...
+    @property
+    def tool_format(self) -> ToolFormat: ...
+    @property
+    def tool_control_id(self) -> int | None: ...
+    def chat(
+        self, messages: Sequence[Any], *, is_open: bool = False, tools: ToolDefinitions = ()
+    ) -> list[int]: ...
     def rolling_chat(
-        self, messages: Sequence[Any], asked: int | None, *, is_open: bool = False
+        self,
+        messages: Sequence[Any],
+        asked: int | None,
+        *,
+        is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> Rolled: ...
     def completion(self, prompt: str | Sequence[int], *, is_answered: bool = True) -> list[int]: ...
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int: ...

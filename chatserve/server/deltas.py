@@ -36,11 +36,12 @@ class ReplyParser(Protocol):
 
     def feed(self, text: str) -> Sequence[Delta]: ...
 
-    def finish(self) -> Sequence[Delta]:
-        """What was withheld, when the text has ended."""
+    def finish(self, *, is_cut: bool) -> Sequence[Delta]:
+        """What was withheld, when the text has ended; `is_cut`: for want of room."""
         ...
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether a call was begun: the finish reason is `tool_calls` then, where it was `stop`."""
+        """Whether there were calls and all are complete: the finish reason is `tool_calls` then,
+        where it was `stop`."""
         ...

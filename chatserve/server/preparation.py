@@ -6,19 +6,23 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import orjson
 
 from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
-from chatserve.protocol.chat import ChatRequest, parse_chat
+from chatserve.models.tool_format import ToolFormat
+from chatserve.protocol.chat import ChatMessage, ChatRequest, parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
+from chatserve.server.tool_grammar import tool_grammar
 
 MAX_BYTES_PER_TOKEN = 16
 COMPLETION_MAX_TOKENS = 16
@@ -44,7 +48,7 @@ class Prepared:
 
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
     `rolled` says what gave way to the prompt, where that was asked for.
-    `compile_grammar` gives what its answers must match.
+    `compile_grammar` gives what its answers must match, `tool_format` says how they call tools.
     """
 
     model: str
@@ -62,6 +66,7 @@ class Prepared:
     rolled: Rolled | None = None
     returns_token_ids: bool = False
     compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
+    tool_format: ToolFormat | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -93,20 +98,40 @@ def prepare_chat_request(request: ChatRequest, model: ServedModel) -> Prepared:
         is_chat=True,
         strip_leading_space=model.strip_leading_space and not request.is_open,
         shows_logprobs=request.num_top is not None,
-        compile_grammar=_compiling(
-            request.grammar, model, after_space=model.strip_leading_space and not request.is_open
-        ),
+        **_answer_form(request, model),
     )
+
+
+def _answer_form(request: ChatRequest, model: ServedModel) -> dict[str, Any]:
+    """What the answer must match, and how it calls tools where there are any."""
+    after_space = model.strip_leading_space and not request.is_open
+    if not request.offers_tools:
+        grammar = _compiling(request.grammar, model, after_space=after_space)
+        return {"compile_grammar": grammar}
+    tool_format = model.prompts.tool_format
+    spec = tool_grammar(
+        request, tool_format, control_id=model.prompts.tool_control_id, after_space=after_space
+    )
+    if request.grammar is not None:
+        # JSON may have any text in it, that of calls, too
+        tool_format = replace(tool_format, follows_text=False)
+    return {"compile_grammar": _compiling(spec, model), "tool_format": tool_format}
 
 
 def chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:
     """The prompt of a chat. Raises `ContextLengthExceeded`."""
+    tools = [tool.definition for tool in request.tools] if request.offers_tools else []
     if request.truncation == "rolling":
         return model.prompts.rolling_chat(
-            request.messages, request.asked_tokens, is_open=request.is_open
+            request.messages, request.asked_tokens, is_open=request.is_open, tools=tools
         )
-    _check_num_bytes(sum(len(m.content.encode()) for m in request.messages), model, "messages")
-    return Rolled(model.prompts.chat(request.messages, is_open=request.is_open))
+    _check_num_bytes(sum(map(_num_bytes, request.messages)), model, "messages")
+    return Rolled(model.prompts.chat(request.messages, is_open=request.is_open, tools=tools))
+
+
+def _num_bytes(message: ChatMessage) -> int:
+    calls = [call.arguments for call in message.tool_calls]
+    return len(message.content.encode()) + (len(orjson.dumps(calls)) if calls else 0)
 
 
 def _room(request: ChatRequest, model: ServedModel, num_prompt_tokens: int) -> int:

@@ -19,6 +19,7 @@ from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import ChatserveError
 from chatserve.protocol.sse import DONE_FRAME
 from chatserve.server.choices import Choice, Piece, PlainChoice, finish_reason_of
+from chatserve.server.deltas import ToolCallDelta
 from chatserve.server.error_response import error_event
 from chatserve.server.generation import Generation
 from chatserve.server.truncation import dropped_usage
@@ -96,8 +97,13 @@ class ChunkEncoder:
     def detailed(self, index: int, piece: Piece) -> bytes:
         """A chunk with all that `piece` has, and one more where it is the last."""
         frame = b""
-        if piece.text or piece.logprobs or piece.token_ids:
+        if piece.text or piece.logprobs or piece.token_ids or piece.tool_calls:
             content = self._content(piece.text)
+            if piece.tool_calls:
+                content = {
+                    **content,
+                    "tool_calls": [_call_delta(each) for each in piece.tool_calls],
+                }
             choice = self._choice(index, content, None, piece.logprobs)
             frame = self._frame(choice | _token_ids(piece.token_ids))
         return frame + self.finish(index, piece.finish_reason) if piece.finish_reason else frame
@@ -133,6 +139,14 @@ class ChunkEncoder:
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head.to_dict(is_chunk=True), "choices": choices}
         return {**chunk, "usage": usage} if self._includes_usage else chunk
+
+
+def _call_delta(delta: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": delta.arguments}
+    if delta.call_id is None:
+        return {"index": delta.index, "function": function}
+    function = {"name": delta.name, **function}
+    return {"index": delta.index, "id": delta.call_id, "type": "function", "function": function}
 
 
 def _token_ids(ids: Sequence[int] | None) -> dict[str, Any]:
@@ -209,6 +223,7 @@ class _Answer:
     """What one sequence has said so far."""
 
     texts: list[str] = field(default_factory=list)
+    calls: list[list[ToolCallDelta]] = field(default_factory=list)
     logprobs: dict[str, Any] | None = None
     reason: str | None = None
     token_ids: list[int] | None = None
@@ -218,6 +233,10 @@ class _Answer:
     def add(self, piece: Piece, event: TokenEvent) -> None:
         self.texts.append(piece.text)
         self.reason = piece.finish_reason
+        for delta in piece.tool_calls:
+            if delta.call_id is not None:
+                self.calls.append([])
+            self.calls[delta.index].append(delta)
         if piece.token_ids is not None:
             self.token_ids = [*(self.token_ids or ()), *piece.token_ids]
         self.sum_logprobs += sum(each.logprob for each in event.logprobs)
@@ -237,13 +256,28 @@ class _Answer:
 
     def to_choice(self, head: ReplyHead, index: int) -> dict[str, Any]:
         text = "".join(self.texts)
-        content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text}} if head.is_chat else {"text": text}
-        )
+        content: dict[str, Any] = {"text": text}
+        if head.is_chat:
+            content = {"message": {"role": "assistant", "content": text}}
+        if self.calls:
+            content["message"] |= {"content": text or None, "tool_calls": self._whole_calls()}
         return {
             "index": index, **content, "logprobs": self.logprobs, "finish_reason": self.reason,
             **_token_ids(self.token_ids),
         }  # fmt: skip
+
+    def _whole_calls(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": first.call_id,
+                "type": "function",
+                "function": {
+                    "name": first.name,
+                    "arguments": "".join(each.arguments for each in (first, *rest)),
+                },
+            }
+            for first, *rest in self.calls
+        ]
 
 
 def _best(answers: Sequence[_Answer], count: int) -> Sequence[_Answer]:

@@ -8,18 +8,32 @@ cut at the special tokens that the template itself wrote.
 
 from __future__ import annotations
 
+import copy
 import datetime
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
 from chatserve.models.templates import ChatMessage, jinja_bounds
+from chatserve.models.tool_format import recognise
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_SCAFFOLD_CHARS = 1 << 20
 MAX_RENDER_S = 1.0
+_ESCAPED_SENTINEL = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fd[de][0-9a-f])")
+# what a template that indents its tools may add to them
+_INDENTS = 8
+_SHORT_ID_CHARS = 9
+# names and values that templates look for; they are no part of any special token
+_FORM = frozenset({
+    "arguments", "array", "boolean", "description", "enum", "function", "id", "integer", "items",
+    "name", "number", "object", "parameters", "properties", "required", "role", "string",
+    "tool_call_id", "tool_calls", "type",
+})  # fmt: skip
 # Noncharacters: valid in a Python string, never part of real text.
 _SENTINELS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -43,25 +57,26 @@ class JinjaTemplate:
         self._names = dict(names)
         self._template = _compile(name, source)
         self._sentinels = [mark for mark in _SENTINELS if mark not in source]
+        self.tool_format = recognise(source)
+        self._tools: Sequence[Mapping[str, Any]] = ()
+
+    def offering(self, tools: Sequence[Mapping[str, Any]]) -> JinjaTemplate:
+        """The same template, with tools in the form that it knows."""
+        template = copy.copy(self)
+        template._tools = tools
+        return template
 
     def render(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> Rendered:
-        sentinel = self._absent_character(messages)
-        chat = [
-            {
-                "role": message.role,
-                # An assistant's own <think> and the like are part of its turn's form.
-                "content": self._markers.shield(
-                    message.content, sentinel, control_only=message.role == "assistant"
-                ),
-            }
-            for message in messages
-        ]
+        turns = [self._turn(message) for message in messages]
+        # all texts, those of tools and calls without escapes that could hide a character
+        written = json.dumps([turns, self._tools], ensure_ascii=False)
+        sentinel = self._absent_character(written)
         text = self._run(
-            MAX_SCAFFOLD_CHARS + 2 * sum(len(message["content"]) for message in chat),
-            messages=chat,
-            tools=None,
+            MAX_SCAFFOLD_CHARS + 4 * len(written) + _INDENTS * len(json.dumps(self._tools)),
+            messages=[self._shielded_turn(turn, sentinel) for turn in turns],
+            tools=[self._shielded(tool, sentinel) for tool in self._tools] or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._names,
@@ -72,9 +87,56 @@ class JinjaTemplate:
             if (clean := part.replace(sentinel, ""))
         ]
 
-    def _absent_character(self, messages: Sequence[ChatMessage]) -> str:
+    def _turn(self, message: ChatMessage) -> dict[str, Any]:
+        """A message as templates know it; fields of tools only where there are any."""
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if calls := getattr(message, "tool_calls", ()):
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": self._call_id(call.call_id),
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in calls
+            ]
+        if message.role == "tool":
+            turn["tool_call_id"] = self._call_id(getattr(message, "tool_call_id", None) or "")
+            turn["name"] = getattr(message, "name", None) or ""
+        return turn
+
+    def _call_id(self, call_id: str) -> str:
+        if self.tool_format is None or not self.tool_format.short_ids:
+            return call_id
+        if len(call_id) == _SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum():
+            return call_id
+        return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID_CHARS]
+
+    def _shielded_turn(self, turn: dict[str, Any], sentinel: str) -> dict[str, Any]:
+        rest = {name: value for name, value in turn.items() if name != "content"}
+        # An assistant's own <think> and the like are part of its turn's form.
+        content = self._markers.shield(
+            turn["content"], sentinel, control_only=turn["role"] == "assistant"
+        )
+        return {"role": turn["role"], "content": content, **self._shielded(rest, sentinel)}
+
+    def _shielded(self, value: Any, sentinel: str) -> Any:
+        """`value` with all its texts shielded, names of fields, too."""
+        if isinstance(value, str):
+            if value in _FORM:
+                return value
+            return self._markers.shield(value, sentinel, control_only=False)
+        if isinstance(value, Mapping):
+            return {
+                self._shielded(name, sentinel): self._shielded(each, sentinel)
+                for name, each in value.items()
+            }
+        if isinstance(value, list):
+            return [self._shielded(each, sentinel) for each in value]
+        return value
+
+    def _absent_character(self, written: str) -> str:
         for sentinel in self._sentinels:
-            if not any(sentinel in message.content for message in messages):
+            if sentinel not in written:
                 return sentinel
         raise InvalidRequest(
             "the messages hold every Unicode noncharacter from U+FDD0 to U+FDEF; remove them",
@@ -244,9 +306,13 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which models have not been trained on.
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if not ensure_ascii:
+        return text
+    # what breaks special tokens is taken out again as a character, not as its escape
+    return _ESCAPED_SENTINEL.sub(lambda match: match[1] + chr(int(match[2], 16)), text)
 
 
 def _raise_exception(message: str) -> NoReturn:

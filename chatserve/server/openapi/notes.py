@@ -51,6 +51,11 @@ NOTES: Mapping[str, str] = {
     "guided_regex": "a regular expression that the whole answer must match",
     "guided_choice": "the texts of which the answer must be one",
     "guided_grammar": "a grammar, Lark or GBNF, that the answer must match",
+    "tools": "functions that the model may ask for, each with the JSON Schema of its arguments, "
+    "which are held to it",
+    "tool_choice": "`none` hides the tools, `auto` lets the model choose, `required` makes it call "
+    "one or more; an object names the one to call, or those that may be called",
+    "parallel_tool_calls": "false: at most one call in an answer; default true",
     "continue_final_message": "the last message, the assistant's, is the beginning of the answer; "
     "the reply has only what follows",
     "ChatRequest.add_generation_prompt": "the contrary of `continue_final_message`",

@@ -90,7 +90,7 @@ def test_stops_of_the_template(tokenizer: Tokenizer) -> None:
     ("messages", "param", "reason"),
     [
         ([], "messages", "messages is empty"),
-        ([("tool", "x")], "messages[0].role", "'tool'; supported: system, developer, user"),
+        ([("robot", "x")], "messages[0].role", "'robot'; supported: system, developer, user"),
         ([("user", "x"), ("User", "x")], "messages[1].role", "'User'"),
         ([("user", "x"), ("assistant", "y")], "messages[1].role", "continue_final_message"),
         ([("user", "a\udc00b")], "messages[0].content", "surrogate pair at character 1"),

@@ -120,7 +120,7 @@ def test_unknown_fields_cost_one_error() -> None:
     ("field", "value"),
     [
         ("tools", []),
-        ("tool_choice", "auto"), ("tool_choice", "none"), ("parallel_tool_calls", True),
+        ("tools", None), ("tool_choice", "auto"), ("tool_choice", None), ("parallel_tool_calls", None),
         ("functions", None), ("function_call", "none"), ("response_format", {"type": "text"}),
         ("modalities", ["text"]), ("service_tier", "auto"), ("store", False), ("store", True),
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "x"),
@@ -134,8 +134,7 @@ def test_value_that_changes_nothing_is_accepted(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{}]),
-        ("tool_choice", "required"), ("functions", [{}]),
+        ("functions", [{}]), ("function_call", {"name": "f"}),
         ("modalities", ["text", "audio"]), ("audio", {"voice": "a"}),
         ("service_tier", "flex"), ("reasoning_effort", "low"), ("web_search_options", {}),
         ("prediction", {"type": "content"}), ("verbosity", "low"), ("echo", True), ("best_of", 2),
@@ -229,7 +228,7 @@ def test_content_that_is_not_text(content: Any, param: str, word: str) -> None:
     assert error.param == param and word in error.message
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "robot", ""])
+@pytest.mark.parametrize("role", ["function", "robot", ""])
 def test_unknown_role(role: str) -> None:
     error = refusal(messages=[USER, {"role": role, "content": "x"}])
     assert error.param == "messages[1].role"
@@ -245,8 +244,8 @@ def test_an_answer_of_ours_can_be_sent_back() -> None:
         "function_call": None, "tool_calls": None,
     }  # fmt: skip
     assert chat(messages=[USER, answer, USER]).messages[1] == ChatMessage("assistant", "x")
-    error = refusal(messages=[{**answer, "tool_calls": [{"id": 1}]}])
-    assert error.param == "messages[0].tool_calls"
+    error = refusal(messages=[{**answer, "function_call": {"name": "f"}}])
+    assert error.param == "messages[0].function_call"
 
 
 @pytest.mark.parametrize("field", ["role", "content"])
