@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import chatserve
 from chatserve.config import WorkerConfig
-from chatserve.engine import serving
+from chatserve.engine import determinism, serving
 from chatserve.engine.fingerprint import fingerprint
 from chatserve.models.chat_template import (
     WeightsFacts,
@@ -25,6 +26,7 @@ from chatserve.models.chat_template import (
 )
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
+from chatserve.models.loader import load_model
 from chatserve.models.packing import FINE, FOUR_BITS
 from chatserve.models.tokenizer import load_tokenizer
 from tests import tiny
@@ -168,6 +170,27 @@ def test_deterministic_says_its_price_and_is_another_order_of_work(
     # memory for whole blocks, no less than asked for
     assert engine.stats().free_kv_tokens % 64 == 0
     assert engine.stats().free_kv_tokens >= plain.description["kv_tokens"]
+
+
+def test_a_slow_network_is_not_timed_for_long(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of each kind says enough."""
+    checkpoint = open_checkpoint(source)
+    with closing(checkpoint.weights):
+        model = load_model(checkpoint, POLICY)
+    rows: list[int] = []
+    forward = model.forward
+
+    def counted(batch: Any, pool: Any) -> torch.Tensor:
+        rows.append(len(batch.output_rows))
+        return forward(batch, pool)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(determinism, "_MAX_S", 0.0)
+    text = determinism.price(model, load_tokenizer(source))
+    assert rows == [4, 1, 1, 1, 1]
+    assert re.search(r"it costs a factor of [\d.e+-]+$", text)
 
 
 def test_deterministic_is_free_on_the_kernels(
