@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ import torch
 from chatserve.config import MAX_ADAPTERS, MAX_CARDS
 from chatserve.engine import adapters as module
 from chatserve.engine.adapters import AdapterPlace, Adapters
-from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError
+from chatserve.errors import (
+    AdapterConflict,
+    AdapterRefused,
+    DoesNotFit,
+    ModelLoadError,
+    ModelNotFound,
+)
 from chatserve.models.checkpoint import Checkpoint, open_checkpoint
 from chatserve.models.device import choose_policy
 from chatserve.models.llama import Llama
@@ -256,3 +263,56 @@ def test_many_model_names_leave_place_for_fewer_adapters(
         table.settle("sql", is_wanted=True)
     table.load("law", root / "sql", replace=True)
     assert list(table.loaded()) == ["law"]
+
+
+# ---- one change at a time ----
+
+
+def during_the_first(
+    table: Adapters, change: Callable[[], object], other: Callable[[], object], patch: Any
+) -> BaseException | None:
+    """`other` begins in a second thread while `change` reads; what it raises."""
+    real, threads, went_on = module.load_adapter, list[threading.Thread](), threading.Event()
+    raised = list[BaseException]()
+
+    def second() -> None:
+        try:
+            other()
+        except AdapterRefused as error:
+            raised.append(error)
+        went_on.set()
+
+    def read(*args: Any, **options: Any) -> Any:
+        if threads:
+            went_on.set()
+        else:
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            went_on.wait(0.2)  # in vain: it waits for us
+        return real(*args, **options)
+
+    patch.setattr(module, "load_adapter", read)
+    change()
+    threads[0].join(20)
+    return raised[0] if raised else None
+
+
+def test_changes_wait_for_one_another(
+    table: Adapters, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sql, law = root / "sql", root / "law"
+    both = [lambda: table.load("a", sql), lambda: table.load("a", law)]
+    assert isinstance(during_the_first(table, *both, monkeypatch), AdapterConflict)
+    again = [lambda: table.load("a", law, replace=True), lambda: table.unload("a")]
+    assert during_the_first(table, *again, monkeypatch) is None and not table.loaded()
+    staged = [
+        lambda: table.stage_below("a", "sql"),
+        lambda: table.settle("a", is_wanted=True),
+    ]
+    assert during_the_first(table, *staged, monkeypatch) is None and list(table.loaded()) == ["a"]
+
+
+def test_an_adapter_that_nobody_has_cannot_be_unloaded(table: Adapters, root: Path) -> None:
+    table.load("sql", root / "sql")
+    with pytest.raises(ModelNotFound, match="there is no adapter 'law'; loaded are: sql"):
+        table.unload("law")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,7 @@ from chatserve.models.weights import DirectSource, TensorInfo
 from tests import tiny
 
 WEIGHTS = {"a": torch.randn(50, 8).half(), "b": torch.randn(30, 8), "c": torch.randn(6)}
+HALF = torch.zeros(50, 16, dtype=torch.float16)
 
 
 class Place:
@@ -112,6 +114,47 @@ def test_a_place_of_another_dtype_converts(source: DirectSource) -> None:
     with closing(source):
         move(source, {"a": Destination(place, 0, (50, 8))})
     assert place.values.equal(WEIGHTS["a"].float())
+
+
+@pytest.mark.parametrize("memory", [HALF[:, :8], HALF[:, 8:].to("meta")])
+def test_rows_that_no_file_can_be_read_into_are_copied(
+    memory: torch.Tensor, source: DirectSource
+) -> None:
+    """Columns of something wider, and another device's memory."""
+
+    class Elsewhere(Place):
+        def rows(self, start: int, count: int) -> torch.Tensor:
+            return memory[start : start + count]
+
+    place = Elsewhere(50, 8)
+    with closing(source):
+        move(source, {"a": Destination(place, 0, (50, 8))})
+    assert place.values.equal(WEIGHTS["a"].float())
+
+
+def test_no_more_pieces_are_under_way_than_threads_can_store(source: DirectSource) -> None:
+    begun = list[row_stream.Piece]()
+
+    def wanted() -> Iterator[row_stream.Piece]:
+        for piece in wanted_of(source, {"b": Destination(OpenPlace(30, 8), 0, (30, 8))}):
+            begun.append(piece)
+            yield piece
+
+    with closing(source), RowStream(source, 2) as stream:
+        for number, _ in enumerate(stream.move(wanted()), 1):
+            assert len(begun) <= number + 2
+    assert len(begun) == 10
+
+
+@pytest.mark.parametrize("start", [0, 12, 27])
+def test_what_a_thread_fails_at_is_said(start: int, source: DirectSource) -> None:
+    class Fails(Packed):
+        def load_apart(self, at: int, rows: torch.Tensor) -> None:
+            if at == start:
+                raise ModelLoadError("no place")
+
+    with closing(source), pytest.raises(ModelLoadError, match="no place"):
+        move(source, {"b": Destination(Fails(30, 8), 0, (30, 8))})
 
 
 def test_rows_are_packed_by_several_threads_at_once(source: DirectSource) -> None:
