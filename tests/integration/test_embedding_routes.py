@@ -286,6 +286,7 @@ def test_one_that_fails_takes_the_others_with_it() -> None:
     with fake(engine) as server:
         reply = embed(server, input=["a"] * 20)
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "generation_failed")
+    assert "no finite states" in reply.json()["error"]["message"]
     assert not engine.running
 
 

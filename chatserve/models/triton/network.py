@@ -63,7 +63,7 @@ class TritonLlama(Llama):
         if pool is not self._pool:
             self._adopt(pool)
         plan = plan_for(batch, pool.block_size, self._shortest_window)
-        if batch.hidden is None and self._graphs is not None and self._graphs.can_run(plan):
+        if self._graphs is not None and self._graphs.can_run(plan):
             logits = self._graphs.run(batch)
             if logits is not None:
                 return logits
