@@ -107,9 +107,11 @@ class TrialProcess:
         for _ in range(2):
             is_warm = self._connection is not None
             connection = self._connection or self._start()
+            seconds = self._seconds + self._patience_s
             try:
+                connection.settimeout(seconds)
                 frames.send(connection, request)
-                result = frames.receive(connection, seconds=self._seconds + self._patience_s)
+                result = frames.receive(connection, seconds=seconds)
             except TimeoutError:
                 self.end()
                 return {"failure": TOO_SLOW}
