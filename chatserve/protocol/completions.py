@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
-from chatserve.protocol.fields import INT64, read_object, validate
+from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
 from chatserve.protocol.sampling_request import (
     MAX_CHOICES,
     MAX_SEQUENCES,
@@ -18,7 +18,7 @@ from chatserve.protocol.sampling_request import (
 
 MAX_PROMPTS = 64
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_IDS_SCHEMA = {"type": "array", "items": ID_SCHEMA, "minItems": 1}
 # what `_prompts` accepts; a test holds the two together
 PROMPTS_SCHEMA = {
     "anyOf": [

@@ -8,11 +8,19 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
-from chatserve.protocol.fields import INT64, read_object, validate
+from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
 
 EMBEDDINGS_PATH = "/v1/embeddings"
 SCORE_PATH = "/v1/score"
 MAX_INPUTS = 2048
+
+TRUNCATE_SCHEMA = {
+    "anyOf": [
+        {"const": -1},
+        {"type": "integer", "minimum": 1, "maximum": INT64 - 1},
+        {"type": "null"},
+    ]
+}
 
 EMBEDDINGS_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "normalize": (None, True),
@@ -23,7 +31,7 @@ SCORE_NO_OPS = EMBEDDINGS_NO_OPS
 POOLINGS = ("mean", "last")
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_IDS_SCHEMA = {"type": "array", "items": ID_SCHEMA, "minItems": 1}
 # what `_inputs` and `_texts` accept
 INPUT_SCHEMA = {
     "anyOf": [
@@ -105,7 +113,9 @@ class PooledRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     model: str = Field(max_length=500)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=INT64)
+    truncate_prompt_tokens: Annotated[int | None, WithJsonSchema(TRUNCATE_SCHEMA)] = Field(
+        None, ge=-1, lt=INT64
+    )
     pooling: Annotated[
         Pooling | None,
         BeforeValidator(_pooling),

@@ -22,6 +22,8 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_NESTING = 64
 INT64 = 2**63
 
+# of a token; larger ones no vocabulary has, and JSON's readers may make floats of them
+ID_SCHEMA: Mapping[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 NOTHING: tuple[Any, ...] = (None, [], {})
 # they label a request and never change its answer
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "store"})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.chat import MESSAGES_SCHEMA, ChatMessage, read_messages
-from chatserve.protocol.fields import NOTHING, read_object, validate
+from chatserve.protocol.fields import ID_SCHEMA, NOTHING, read_object, validate
 
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
@@ -22,7 +22,7 @@ TOKENIZE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": NOTHING,
 }
 IDS_SCHEMA = {
-    "type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": MAX_TOKENS,
+    "type": "array", "items": ID_SCHEMA, "maxItems": MAX_TOKENS,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ server answers the next request as if nothing had happened."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,12 +23,13 @@ from chatserve.protocol.fields import MAX_NESTING
 from chatserve.protocol.replies import ErrorReply
 from chatserve.server.contract import ServedModel
 from chatserve.server.edge import AccessPolicy, Edge
-from chatserve.server.openapi.document import OPERATIONS
+from chatserve.server.openapi.document import OPERATIONS, document
 from chatserve.server.openapi.operation import Operation
 from chatserve.server.worker import create_worker_app
 from tests import hostile, tiny
 from tests.asgi import Answer, RunningApp, running
 from tests.fakes import FakeEngine
+from tests.schema_values import values_of
 from tests.servers import http_request, send_raw, serving
 
 KEY = "key"
@@ -334,3 +336,47 @@ def test_a_sample_over_one_connection_of_a_real_server(model: ServedModel) -> No
                 (status, reply), (good, _) = answers_of(sock, 2)
                 check(path, body, Answer(status, {}, reply))
                 assert good == 200
+
+
+# what the document says in words and no schema can: fields that do not go together, sizes in
+# bytes, ids and lengths that the model at hand does not have
+BEYOND_THE_SCHEMA = re.compile(
+    r"context_length_exceeded|there is no token|token ids of|only one|needs |with |must be at most"
+    r"|stop text must have|is for |give either|cannot be below|is not offered|together|empty"
+    r"|\.arguments|ask for at most|as many of both|is no regex|send one|the contrary of"
+    r"|can be held to|previous_response_not_found|no tool named|keeps no responses|it must be 1 to"
+    r"|tokens at most|two tools named"
+)
+SCHEMAS = document()["components"]["schemas"]
+
+
+@pytest.mark.parametrize("path", [path for path, each in POSTS.items() if each.access != "keyed"])
+def test_what_the_document_allows_has_no_wrong_shape(api: Api, path: str) -> None:
+    operation = POSTS[path]
+    assert operation.body is not None
+    schema = dict(SCHEMAS[operation.body.kind.__name__])
+    properties = {**schema["properties"]}
+    if "model" in properties:
+        properties["model"] = {"const": "fake"}
+    if "messages" in properties:
+        # which turn may follow which is beyond any schema, and has tests of its own
+        properties["messages"] = {"const": [USER]}
+    if path == "/v1/responses":
+        properties["input"] = {"const": "hi"}
+    bodies = values_of({**schema, "properties": properties}, SCHEMAS)
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=80, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(bodies)
+    def check_one(body: Any) -> None:
+        answer = api.post(path, body)
+        seen[answer.status] += 1
+        if answer.status != 200:
+            assert answer.status == 400, (body, answer.body)
+            assert BEYOND_THE_SCHEMA.search(answer.body.decode()), (body, answer.body)
+
+    check_one()
+    assert seen[200] > 5, seen

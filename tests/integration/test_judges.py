@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ from pydantic import BaseModel
 
 from chatserve.config import WorkerConfig
 from chatserve.engine.serving import load
+from chatserve.grammar.compiler import GrammarCompiler
 from chatserve.protocol.control import WorkerStatus
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, Edge
@@ -40,34 +43,46 @@ SOON = {str(tiny.EOS_ID): 4}
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.save_model(folder, max_position_embeddings=200)
+@contextmanager
+def worker(folder: Path, name: str, context_length: int) -> Iterator[tuple[str, WorkerStatus]]:
+    """A worker with all that one has; where it listens, and what it says of itself."""
     config = WorkerConfig(
-        weights=str(folder), device="cpu", dtype="float32", model_names=("tiny",), max_num_seqs=4
-    )
+        weights=str(folder), device="cpu", dtype="float32", model_names=(name,), max_num_seqs=4,
+        context_length=context_length,
+    )  # fmt: skip
     engine, model = load(config)
-    slot = ModelSlot.filled(engine, model)
+    grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
+    slot = ModelSlot.filled(engine, replace(model, grammars=grammars))
+    policy = AccessPolicy.build("127.0.0.1", api_keys=[TOKEN])
 
     def build() -> Edge:
         engine.start()
-        of_worker = AccessPolicy.build("127.0.0.1", api_keys=[TOKEN])
-        return create_slot_app(slot, policy=of_worker, control_token=TOKEN)
+        return create_slot_app(slot, policy=policy, control_token=TOKEN)
 
+    with serving(build) as server:
+        yield server.url, WorkerStatus(state="ready", models=slot.cards())
+        server.call(engine.stop())
+    grammars.close()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A controller with two models; the answers of `small` soon fill its context."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_model(folder, max_position_embeddings=1024)
     # nobody beats here, and nobody expires
     registry = WorkerRegistry(FakeClock())
     policy = AccessPolicy.build("127.0.0.1", api_keys=[KEY], control_token=TOKEN)
     with (
-        serving(build) as worker,
+        worker(folder, "tiny", 1024) as large,
+        worker(folder, "small", 100) as small,
         serving(
             lambda: create_controller_app(registry, control_token=TOKEN, policy=policy)
         ) as controller,
     ):
-        status = WorkerStatus(state="ready", models=slot.cards())
-        registry.register("w", worker.url, status)
+        registry.register("large", *large)
+        registry.register("small", *small)
         yield controller.url
-        worker.call(engine.stop())
 
 
 @pytest.fixture

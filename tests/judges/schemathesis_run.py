@@ -44,10 +44,10 @@ def document(url: str) -> dict[str, Any]:
     found: dict[str, Any] = httpx.get(f"{url}/openapi.json", headers=key).json()
     for schema in found["components"]["schemas"].values():
         if "model" in schema.get("properties", {}) and schema.get("additionalProperties") is False:
-            schema["properties"]["model"] = {"const": "tiny"}
+            schema["properties"]["model"] = {"const": "small"}
     for path in found["paths"].values():
         for operation in path.values():
             for content in operation.get("requestBody", {}).get("content", {}).values():
                 if "model" in content["example"]:
-                    content["example"]["model"] = "tiny"
+                    content["example"]["model"] = "small"
     return found
