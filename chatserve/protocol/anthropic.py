@@ -31,10 +31,10 @@ from chatserve.protocol.fields import (
 )
 from chatserve.protocol.response_items import text_of
 from chatserve.protocol.sampling_request import MAX_STOP_BYTES, MAX_STOPS
+from chatserve.protocol.tools import MAX_TOOLS, NAME_SCHEMA
 
 MESSAGES_PATH = "/v1/messages"
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
-MAX_TOOLS = 128
 
 COUNT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "cache_control": CACHE_CONTROL,
@@ -77,7 +77,7 @@ TOOLS_SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "properties": {
                     "type": {"enum": ["custom", None]},
-                    "name": {"type": "string"},
+                    "name": NAME_SCHEMA,
                     "description": {"type": ["string", "null"]},
                     "input_schema": {"type": "object"},
                     "strict": {"type": ["boolean", "null"]},
@@ -89,16 +89,23 @@ TOOLS_SCHEMA: dict[str, Any] = {
         {"type": "null"},
     ]
 }
+_PARALLEL = {"disable_parallel_tool_use": {"type": ["boolean", "null"]}}
 TOOL_CHOICE_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {
             "type": "object",
-            "properties": {
-                "type": {"enum": [*_CHOICES, "tool"]},
-                "name": {"type": "string"},
-                "disable_parallel_tool_use": {"type": ["boolean", "null"]},
-            },
+            "properties": {"type": {"enum": list(_CHOICES)}, **_PARALLEL},
             "required": ["type"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "tool"},
+                "name": NAME_SCHEMA,
+                **_PARALLEL,
+            },
+            "required": ["type", "name"],
             "additionalProperties": False,
         },
         {"type": "null"},
@@ -201,7 +208,7 @@ def _tool(value: Any, param: str) -> dict[str, Any]:
         raise InvalidRequest(f"{param} must be an object", param=param)
     if value.get("type") not in (None, "custom"):
         raise UnsupportedParameter(
-            f"{param}: tools of type {str(value['type'])[:40]!r} are not supported, only custom",
+            f"{param}.type {str(value['type'])[:40]!r} is not supported, only custom",
             param=f"{param}.type",
         )
     fields = without_no_ops(value, _TOOL_NO_OPS, prefix=f"{param}.")
@@ -239,7 +246,7 @@ def _tool_choice(value: Any) -> Any:
         return {"tool_choice": {"type": "function", "function": named}, **fields}
     if kind not in _CHOICES:
         raise UnsupportedParameter(
-            f"{param} of type {kind[:40]!r} is not supported; use auto, any, tool or none",
+            f"{param}.type {kind[:40]!r} is not supported; use auto, any, tool or none",
             param=f"{param}.type",
         )
     return {"tool_choice": _CHOICES[kind], **fields}

@@ -152,7 +152,7 @@ def _add_item(chat: ChatMessages, item: Any, place: int) -> None:
     kind = "message" if item.get("type") is None else item["type"]
     if kind not in ITEM_KINDS:
         raise UnsupportedParameter(
-            f"{param}: items of type {str(kind)[:40]!r} are not supported, only "
+            f"{param}.type {str(kind)[:40]!r} is not supported; use one of "
             f"{', '.join(ITEM_KINDS)}",
             param=f"{param}.type",
         )

@@ -25,9 +25,9 @@ from chatserve.protocol.fields import (
 )
 from chatserve.protocol.response_items import INPUT_SCHEMA, ChatMessages, read_input
 from chatserve.protocol.sampling_request import MAX_TOP_LOGPROBS
+from chatserve.protocol.tools import MAX_TOOLS, NAME_SCHEMA
 
 RESPONSES_PATH = "/v1/responses"
-MAX_TOOLS = 128
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
@@ -69,7 +69,7 @@ TOOLS_SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "properties": {
                     "type": {"const": "function"},
-                    "name": {"type": "string"},
+                    "name": NAME_SCHEMA,
                     "description": {"type": ["string", "null"]},
                     "parameters": {"type": ["object", "null"]},
                     "strict": {"type": ["boolean", "null"]},
@@ -86,8 +86,27 @@ TOOL_CHOICE_SCHEMA: dict[str, Any] = {
         {"enum": ["none", "auto", "required", None]},
         {
             "type": "object",
-            "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+            "properties": {"type": {"const": "function"}, "name": NAME_SCHEMA},
             "required": ["type", "name"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "allowed_tools"},
+                "mode": {"enum": ["auto", "required"]},
+                "tools": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "function"}, "name": NAME_SCHEMA},
+                        "required": ["type", "name"],
+                    },
+                    "minItems": 1,
+                    "maxItems": MAX_TOOLS,
+                },
+            },
+            "required": ["type", "mode", "tools"],
             "additionalProperties": False,
         },
     ]
@@ -194,7 +213,7 @@ def _tool(value: Any, param: str) -> dict[str, Any]:
         raise InvalidRequest(f"{param} must be an object with a type", param=param)
     if kind != "function":
         raise UnsupportedParameter(
-            f"{param}: tools of type {kind[:40]!r} are not supported, only function",
+            f"{param}.type {kind[:40]!r} is not supported, only function",
             param=f"{param}.type",
         )
     fields = without_no_ops(value, _TOOL_NO_OPS, prefix=f"{param}.")
@@ -205,16 +224,22 @@ def _tool(value: Any, param: str) -> dict[str, Any]:
 def _tool_choice(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str):
         raise InvalidRequest(
             "tool_choice must be a text or an object with a type", param="tool_choice"
         )
-    if value["type"] != "function":
-        raise UnsupportedParameter(
-            f"tool_choice of type {value['type'][:40]!r} is not supported, only function",
-            param="tool_choice.type",
-        )
-    return {"type": "function", "function": {k: v for k, v in value.items() if k != "type"}}
+    rest = {name: each for name, each in value.items() if name != "type"}
+    if kind == "function":
+        return {"type": kind, "function": rest}
+    if kind == "allowed_tools":
+        if isinstance(tools := rest.get("tools"), list):
+            rest["tools"] = [_tool(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(tools)]
+        return {"type": kind, "allowed_tools": rest}
+    raise UnsupportedParameter(
+        f"tool_choice.type {kind[:40]!r} is not supported; use function or allowed_tools",
+        param="tool_choice.type",
+    )
 
 
 def _metadata(value: Any) -> Any:
@@ -292,7 +317,8 @@ _NAMES = {
     r"response_format\.json_schema": "text.format",
     "response_format": "text.format",
     r"(tools\[\d+\])\.function": r"\1",
-    r"tool_choice\.function": "tool_choice",
+    r"(tool_choice)\.allowed_tools\.(tools\[\d+\])\.function": r"\1.\2",
+    r"tool_choice\.(?:function|allowed_tools)": "tool_choice",
 }
 
 

@@ -45,6 +45,7 @@ class Encoder(Protocol):
 
 
 def deltas_of(piece: Piece) -> Sequence[Delta]:
+    """Text comes before the calls that came with it."""
     text = [TextDelta(piece.text)] if piece.text else []
     return [*text, *piece.tool_calls]
 

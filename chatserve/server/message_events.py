@@ -23,6 +23,8 @@ from chatserve.server.error_response import error_fields, status_of
 from chatserve.server.generation import Generation
 from chatserve.server.stop_sequence import StopSequence
 
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
 Usage = Callable[[], Mapping[str, Any]]
 
 
@@ -86,15 +88,9 @@ class MessageEncoder:
 
     def _end(self) -> dict[str, Any]:
         found = self._stop.found
-        if self._reason == "length":
-            reason = "max_tokens"
-        elif found is not None:
-            reason = "stop_sequence"
-        elif any(block["type"] == "tool_use" for block in self._content):
-            reason = "tool_use"
-        else:
-            reason = "end_turn"
-        return {"stop_reason": reason, "stop_sequence": found}
+        if found is not None and self._reason == "stop":
+            return {"stop_reason": "stop_sequence", "stop_sequence": found}
+        return {"stop_reason": _STOP_REASONS[self._reason or "stop"], "stop_sequence": None}
 
     def _text(self, text: str) -> Iterator[Event]:
         if not self._is_open or self._call_index is not None:

@@ -99,7 +99,7 @@ def _count(body: bytes, model: ServedModel) -> int:
         try:
             return len(chat_prompt(asked.chat, model).ids)
         except ContextLengthExceeded:
-            if asked.chat.is_open:
+            if asked.chat.is_open or asked.chat.offers_tools:
                 raise
             return len(model.tokenization.of_chat(asked.chat.messages))
 
