@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ class Failed:
 
     reason: str
     is_late: bool = False
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Keys and tokens are nothing to a process that reads what strangers write."""
+    return {name: value for name, value in environ.items() if not name.startswith("CHATSERVE_")}
 
 
 class TrialProcess:
@@ -137,6 +142,7 @@ class TrialProcess:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what a grammar holds belongs in no log
+                env=without_secrets(os.environ),
                 start_new_session=True,  # Ctrl-C is the worker's to hear
             )
             theirs.close()

@@ -60,10 +60,10 @@ class KernelSampler:
         """Of rows `places` of logits (R, V) float32 on the CPU, each stored in one piece: natural
         logarithms of the probabilities with which the records at `addresses` pick `token_ids`.
 
-        The logits are as `sample` has left them, or a step that has picked ahead. Returns (N, 1 + T)
-        logprobs, first each token's own, then its `num_tops` likeliest ones', falling, whose ids
-        are in (N, T), -1 where there are no more; T is the largest of `num_tops`. NaN for a row that
-        `sample` has no id for.
+        The logits are as `sample` has left them, or a step that has picked ahead. Returns
+        (N, 1 + T) logprobs, first each token's own, then its `num_tops` likeliest ones', falling,
+        whose ids are in (N, T), -1 where there are no more; T is the largest of `num_tops`. NaN for
+        a row that `sample` has no id for.
         """
         num_rows, most = len(addresses), max(num_tops)
         logprobs = np.empty((num_rows, 1 + most), np.float32)

@@ -317,6 +317,17 @@ def test_the_process_ends_with_its_parent() -> None:
         assert not psutil.wait_procs([psutil.Process(pid)], timeout=20)[1]
 
 
+def test_the_process_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATSERVE_API_KEYS", "sk-secret")
+    trial = CountingTrial()
+    try:
+        assert isinstance(trial.run("regex", "a+", after_space=False), Passed)
+        environ = psutil.Process(trial.pid).environ()
+    finally:
+        trial.end()
+    assert "PATH" in environ and not any("sk-secret" in value for value in environ.values())
+
+
 def test_a_model_without_an_end_token_is_refused(compiler: GrammarCompiler) -> None:
     class Endless(ByteTokenizer):
         eos_ids = frozenset[int]()
