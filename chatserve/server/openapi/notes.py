@@ -65,7 +65,7 @@ NOTES: Mapping[str, str] = {
     "return_token_strs": "each token as a text, too",
     "tokens": "token ids",
     "skip_special_tokens": "leave out what a chat would not show; default false",
-    "input": "a text, token ids, or a list of either",
+    "EmbeddingRequest.input": "a text, token ids, or a list of either",
     "encoding_format": "`float`: numbers; `base64`: little-endian float32; default numbers",
     "dimensions": "only so many of each vector, the first, and length 1 again; default all",
     "truncate_prompt_tokens": "keep so many tokens of each text, the first, -1 for as many as the "
