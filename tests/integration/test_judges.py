@@ -19,6 +19,7 @@ from typing import Literal
 
 import openai
 import pytest
+import torch
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
 
@@ -44,11 +45,11 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
 @contextmanager
-def worker(folder: Path, name: str, context_length: int) -> Iterator[tuple[str, WorkerStatus]]:
+def worker(folder: Path, name: str) -> Iterator[tuple[str, WorkerStatus]]:
     """A worker with all that one has; where it listens, and what it says of itself."""
     config = WorkerConfig(
         weights=str(folder), device="cpu", dtype="float32", model_names=(name,), max_num_seqs=4,
-        context_length=context_length,
+        self_check=False,
     )  # fmt: skip
     engine, model = load(config)
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
@@ -67,21 +68,26 @@ def worker(folder: Path, name: str, context_length: int) -> Iterator[tuple[str, 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A controller with two models; the answers of `small` soon fill its context."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """A controller with two models, of which `brief` says next to nothing."""
+    folder, brief = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("brief")
     tiny.save_model(folder, max_position_embeddings=1024)
+    model = tiny.save_model(brief, max_position_embeddings=1024)
+    with torch.no_grad():
+        # of every other token the end is by far the likeliest to follow
+        model.lm_head.weight[tiny.EOS_ID] *= 30
+    model.save_pretrained(brief)
     # nobody beats here, and nobody expires
     registry = WorkerRegistry(FakeClock())
     policy = AccessPolicy.build("127.0.0.1", api_keys=[KEY], control_token=TOKEN)
     with (
-        worker(folder, "tiny", 1024) as large,
-        worker(folder, "small", 100) as small,
+        worker(folder, "tiny") as talkative,
+        worker(brief, "brief") as taciturn,
         serving(
             lambda: create_controller_app(registry, control_token=TOKEN, policy=policy)
         ) as controller,
     ):
-        registry.register("large", *large)
-        registry.register("small", *small)
+        registry.register("talkative", *talkative)
+        registry.register("taciturn", *taciturn)
         yield controller.url
 
 

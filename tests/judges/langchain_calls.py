@@ -43,7 +43,7 @@ def judge(url: str) -> None:
     else:
         raise AssertionError("LangChain does not see that the context was exceeded")
 
-    picky = ChatOpenAI(**api, max_tokens=60, temperature=0)
+    picky = ChatOpenAI(**api, max_tokens=300, temperature=0)
     for method in ("json_schema", "function_calling"):
         verdict = picky.with_structured_output(Verdict, method=method).invoke("good or cheap?")
         assert isinstance(verdict, Verdict), method
