@@ -68,6 +68,7 @@ inline F exponential(F x) {
 #include "attention_kernels.h"
 #include "dot_product_kernels.h"
 #include "matrix_product_kernels.h"
+#include "fitting_kernels.h"
 #include "packing_kernels.h"
 #include "wide_tile_kernels.h"
 #include "product_kernels.h"

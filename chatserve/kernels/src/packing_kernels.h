@@ -140,140 +140,6 @@ inline Affine round_affine4(const float* x, int8_t* codes) {
   return affine;
 }
 
-// How far the ends of a group are drawn in before codes are fitted: what little lies outside is
-// rounded to the ends, and the steps for all others are finer.
-constexpr float kReaches[] = {1.0f, 0.93f, 0.86f, 0.79f};
-constexpr float kMostZero = 255.0f / kZeroSteps;  // a zero point has 8 bits
-constexpr int kNumReaches = sizeof(kReaches) / sizeof(*kReaches);
-constexpr int kFits = 2;  // of scale and minimum to the codes, and of the codes to them
-constexpr int kMaxGroups = kMaxColumns / kGroup;
-constexpr float kLeastRow = FLT_MIN * 65536;  // below it the steps would be subnormal
-
-// What fits groups best: the scale of their 4-bit codes, and the means of these and of the weights,
-// by which a line through the codes is given for any other scale. Room for lanes beyond the last.
-struct Fits {
-  float scale[kMaxGroups + kLanes], mean_code[kMaxGroups + kLanes], mean[kMaxGroups + kLanes];
-};
-
-// Least squares for kLanes groups side by side: x[column][lane]. The best of several reaches.
-inline void fit_lanes(const float (*x)[kLanes], float* scales, float* mean_codes, float* means) {
-  const F top = Simd::set1(15.0f), none = Simd::zero(), count = Simd::set1(kGroup);
-  const F share = Simd::set1(1.0f / kGroup);
-  F least = none, most = none, total = none;  // a zero point lies among the codes
-  for (int k = 0; k < kGroup; k++) {
-    const F v = Simd::load(x[k]);
-    least = Simd::min(v, least);
-    most = Simd::max(v, most);
-    total = Simd::add(total, v);
-  }
-  Simd::store(means, Simd::mul(total, share));
-  const F range = Simd::sub(most, least), middle = Simd::fma(range, Simd::set1(0.5f), least);
-  F sum = none, squares = none;
-  for (int k = 0; k < kGroup; k++) {
-    const F v = Simd::sub(Simd::load(x[k]), middle);
-    sum = Simd::add(sum, v);
-    squares = Simd::fma(v, v, squares);
-  }
-  alignas(64) float errors[kNumReaches][kLanes], fitted[kNumReaches][kLanes];
-  alignas(64) float codes[kNumReaches][kLanes];
-  for (int r = 0; r < kNumReaches; r++) {
-    // a code is v * inverse + shift, rounded
-    F inverse = Simd::div(top, Simd::mul(range, Simd::set1(kReaches[r]))), shift = Simd::set1(7.5f);
-    F scale = none, code_sum = none, products = none;
-    for (int fit = 0; fit < kFits; fit++) {
-      F code_squares = none;
-      code_sum = products = none;
-      for (int k = 0; k < kGroup; k++) {
-        const F v = Simd::sub(Simd::load(x[k]), middle);
-        const F place = Simd::min(top, Simd::max(none, Simd::fma(v, inverse, shift)));
-        const F code = Simd::to_float(Simd::to_int(place));
-        code_sum = Simd::add(code_sum, code);
-        code_squares = Simd::fma(code, code, code_squares);
-        products = Simd::fma(code, v, products);
-      }
-      const F spread = Simd::sub(Simd::mul(count, code_squares), Simd::mul(code_sum, code_sum));
-      const F slope = Simd::sub(Simd::mul(count, products), Simd::mul(code_sum, sum));
-      scale = Simd::div(slope, spread);
-      inverse = Simd::div(spread, slope);
-      // the line passes through the means
-      shift = Simd::mul(Simd::sub(code_sum, Simd::mul(sum, inverse)), share);
-    }
-    const F minimum = Simd::mul(Simd::sub(sum, Simd::mul(scale, code_sum)), share);
-    const F explained = Simd::fma(minimum, sum, Simd::mul(scale, products));
-    Simd::store(errors[r], Simd::sub(squares, explained));
-    Simd::store(fitted[r], scale);
-    Simd::store(codes[r], Simd::mul(code_sum, share));
-  }
-  alignas(64) float low[kLanes], high[kLanes];
-  Simd::store(low, least);
-  Simd::store(high, most);
-  for (int lane = 0; lane < kLanes; lane++) {
-    // of a group of one value, which no line fits, or of one so far from 0 that the best line's zero
-    // point is no code: from the least to the most, 0 among them
-    scales[lane] = (high[lane] - low[lane]) / 15;
-    mean_codes[lane] = scales[lane] > 0 ? (means[lane] - low[lane]) / scales[lane] : 0.0f;
-    float error = FLT_MAX;
-    for (int r = 0; r < kNumReaches; r++) {
-      const float zero = codes[r][lane] - means[lane] / fitted[r][lane];
-      if (errors[r][lane] < error && fitted[r][lane] > 0 && zero >= 0 && zero <= kMostZero) {
-        error = errors[r][lane];
-        scales[lane] = fitted[r][lane];
-        mean_codes[lane] = codes[r][lane];
-      }
-    }
-  }
-}
-
-// All groups of one row, whose values are between -1 and 1.
-inline void fit_groups(const float* x, int groups, Fits* fits) {
-  alignas(64) float columns[kGroup][kLanes];
-  for (int first = 0; first < groups; first += kLanes) {
-    for (int lane = 0; lane < kLanes; lane++) {
-      // lanes beyond the last group repeat it
-      const int g = first + lane < groups ? first + lane : groups - 1;
-      const float* group = x + static_cast<size_t>(g) * kGroup;
-      for (int k = 0; k < kGroup; k++) columns[k][lane] = group[k];
-    }
-    fit_lanes(columns, fits->scale + first, fits->mean_code + first, fits->mean + first);
-  }
-}
-
-// A row's 4-bit codes 0..15; scales and zero points go to `halves`, a panel's rows apart. Changes x.
-// Returns the row's scale.
-inline float round_centred4(float* x, int columns, int8_t* codes, uint16_t* halves) {
-  static thread_local Fits fits;
-  const int groups = columns / kGroup;
-  const float largest = largest_magnitude(x, columns);
-  if (!std::isfinite(largest) || largest < kLeastRow) {
-    std::memset(codes, 0, columns);
-    for (int g = 0; g < groups; g++) halves[static_cast<size_t>(g) * kPanelRows] = 0;
-    return std::isfinite(largest) ? 0 : NAN;
-  }
-  const F inverse = Simd::set1(1.0f / largest);
-  for (int k = 0; k < columns; k += kLanes) {
-    Simd::store(x + k, Simd::mul(Simd::load(x + k), inverse));
-  }
-  fit_groups(x, groups, &fits);
-  float widest = 0;
-  for (int g = 0; g < groups; g++) widest = fits.scale[g] > widest ? fits.scale[g] : widest;
-  const float unit = widest / 255;
-  for (int g = 0; g < groups; g++, x += kGroup, codes += kGroup, halves += kPanelRows) {
-    const long scale_code = fits.scale[g] > 0 ? std::max(1L, std::lrintf(fits.scale[g] / unit)) : 0;
-    const float scale = static_cast<float>(scale_code) * unit;
-    const float per_code = scale > 0 ? 1.0f / scale : 0.0f;
-    const float zero = kZeroSteps * (fits.mean_code[g] - fits.mean[g] * per_code);
-    const long zero_code = std::lrintf(zero < 0.0f ? 0.0f : zero > 255.0f ? 255.0f : zero);
-    *halves = static_cast<uint16_t>(zero_code << 8 | scale_code);
-    const F step = Simd::set1(per_code), top = Simd::set1(15.0f);
-    const F shift = Simd::set1(static_cast<float>(zero_code) / kZeroSteps);
-    for (int k = 0; k < kGroup; k += kLanes) {
-      const F place = Simd::fma(Simd::load(x + k), step, shift);
-      Simd::store_codes(codes + k, Simd::to_int(Simd::min(top, Simd::max(Simd::zero(), place))));
-    }
-  }
-  return unit * largest;
-}
-
 struct Lane {
   int panel, lane;
 };
@@ -340,12 +206,17 @@ inline void put_tile(const Matrix& w, const RowRun& run, int first, int columns,
   for (int r = 0; r < run.count; r++) put_rows<1>(w, columns, codes + r * kTileStride, out + 4 * r);
 }
 
+// Where the scale of a row's group from column `first` on lies.
+inline uint16_t* halves_at(const Matrix& w, Lane at, int first) {
+  const size_t group = static_cast<size_t>(at.panel) * w.groups + first / kGroup;
+  return w.group_scales + group * group_halves(w.scaling) + at.lane;
+}
+
 // One row's codes of groups [first, first + columns) / kGroup, and their scales.
 inline void round_row_groups(const Matrix& w, Lane at, int first, int columns, const float* x,
                              int8_t* codes) {
   const int stride = group_halves(w.scaling);
-  uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * stride + at.lane;
-  halves += static_cast<size_t>(first / kGroup) * stride;
+  uint16_t* halves = halves_at(w, at, first);
   for (int k = 0; k < columns; k += kGroup, halves += stride) {
     uint16_t half;
     if (w.scaling == Scaling::affine) {
@@ -362,23 +233,85 @@ inline void round_row_groups(const Matrix& w, Lane at, int first, int columns, c
   }
 }
 
-// One scale for a row: it is looked through before it is rounded.
-inline float scale_of_row(const Matrix& w, const RowRun& run, int row) {
+inline void load_columns(const Matrix& w, const RowRun& run, int row, int first, int columns, float* x) {
+  row_to_float(run.rows, run.dtype, run.first + static_cast<size_t>(row) * w.columns + first, columns, x);
+}
+
+inline float largest_of_row(const Matrix& w, const RowRun& run, int row) {
   float x[kTileColumns];
   I most = Simd::izero();
   for (int k = 0; k < w.columns; k += kTileColumns) {
     const int columns = std::min(kTileColumns, w.columns - k);
-    row_to_float(run.rows, run.dtype, run.first + static_cast<size_t>(row) * w.columns + k, columns, x);
+    load_columns(w, run, row, k, columns, x);
     most = largest_lanes(x, columns, most);
   }
-  const float scale = largest_of(most) / 127;
+  return largest_of(most);
+}
+
+// One scale for a row: it is looked through before it is rounded.
+inline float scale_of_row(const Matrix& w, const RowRun& run, int row) {
+  const float scale = largest_of_row(w, run, row) / 127;
   return scale < FLT_MIN ? 0 : scale;  // its inverse would overflow; such a row is zero
 }
 
+inline void scale_columns(float* x, int columns, float factor) {
+  const F all = Simd::set1(factor);
+  for (int k = 0; k < columns; k += kLanes) Simd::store(x + k, Simd::mul(Simd::load(x + k), all));
+}
+
+// The fits of a row's groups. Returns the row's scale.
+inline float fit_row(const Matrix& w, const RowRun& run, int row, Fits* fits) {
+  const float largest = largest_of_row(w, run, row);
+  fits->is_zero = !std::isfinite(largest) || largest < kLeastRow;
+  if (fits->is_zero) return std::isfinite(largest) ? 0 : NAN;
+  fits->inverse = 1.0f / largest;
+  float x[kTileColumns];
+  for (int k = 0; k < w.columns; k += kTileColumns) {
+    const int columns = std::min(kTileColumns, w.columns - k);
+    load_columns(w, run, row, k, columns, x);
+    scale_columns(x, columns, fits->inverse);
+    fit_groups(x, columns / kGroup, k / kGroup, fits);
+  }
+  const float widest = *std::max_element(fits->scale, fits->scale + w.columns / kGroup);
+  fits->unit = widest / 255;
+  return fits->unit * largest;
+}
+
+// 4-bit codes 0..15 of a row's columns [first, first + columns); scales and zero points go to `halves`,
+// a panel's rows apart. Changes x.
+inline void round_fitted(const Fits& fits, int first, int columns, float* x, int8_t* codes,
+                         uint16_t* halves) {
+  const int groups = columns / kGroup;
+  if (fits.is_zero) {
+    std::memset(codes, 0, columns);
+    for (int g = 0; g < groups; g++) halves[static_cast<size_t>(g) * kPanelRows] = 0;
+    return;
+  }
+  scale_columns(x, columns, fits.inverse);
+  const int last = first / kGroup + groups;
+  for (int g = first / kGroup; g < last; g++, x += kGroup, codes += kGroup, halves += kPanelRows) {
+    const long scale_code =
+        fits.scale[g] > 0 ? std::max(1L, std::lrintf(fits.scale[g] / fits.unit)) : 0;
+    const float scale = static_cast<float>(scale_code) * fits.unit;
+    const float per_code = scale > 0 ? 1.0f / scale : 0.0f;
+    const float zero = kZeroSteps * (fits.mean_code[g] - fits.mean[g] * per_code);
+    const long zero_code = std::lrintf(zero < 0.0f ? 0.0f : zero > 255.0f ? 255.0f : zero);
+    *halves = static_cast<uint16_t>(zero_code << 8 | scale_code);
+    const F step = Simd::set1(per_code), top = Simd::set1(15.0f);
+    const F shift = Simd::set1(static_cast<float>(zero_code) / kZeroSteps);
+    for (int k = 0; k < kGroup; k += kLanes) {
+      const F place = Simd::fma(Simd::load(x + k), step, shift);
+      Simd::store_codes(codes + k, Simd::to_int(Simd::min(top, Simd::max(Simd::zero(), place))));
+    }
+  }
+}
+
 inline void pack_run(const Matrix& w, const RowRun& run) {
+  static thread_local Fits fits[kTileRows];  // resident as far as rows are wide
+  const bool is_centred = w.scaling == Scaling::centred;
   float scales[kTileRows] = {};
-  for (int r = 0; r < run.count && w.scaling == Scaling::row; r++) {
-    scales[r] = scale_of_row(w, run, r);
+  for (int r = 0; r < run.count && has_row_scales(w.scaling); r++) {
+    scales[r] = is_centred ? fit_row(w, run, r, &fits[r]) : scale_of_row(w, run, r);
     w.row_scales[run.at.panel * kPanelRows + run.at.lane + r] = scales[r];
   }
   float x[kTileColumns];
@@ -386,38 +319,26 @@ inline void pack_run(const Matrix& w, const RowRun& run) {
   for (int k = 0; k < w.columns; k += kTileColumns) {
     const int columns = std::min(kTileColumns, w.columns - k);
     for (int r = 0; r < run.count; r++) {
-      const size_t first = run.first + static_cast<size_t>(r) * w.columns + k;
-      row_to_float(run.rows, run.dtype, first, columns, x);
+      const Lane at = {run.at.panel, run.at.lane + r};
+      int8_t* row_codes = codes + r * kTileStride;
+      load_columns(w, run, r, k, columns, x);
       if (w.scaling == Scaling::row) {
-        round_codes(x, columns, scales[r], 127, codes + r * kTileStride);
+        round_codes(x, columns, scales[r], 127, row_codes);
+      } else if (is_centred) {
+        round_fitted(fits[r], k, columns, x, row_codes, halves_at(w, at, k));
       } else {
-        const Lane at = {run.at.panel, run.at.lane + r};
-        round_row_groups(w, at, k, columns, x, codes + r * kTileStride);
+        round_row_groups(w, at, k, columns, x, row_codes);
       }
     }
     put_tile(w, run, k, columns, codes);
   }
 }
 
-// A row whose groups are fitted as a whole.
-inline void pack_centred_row(const Matrix& w, const RowRun& run) {
-  static thread_local float x[kMaxColumns];
-  static thread_local int8_t codes[kMaxColumns];
-  const Lane at = run.at;
-  uint16_t* halves = w.group_scales + static_cast<size_t>(at.panel) * w.groups * kPanelRows;
-  row_to_float(run.rows, run.dtype, run.first, w.columns, x);
-  w.row_scales[at.panel * kPanelRows + at.lane] =
-      round_centred4(x, w.columns, codes, halves + at.lane);
-  put_tile(w, run, 0, w.columns, codes);
-}
-
 void pack(const Matrix& w, int start, int num_rows, const void* rows, Dtype dtype, RowMap map) {
-  const bool is_centred = w.scaling == Scaling::centred;
   for (int i = 0, count; i < num_rows; i += count) {
     const Lane at = place_of(start + i, map);
-    count = is_centred ? 1 : std::min(num_rows - i, kTileRows - at.lane % kTileRows);
-    const RowRun run = {at, count, rows, static_cast<size_t>(i) * w.columns, dtype};
-    is_centred ? pack_centred_row(w, run) : pack_run(w, run);
+    count = std::min(num_rows - i, kTileRows - at.lane % kTileRows);
+    pack_run(w, {at, count, rows, static_cast<size_t>(i) * w.columns, dtype});
   }
 }
 

@@ -97,6 +97,25 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
   }
 
+  static void transpose(F (&v)[kLanes]) {
+    F t[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {  // 0x44 takes the low pairs of both, 0xee the high ones
+      v[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      v[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      v[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      v[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm256_permute2f128_ps(v[i], v[4 + i], 0x20);
+      t[4 + i] = _mm256_permute2f128_ps(v[i], v[4 + i], 0x31);
+    }
+    for (int i = 0; i < kLanes; i++) v[i] = t[i];
+  }
+
   static I load_codes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }

@@ -83,6 +83,38 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
   }
 
+  // v[i] becomes what was in lane i of all.
+  static void transpose(F (&v)[kLanes]) {
+    F t[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      v[i] = low_pairs(t[i], t[i + 2]);
+      v[i + 1] = high_pairs(t[i], t[i + 2]);
+      v[i + 2] = low_pairs(t[i + 1], t[i + 3]);
+      v[i + 3] = high_pairs(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // quarters: 0x88 takes the even ones of both, 0xdd the odd ones
+      const F even = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88);
+      const F odd = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
+      const F later_even = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88);
+      const F later_odd = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
+      t[i] = _mm512_shuffle_f32x4(even, later_even, 0x88);
+      t[4 + i] = _mm512_shuffle_f32x4(odd, later_odd, 0x88);
+      t[8 + i] = _mm512_shuffle_f32x4(even, later_even, 0xdd);
+      t[12 + i] = _mm512_shuffle_f32x4(odd, later_odd, 0xdd);
+    }
+    for (int i = 0; i < kLanes; i++) v[i] = t[i];
+  }
+  static F low_pairs(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static F high_pairs(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+
   // Bytes of a packed weight: 16 output rows x 4 columns.
   static I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I low_codes(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(0x0f)); }

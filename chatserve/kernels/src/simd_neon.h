@@ -84,6 +84,17 @@ struct NeonSimd {
   }
   static void store_half(uint16_t* p, F v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
+  static void transpose(F (&v)[kLanes]) {
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0], v[1]));
+    const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(v[0], v[1]));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(v[2], v[3]));
+    const float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(v[2], v[3]));
+    v[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    v[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    v[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    v[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+  }
+
   static I load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
   static I low_codes(I v) {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(0x0f)));

@@ -146,6 +146,18 @@ def test_rows_are_packed_alike_together_and_one_by_one(
     assert unpacked(halves[1])[places].equal(unpacked(alone)[:48])
 
 
+@pytest.mark.parametrize("num_groups", [1, 15, 33])
+def test_a_group_is_packed_alike_wherever_it_lies_in_its_row(
+    kernels: Kernels, team: Team, packing: Packing, num_groups: int
+) -> None:
+    """Several are fitted side by side, and a row in pieces of sixteen."""
+    values = weights(40, num_groups * GROUP, seed=4, most=6e4).view(40, num_groups, GROUP)
+    order = np.random.default_rng(4).permutation(num_groups)
+    here = unpacked(packed(kernels, team, values.flatten(1), packing))
+    there = unpacked(packed(kernels, team, values[:, order].flatten(1), packing))
+    assert there.equal(here.view_as(values)[:, order].flatten(1))
+
+
 @settings(max_examples=10)
 @given(seeds, st.sampled_from((1e-30, 1e-3, 1.0, 1e30)))
 def test_zero_points_fit_weights_of_any_kind_better_than_what_takes_the_same_room(
