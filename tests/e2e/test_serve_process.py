@@ -128,8 +128,11 @@ def gone(processes: list[psutil.Process], timeout_s: float = 5.0) -> bool:
     return not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def chat(url: str, model: str, *, stream: bool = False, timeout_s: float = 30) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+def chat(
+    url: str, model: str, *, stream: bool = False, timeout_s: float = 30, **fields: Any
+) -> httpx.Response:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"model": model, "messages": messages, "stream": stream, **fields}
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
 
 
@@ -185,14 +188,19 @@ def test_the_ready_line_names_adapters(serve: Any) -> None:
     assert process.next_line().endswith("/v1 (ok, ok:sql, ok:law)")
 
 
-def test_two_models_and_their_names(serve: Any) -> None:
-    process = serve("ok", "seconds", "--model-names", "first,second", "--device", "cpu")
+def test_two_models_their_names_and_flags_that_workers_get(serve: Any) -> None:
+    process = serve(
+        "ok", "seconds", "--model-names", "first,second", "--device", "cpu", "--lenient"
+    )
     word, url, names = process.next_line().split(maxsplit=2)
     assert (word, names) == ("ready:", "(first, second)")
     models = httpx.get(f"{url}/models").json()["data"]
     assert sorted(model["id"] for model in models) == ["first", "second"]
     assert models[0]["chatserve"]["device"] == "cpu"
-    assert chat(url.removesuffix("/v1"), "first").status_code == 200
+    for stream in (False, True):
+        reply = chat(url.removesuffix("/v1"), "first", stream=stream, temprature=0)
+        assert reply.status_code == 200
+        assert reply.headers["x-chatserve-ignored-fields"] == "temprature"
     assert len(process.children()) == 2
 
 

@@ -26,8 +26,8 @@ NOTES: Mapping[str, str] = {
     "logprobs": "with each token, the logarithm of the probability that it was drawn with",
     "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
     "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
-    "return_token_ids": "the ids that were generated, also those that are no text, as `token_ids` of "
-    "each choice; in a whole answer `prompt_token_ids`, too",
+    "return_token_ids": "the ids that were generated, also those that are no text, as `token_ids` "
+    "of each choice; in a whole answer `prompt_token_ids`, too",
     "truncation": "`rolling`: where the context is too short, the oldest turns are dropped, never "
     "the system message or the last question, and `usage` says which; default: refuse with the "
     "numbers",
@@ -89,12 +89,12 @@ NOTES: Mapping[str, str] = {
     "ResponsesRequest.metadata": "up to 16 labels, which the response has, too",
     "system": "a text, or text blocks; comes before the messages",
     "CountTokensRequest.messages": "as in a message",
-    "MessagesRequest.messages": "the conversation so far; where the last one is the assistant's, it "
-    "is the beginning of the answer",
+    "MessagesRequest.messages": "the conversation so far; where the last one is the assistant's, "
+    "it is the beginning of the answer",
     "MessagesRequest.max_tokens": "the longest answer, in tokens",
     "MessagesRequest.metadata": "`user_id`: a label; changes nothing",
-    "stop_sequences": "texts that end the answer and are not part of it; `stop_sequence` says which "
-    "one did",
+    "stop_sequences": "texts that end the answer and are not part of it; `stop_sequence` says "
+    "which one did",
     "output_config": "`format`: a JSON Schema that the answer must match",
     "user": "a label; changes nothing",
     "metadata": "labels; change nothing",
