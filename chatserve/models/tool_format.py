@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -38,7 +38,11 @@ TAGS: Final = ToolFormat(
     between='\n<tool_call>\n{"name": "',
     follows_text=True,
 )
-"""Of Hermes and Qwen, and of all models that have no format of their own."""
+"""Of Hermes and Qwen."""
+
+WORDS: Final = replace(TAGS, name="words", between='<tool_call>\n{"name": "')
+"""Of all models that have no format of their own. Behind a call they would nearly always begin a
+new line: if that led to the next call, small ones would never come to an end."""
 
 LLAMA_3: Final = ToolFormat(
     name="llama-3",

@@ -20,8 +20,8 @@ from chatserve.protocol.json_schema import check_schema
 MAX_TOOLS = 128
 MAX_CALLS = 128
 """In one message of an earlier turn."""
-MAX_PARAMETERS_BYTES = 128 * 1024
-"""Of the schemas of all tools together: they become one grammar."""
+MAX_TOOLS_BYTES = 256 * 1024
+"""Of all tools together: they become one grammar."""
 MAX_CALL_ID_CHARS = 256
 NAME_PATTERN = "^[A-Za-z0-9_-]{1,64}$"
 _NAME = re.compile(NAME_PATTERN.strip("^$"))
@@ -176,9 +176,9 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
             )
         tools[tool.name] = tool
         num_bytes += _num_bytes(tool, f"tools[{index}]")
-        if num_bytes > MAX_PARAMETERS_BYTES:
+        if num_bytes > MAX_TOOLS_BYTES:
             raise InvalidRequest(
-                f"tools have more than {MAX_PARAMETERS_BYTES:,} bytes; send fewer or shorter ones",
+                f"tools have more than {MAX_TOOLS_BYTES:,} bytes; send fewer or shorter ones",
                 param="tools",
             )
     return tuple(tools.values())
@@ -303,7 +303,7 @@ def _closed_part(schema: Any) -> Any:
 
 def _num_bytes(tool: Tool, param: str) -> int:
     try:
-        return len(orjson.dumps(tool.schema)) + len(orjson.dumps(tool.definition))
+        return len(orjson.dumps(tool.definition))
     except orjson.JSONEncodeError as error:
         raise InvalidRequest(f"{param} is nested too deeply; make it flatter", param=param) from (
             error

@@ -17,7 +17,7 @@ from chatserve.models.special_tokens import Rendered
 from chatserve.models.templates import ChatMessage, ChatTemplate
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.templates.plain import ColonTemplate, RoleMarks
-from chatserve.models.tool_format import TAGS, ToolFormat
+from chatserve.models.tool_format import WORDS, ToolFormat
 
 ToolDefinitions = Sequence[Mapping[str, Any]]
 
@@ -30,7 +30,7 @@ To call one, answer with its name and its arguments as JSON, between these tags:
 <tool_call>
 {{"name": "NAME", "arguments": {{...}}}}
 </tool_call>
-Several calls may follow one another. The results come back between <tool_response> and \
+Another call may follow right behind it. The results come back between <tool_response> and \
 </tool_response>. Without need for a tool answer in plain text."""
 _MARK = r"<(?=/?(?:tools|tool_call|tool_response)>)"
 _TEXT_MARKS = RoleMarks(re.compile(_MARK), "< ")
@@ -69,7 +69,7 @@ def has_tools(messages: Sequence[ChatMessage]) -> bool:
 def tool_format_of(template: ChatTemplate) -> ToolFormat:
     """How models with this template are to write their calls."""
     own = template.tool_format if isinstance(template, JinjaTemplate) else None
-    return own or TAGS
+    return own or WORDS
 
 
 def with_tools(template: ChatTemplate, tools: ToolDefinitions) -> ChatTemplate:
@@ -135,7 +135,7 @@ def _plain(messages: Sequence[ChatMessage]) -> Sequence[_Plain]:
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         if calls := calls_of(message):
-            content = "\n".join([*([content] if content else []), *map(_call, calls)])
+            content = f"{content}\n" * bool(content) + "".join(map(_call, calls))
         if role == "user" and follows_result:
             content = f"{plain.pop().content}\n{content}"
         plain.append(_Plain(role, content))

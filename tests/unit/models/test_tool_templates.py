@@ -18,7 +18,7 @@ from chatserve.models.templates.builtin import BUILTIN
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.templates.tools import has_tools, tool_format_of, with_tools
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
-from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, ToolFormat, recognise
+from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, WORDS, ToolFormat, recognise
 from chatserve.protocol.tools import ToolCall
 from tests.unit.models.test_chat_template_jinja import LLAMA, QWEN, SMOL
 from tests.unit.models.test_chat_template_jinja import MISTRAL as OLD_MISTRAL
@@ -263,7 +263,7 @@ To call one, answer with its name and its arguments as JSON, between these tags:
 <tool_call>
 {"name": "NAME", "arguments": {...}}
 </tool_call>
-Several calls may follow one another. The results come back between <tool_response> and \
+Another call may follow right behind it. The results come back between <tool_response> and \
 </tool_response>. Without need for a tool answer in plain text."""
 CALLED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich 🙂"}}\n</tool_call>'
 GIVEN = '<tool_response>\n{"celsius": 4}\n</tool_response>'
@@ -280,7 +280,7 @@ def smol() -> JinjaTemplate:
 
 
 def test_smollm2_gets_the_tools_in_words() -> None:
-    assert tool_format_of(smol()) is TAGS
+    assert tool_format_of(smol()) is WORDS
     assert text_of(with_tools(smol(), TOOLS).render(CHAT)) == (
         f"<|im_start|>system\n{SECTION}<|im_end|>\n"
         "<|im_start|>user\nWeather in Zürich?<|im_end|>\n"
@@ -310,7 +310,7 @@ def test_every_builtin_template_has_a_place_for_tools(name: str) -> None:
     text = text_of(with_tools(BUILTIN[name], TOOLS).render(CHAT))
     # content that holds a template's own role marks is changed by a space
     assert '"name": "get_weather"' in text and CALLED in text and GIVEN in text
-    assert tool_format_of(BUILTIN[name]) is TAGS
+    assert tool_format_of(BUILTIN[name]) is WORDS
 
 
 def test_history_of_tools_without_tools() -> None:
@@ -331,7 +331,7 @@ def test_results_and_what_is_said_to_them_are_one_message() -> None:
     text = text_of(with_tools(BUILTIN["llama-2"], []).render(messages))
     assert text.endswith(
         'Wait.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "x"}}\n'
-        '</tool_call>\n<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call> '
+        '</tool_call><tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call> '
         "</s><s>[INST] <tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>\n"
         "And?\nWell? [/INST]"
     )
@@ -393,7 +393,7 @@ def test_tools_reach_the_prompt() -> None:
     assert builder.tool_control_id == tokenizer.special_ids["[TOOL_CALLS]"]
     own: ChatTemplate = BUILTIN["vicuna_v1.1"]
     words = PromptBuilder(tokenizer, own, 4096, "Be brief.")
-    assert words.tool_format is TAGS and words.tool_control_id is None
+    assert words.tool_format is WORDS and words.tool_control_id is None
     messages = CHAT[:1]
     whole = words.chat(messages, tools=TOOLS)
     assert tokenizer.decode(whole).startswith(f"Be brief.\n\n{SECTION} USER: Weather")

@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.chat import MESSAGES_SCHEMA, ChatMessage, ChatRequest, read_chat
 from chatserve.protocol.tools import (
-    MAX_PARAMETERS_BYTES,
     MAX_TOOLS,
+    MAX_TOOLS_BYTES,
     TOOL_CHOICE_SCHEMA,
     TOOLS_SCHEMA,
     ToolCall,
@@ -119,7 +119,7 @@ def test_parts_that_hold_together_stay_open(combined: dict[str, Any]) -> None:
         ([tool(parameters={"type": "string"})], "tools[0].function.parameters.type", "object"),
         ([tool(parameters={"not": {}})], "tools[0].function.parameters.not", "keyword"),
         ([tool(name=f"f{i}") for i in range(MAX_TOOLS + 1)], "tools", "129"),
-        ([tool(description="x" * MAX_PARAMETERS_BYTES)], "tools", "131,072"),
+        ([tool(description="x" * MAX_TOOLS_BYTES)], "tools", "262,144"),
     ],
 )  # fmt: skip
 def test_bad_tools(tools: Any, param: str, word: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from chatserve.engine.sequence import TokenEvent
-from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, ToolFormat
+from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, WORDS, ToolFormat
 from chatserve.server.choices import CallingChoice, PlainChoice
 from chatserve.server.deltas import Delta, TextDelta, ToolCallDelta
 from chatserve.server.tool_calls import ToolCallParser, new_call_id
@@ -29,6 +29,7 @@ ANSWERS: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (TAGS, f"<<tool_call{ONE}", "<<tool_call", [("f", '{"x": 1}')]),
     (TAGS, f" \n{TWO}", "", [("f", '{"x": 1}'), ("g-2", HARD)]),
     (replace(TAGS, follows_text=False), '{"x": "<tool_call>"}', '{"x": "<tool_call>"}', []),
+    (WORDS, f"hi {ONE}{ONE}", "hi", [("f", '{"x": 1}')] * 2),
     (replace(TAGS, follows_text=False), TWO, "", [("f", '{"x": 1}'), ("g-2", HARD)]),
     (LLAMA_3, "", "", []),
     (LLAMA_3, '{"name', '{"name', []),

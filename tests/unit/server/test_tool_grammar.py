@@ -11,7 +11,7 @@ from chatserve.errors import UnsupportedParameter
 from chatserve.grammar.matcher import Matcher, pristine_matcher
 from chatserve.grammar.source import to_llguidance
 from chatserve.grammar.vocabulary import Vocabulary
-from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, ToolFormat
+from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, WORDS, ToolFormat
 from chatserve.protocol.chat import ChatRequest, read_chat
 from chatserve.server.tool_grammar import MAX_CALLS, tool_grammar
 from tests.grammars import BYTES, END_ID, Language, allowed_ids
@@ -28,6 +28,7 @@ F: dict[ToolFormat, str] = {
 }
 TWO: dict[ToolFormat, str] = {
     TAGS: f'{F[TAGS]}\n<tool_call>\n{{"name": "ff", "arguments": {{}}}}\n</tool_call>',
+    WORDS: f'{F[TAGS]}<tool_call>\n{{"name": "ff", "arguments": {{}}}}\n</tool_call>',
     MISTRAL: '[{"name": "f", "arguments": {"x": 1}}, {"name": "ff", "arguments": {}}]',
 }
 FORMATS = pytest.mark.parametrize("tool_format", [TAGS, LLAMA_3, MISTRAL], ids=lambda f: f.name)
@@ -96,7 +97,11 @@ def test_some_tools_may_be_allowed() -> None:
 def test_several_calls_where_they_may_be_parallel(tool_format: ToolFormat, choice: str) -> None:
     assert TWO[tool_format] in language(tool_format, tool_choice=choice)
     single = language(tool_format, tool_choice=choice, parallel_tool_calls=False)
-    assert F[tool_format] in single and TWO[tool_format] not in single
+    assert F.get(tool_format, F[TAGS]) in single and TWO[tool_format] not in single
+
+
+def test_a_new_line_behind_a_call_is_no_call_where_that_was_not_learnt() -> None:
+    assert TWO[TAGS] not in language(WORDS) and TWO[WORDS] not in language(TAGS)
 
 
 def test_calls_come_to_an_end() -> None:
