@@ -93,7 +93,7 @@ class RunningApp:
 
     def __init__(self, app: App, runner: asyncio.Runner) -> None:
         self._app = app
-        self._runner = runner
+        self.runner = runner
 
     def request(
         self,
@@ -103,8 +103,14 @@ class RunningApp:
         *,
         headers: Sequence[tuple[str, str]] = (("content-type", "application/json"),),
     ) -> Answer:
+        return self.runner.run(self.call(method, path, body, headers=headers))
+
+    async def call(
+        self, method: str, path: str, body: bytes = b"", *, headers: Sequence[tuple[str, str]] = ()
+    ) -> Answer:
+        """One request, on the app's own loop."""
         scope = _scope(method, path, [("host", "127.0.0.1"), *headers])
-        return self._runner.run(_call(self._app, scope, [body]))
+        return await _call(self._app, scope, [body])
 
     def post(self, path: str, payload: Any) -> Answer:
         return self.request("POST", path, json.dumps(payload).encode())

@@ -308,8 +308,10 @@ def test_cancelled_while_it_is_streamed(kind: str, tmp_path: Path) -> None:
         while events[-1].type != "response.output_text.delta":
             events.append(next(stream))
         assert client.responses.retrieve(created.response.id).status == "in_progress"
-        with client_of(server.url, YOU) as other, pytest.raises(openai.NotFoundError):
-            other.responses.cancel(created.response.id)
+        with client_of(server.url, YOU) as other:
+            for use in (other.responses.cancel, other.responses.retrieve):
+                with pytest.raises(openai.NotFoundError):
+                    use(created.response.id)
         cancelled = client.responses.cancel(created.response.id)
         assert cancelled.status == "cancelled" and cancelled.output_text == TEXT
         *_, last = stream

@@ -1,0 +1,247 @@
+"""Who may do what at the door of responses, whatever stands behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.server.edge import AccessPolicy
+from chatserve.server.error_response import install_error_handlers
+from chatserve.server.json_response import json_response
+from chatserve.server.response_door import ResponseDoor, owner_of
+from chatserve.server.response_store import ResponseStore
+from chatserve.server.worker import create_worker_app
+from tests.asgi import RunningApp, running
+from tests.fakes import FakeEngine, FakeModel
+
+ID = "resp_1"
+ME = (("authorization", "Bearer me"), ("content-type", "application/json"))
+YOU = (("authorization", "Bearer you"), ("content-type", "application/json"))
+
+
+def frame(name: str, status: str) -> bytes:
+    event = {"type": f"response.{name}", "response": {"id": ID, "status": status, "output": []}}
+    return f"event: response.{name}\ndata: {json.dumps(event)}\n\n".encode()
+
+
+class Stream(Response):
+    """Begins, and goes on when it is `released`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, last: bytes) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self.begun = asyncio.Event()
+        self.released = asyncio.Event()
+        self._last = last
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def say(data: bytes, *, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        start: MutableMapping[str, Any] = {"type": "http.response.start", "status": 200}
+        await send({**start, "headers": self.raw_headers})
+        await say(b": ping\n\n")
+        await say(frame("created", "in_progress"))
+        self.begun.set()
+        await self.released.wait()
+        await say(self._last, more=False)
+
+
+class Backend:
+    """Answers with `stream`; notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.last = frame("completed", "completed")
+        self.is_asked = asyncio.Event()
+        self.streams: list[Stream] = []
+        self.cancelled: list[str] = []
+        self.bodies: list[Any] = []
+
+    async def respond(self, request: Request, body: bytes, model: object) -> Response:
+        self.bodies.append(json.loads(body))
+        self.streams.append(Stream(self.last))
+        self.is_asked.set()
+        return self.streams[-1]
+
+    async def cancel(self, request: Request, response_id: str, stream: Response) -> Response:
+        self.cancelled.append(response_id)
+        return json_response({"id": ID, "status": "cancelled", "output": []})
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResponseStore:
+    return ResponseStore(tmp_path / "responses.db")
+
+
+@pytest.fixture
+def app(backend: Backend, store: ResponseStore) -> Iterator[tuple[RunningApp, asyncio.Runner]]:
+    app = FastAPI()
+    ResponseDoor(store, backend).add_to(app)
+    install_error_handlers(app)
+    with running(app) as api:
+        yield api, api.runner
+
+
+def stream_of(api: RunningApp, runner: asyncio.Runner, backend: Backend) -> asyncio.Task[Any]:
+    """A response of mine that has begun."""
+    body = b'{"model":"fake","input":"hi","stream":true}'
+
+    async def begin() -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(api.call("POST", "/v1/responses", body, headers=ME))
+        await backend.is_asked.wait()
+        await backend.streams[-1].begun.wait()
+        return task
+
+    return runner.run(begin())
+
+
+def release(task: asyncio.Task[Any], runner: asyncio.Runner, backend: Backend) -> Any:
+    async def end() -> Any:
+        backend.streams[-1].released.set()
+        return await task
+
+    return runner.run(end())
+
+
+def test_what_is_streamed_is_its_owner_s_alone(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
+) -> None:
+    api, runner = app
+    task = stream_of(api, runner, backend)
+    path = f"/v1/responses/{ID}"
+    assert json.loads(api.request("GET", path, headers=ME).body)["status"] == "in_progress"
+    assert api.request("GET", path, headers=YOU).status == 404
+    assert api.request("POST", f"{path}/cancel", b"{}", headers=YOU).status == 404
+    assert not backend.cancelled
+    answer = release(task, runner, backend)
+    assert answer.body.endswith(backend.last)
+    kept = store.find(owner_of(dict(ME)), ID)
+    assert kept is not None and kept.response["status"] == "completed"
+    assert api.request("POST", f"{path}/cancel", b"{}", headers=ME).status == 400
+
+
+def test_a_cancelled_response_is_kept_before_its_stream_has_ended(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
+) -> None:
+    api, runner = app
+    task = stream_of(api, runner, backend)
+    answer = api.request("POST", f"/v1/responses/{ID}/cancel", b"{}", headers=ME)
+    assert answer.status == 200 and backend.cancelled == [ID]
+    kept = store.find(owner_of(dict(ME)), ID)
+    assert kept is not None and kept.response["status"] == "cancelled"
+    release(task, runner, backend)
+
+
+def test_an_error_is_passed_on_and_not_kept(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
+) -> None:
+    api, runner = app
+    backend.last = b'event: error\ndata: {"type":"error"}\n\n'
+    answer = release(stream_of(api, runner, backend), runner, backend)
+    assert answer.body.endswith(backend.last)
+    assert store.find(owner_of(dict(ME)), ID) is None
+    assert api.request("GET", f"/v1/responses/{ID}", headers=ME).status == 404
+
+
+def test_words_of_an_answer_are_no_event(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
+) -> None:
+    api, runner = app
+    said = "x\nevent: response.completed\ndata: {}\n\n"
+    event = json.dumps({"type": "response.output_text.delta", "delta": said})
+    backend.last = f"event: response.output_text.delta\ndata: {event}\n\n".encode()
+    release(stream_of(api, runner, backend), runner, backend)
+    assert store.find(owner_of(dict(ME)), ID) is None
+
+
+def test_owners() -> None:
+    assert owner_of({}) == b""
+    key = owner_of({"authorization": "Bearer me"})
+    assert key == owner_of({"authorization": "bearer  me "}) == owner_of({"x-api-key": "me"})
+    assert key != owner_of({"x-api-key": "you"}) and b"me" not in key and len(key) == 32
+
+
+def test_a_large_body_goes_on_as_it_came(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend
+) -> None:
+    api, runner = app
+    backend.last = frame("completed", "completed")
+    body = {"model": "fake", "input": "x" * (MAX_BODY_BYTES // 8), "stream": True}
+
+    async def ask() -> Any:
+        task = asyncio.ensure_future(
+            api.call("POST", "/v1/responses", json.dumps(body).encode(), headers=ME)
+        )
+        await backend.is_asked.wait()
+        backend.streams[-1].released.set()
+        return await task
+
+    assert runner.run(ask()).status == 200
+    assert backend.bodies == [body]
+
+
+class HangingEngine(FakeEngine):
+    def __init__(self) -> None:
+        super().__init__(hangs=True)
+        self.has_begun = asyncio.Event()
+
+    def note_event(self, seq_id: str) -> None:
+        super().note_event(seq_id)
+        self.has_begun.set()
+
+
+def test_a_worker_s_own_lock() -> None:
+    """Behind a controller the salt says whose a stream is."""
+    token = "control-token"
+    engine = HangingEngine()
+    policy = AccessPolicy.build("127.0.0.1", api_keys=[token])
+    edge = create_worker_app(engine, FakeModel(), policy=policy, control_token=token)
+    mine, yours = ("a" * 64, "b" * 64)
+
+    def headers(salt: str) -> list[tuple[str, str]]:
+        return [
+            ("authorization", f"Bearer {token}"),
+            ("x-chatserve-cache-salt", salt),
+            ("content-type", "application/json"),
+        ]
+
+    with running(edge) as api:
+        runner = api.runner
+
+        async def begin() -> asyncio.Task[Any]:
+            body = b'{"model":"fake","input":"hi","stream":true}'
+            task = asyncio.ensure_future(
+                api.call("POST", "/v1/responses", body, headers=headers(mine))
+            )
+            await engine.has_begun.wait()
+            return task
+
+        task = runner.run(begin())
+        response_id = engine.submitted[0].seq_id.removesuffix("-0")
+        path = f"/v1/responses/{response_id}/cancel"
+        assert api.request("POST", path, b"{}", headers=headers(yours)).status == 404
+        assert not task.done()
+        answer = api.request("POST", path, b"{}", headers=headers(mine))
+        assert json.loads(answer.body)["status"] == "cancelled"
+        assert b"event: response.incomplete" in runner.run(_result(task)).body
+        assert api.request("POST", path, b"{}", headers=headers(mine)).status == 404
+
+
+async def _result(task: asyncio.Task[Any]) -> Any:
+    return await task
