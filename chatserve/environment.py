@@ -108,3 +108,8 @@ def limit_spinning() -> None:
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with `overrides`."""
     return {**os.environ, **overrides}
+
+
+def without_secrets() -> dict[str, str]:
+    """Our own variables, keys and tokens among them, are nothing to a helper process."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("CHATSERVE_")}

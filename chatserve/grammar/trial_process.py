@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from chatserve import environment
 from chatserve.errors import GenerationFailed
 from chatserve.grammar import frames
 from chatserve.grammar.limits import START_S, TRIAL_BYTES, TRIAL_S
@@ -39,11 +39,6 @@ class Failed:
 
     reason: str
     is_late: bool = False
-
-
-def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Keys and tokens are nothing to a process that reads what strangers write."""
-    return {name: value for name, value in environ.items() if not name.startswith("CHATSERVE_")}
 
 
 class TrialProcess:
@@ -142,7 +137,7 @@ class TrialProcess:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what a grammar holds belongs in no log
-                env=without_secrets(os.environ),
+                env=environment.without_secrets(),
                 start_new_session=True,  # Ctrl-C is the worker's to hear
             )
             theirs.close()
