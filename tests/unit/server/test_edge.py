@@ -119,6 +119,25 @@ def test_wrong_key(values: list[str]) -> None:
     assert app.app.num_calls == 0  # type: ignore[attr-defined]  # Echo
 
 
+@pytest.mark.parametrize(
+    ("headers", "is_right"),
+    [
+        ([("x-api-key", "k1")], True),
+        ([("x-api-key", " k1 ")], True),
+        ([("x-api-key", "Bearer k1")], False),
+        ([("x-api-key", "k")], False),
+        ([("x-api-key", "k1"), ("x-api-key", "k1")], False),
+        # Authorization counts, whatever else there is
+        ([("authorization", "Bearer k1"), ("x-api-key", "no")], True),
+        ([("authorization", "Bearer no"), ("x-api-key", "k1")], False),
+        ([("authorization", "x"), ("authorization", "y"), ("x-api-key", "k1")], False),
+    ],
+)
+def test_key_in_anthropic_s_header(headers: list[tuple[str, str]], is_right: bool) -> None:
+    status = get(edge(api_keys=["k1"]), "/v1/models", *headers).status
+    assert status == (200 if is_right else 401)
+
+
 def test_key_of_other_letters() -> None:
     app = edge(api_keys=["schlüssel"])
     given = "schlüssel".encode().decode("latin-1")
