@@ -120,7 +120,8 @@ def test_unknown_fields_cost_one_error() -> None:
     ("field", "value"),
     [
         ("tools", []),
-        ("tools", None), ("tool_choice", "auto"), ("tool_choice", None), ("parallel_tool_calls", None),
+        ("tools", None), ("tool_choice", "auto"), ("tool_choice", None),
+        ("parallel_tool_calls", None),
         ("functions", None), ("function_call", "none"), ("response_format", {"type": "text"}),
         ("modalities", ["text"]), ("service_tier", "auto"), ("store", False), ("store", True),
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "x"),
