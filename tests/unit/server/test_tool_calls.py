@@ -146,6 +146,7 @@ def test_the_reason_of_an_answer_with_calls() -> None:
 def test_a_call_that_was_cut_short_is_no_call() -> None:
     cut = ONE[:-18]
     assert pieces_of(cut, "length")[1:] == ("length", [(0, '{"x"')])
+    assert pieces_of(ONE, "length")[1] == "length", "there may have been more"
     # by a stop text
     assert pieces_of(cut, "stop")[1:] == ("stop", [(0, '{"x"')])
     assert pieces_of("text <too", "length")[0] == "text "
