@@ -152,8 +152,7 @@ def _add_item(chat: ChatMessages, item: Any, place: int) -> None:
     kind = "message" if item.get("type") is None else item["type"]
     if kind not in ITEM_KINDS:
         raise UnsupportedParameter(
-            f"{param}.type {str(kind)[:40]!r} is not supported; use one of "
-            f"{', '.join(ITEM_KINDS)}",
+            f"{param}.type {str(kind)[:40]!r} is not supported; use one of {', '.join(ITEM_KINDS)}",
             param=f"{param}.type",
         )
     for mark in ("id", "status"):

@@ -64,20 +64,19 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What of a request concerns whoever keeps responses."""
+    """What of a request concerns whoever keeps responses. `items` None: it is not to be kept."""
 
     body: bytes
     model: object
-    items: list[Any]
-    is_kept: bool
+    items: list[Any] | None
 
 
 class _Running:
-    """A stream on its way out: whose, what it was asked, and how it began."""
+    """A stream on its way out: whose, the items that it answers, and how it began."""
 
-    def __init__(self, owner: bytes, asked: _Asked, stream: Response) -> None:
+    def __init__(self, owner: bytes, items: list[Any] | None, stream: Response) -> None:
         self.owner = owner
-        self.asked = asked
+        self.items = items
         self.stream = stream
         self.response: dict[str, Any] = {}
 
@@ -110,9 +109,9 @@ class ResponseDoor:
         except ClientDisconnect:
             return nobody_listens(request)
         if answered.headers.get("content-type", "").startswith("text/event-stream"):
-            return _WatchedStream(self, _Running(owner, asked, answered))
+            return _WatchedStream(self, _Running(owner, asked.items, answered))
         if answered.status_code == 200:
-            await self._keep(owner, asked, bytes(answered.body))
+            await self._keep(owner, asked.items, bytes(answered.body))
         return answered
 
     async def get(self, request: Request, response_id: str) -> Response:
@@ -149,7 +148,7 @@ class ResponseDoor:
         except ClientDisconnect:
             return nobody_listens(request)
         if cancelled.status_code == 200:
-            await self._keep(owner, running.asked, bytes(cancelled.body))
+            await self._keep(owner, running.items, bytes(cancelled.body))
         return cancelled
 
     async def list_items(self, request: Request, response_id: str) -> Response:
@@ -183,7 +182,7 @@ class ResponseDoor:
         try:
             items = input_items(payload.get("input"))
         except InvalidRequest:
-            return _Asked(body, payload.get("model"), [], is_kept)
+            return _Asked(body, payload.get("model"), None)
         if isinstance(previous, str):
             items = [*self._items_before(previous, owner), *items]
             body = orjson.dumps({**payload, "input": items})
@@ -192,7 +191,7 @@ class ResponseDoor:
                     f"with the conversation before it the request has {len(body):,} bytes, the "
                     f"limit is {MAX_BODY_BYTES:,}; start a new one"
                 )
-        return _Asked(body, payload.get("model"), items, is_kept)
+        return _Asked(body, payload.get("model"), items if is_kept else None)
 
     def _items_before(self, previous: str, owner: bytes) -> list[Any]:
         kept = None if self._store is None else self._store.find(owner, previous)
@@ -204,12 +203,12 @@ class ResponseDoor:
             )
         return [*kept.items, *kept.response["output"]]
 
-    async def _keep(self, owner: bytes, asked: _Asked, body: bytes) -> None:
+    async def _keep(self, owner: bytes, items: list[Any] | None, body: bytes) -> None:
         """A response that cannot be kept is answered all the same."""
-        if self._store is None or not asked.is_kept:
+        if self._store is None or items is None:
             return
         try:
-            await _in_thread(_add, self._store, owner, asked.items, body)
+            await _in_thread(_add, self._store, owner, items, body)
         except StorageFailed as error:
             logger.warning("a response is not kept: %s", error)
 
@@ -219,7 +218,7 @@ class ResponseDoor:
 
     async def end(self, running: _Running, body: bytes) -> None:
         response = await _in_thread(_response_in, body)
-        await self._keep(running.owner, running.asked, response)
+        await self._keep(running.owner, running.items, response)
         self.forget(running)
 
     def forget(self, running: _Running) -> None:

@@ -266,3 +266,16 @@ def test_openai_routes_keep_their_shape(server: RunningServer) -> None:
     ):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "x"}])
     assert refused.value.code == "invalid_api_key"
+
+
+def test_a_lenient_server_says_what_it_left_out() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    with front("worker", FakeEngine(), is_lenient=True) as server:
+        for path, fields in (
+            ("/v1/messages", {**ASK, "thinking": thinking, "nonsense": 1}),
+            ("/v1/responses", {"model": "fake", "input": "hi", "background": True, "nonsense": 1}),
+        ):
+            answer = httpx.post(server.url + path, json=fields, headers={"x-api-key": KEY})
+            assert answer.status_code == 200
+            left_out = set(answer.headers["x-chatserve-ignored-fields"].split(", "))
+            assert left_out == {"nonsense", "thinking" if "thinking" in fields else "background"}
