@@ -284,9 +284,10 @@ class FakeTokenization:
         *,
         add_generation_prompt: bool = True,
         is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> list[int]:
         ends = add_generation_prompt and not is_open
-        return self._prompts.chat(messages, is_open=is_open) + [1] * ends
+        return self._prompts.chat(messages, is_open=is_open, tools=tools) + [1] * ends
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return bytes(id_ for id_ in ids if id_ > 1 or not skip_special_tokens).decode()

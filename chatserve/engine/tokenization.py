@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from chatserve.engine.prompt import Message, PromptBuilder
 from chatserve.errors import InvalidRequest
+from chatserve.models.templates.tools import ToolDefinitions
 from chatserve.models.tokenizer import Tokenizer
 
 
@@ -31,6 +32,7 @@ class Tokenization:
         *,
         add_generation_prompt: bool = True,
         is_open: bool = False,
+        tools: ToolDefinitions = (),
     ) -> list[int]:
         """What the network reads of a chat; without `add_generation_prompt` it may end anyhow.
 
@@ -38,7 +40,7 @@ class Tokenization:
         chat that the template has no form for.
         """
         return self._prompts.chat_ids(
-            messages, add_generation_prompt=add_generation_prompt, is_open=is_open
+            messages, add_generation_prompt=add_generation_prompt, is_open=is_open, tools=tools
         )
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -10,13 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.chat import MESSAGES_SCHEMA, ChatMessage, read_messages
 from chatserve.protocol.fields import ID_SCHEMA, NOTHING, read_object, validate
+from chatserve.protocol.tools import Tools
 
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
 MAX_TOKENS = 1 << 18
 
 TOKENIZE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "tools": NOTHING,
     "chat_template": (None,),
     "chat_template_kwargs": NOTHING,
     "mm_processor_kwargs": NOTHING,
@@ -61,6 +61,7 @@ class TokenizeRequest(_Request):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Tools = ()
     return_token_strs: bool | None = None
 
 
@@ -84,6 +85,8 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     for name in ("add_generation_prompt", "continue_final_message"):
         if request.messages is None and getattr(request, name) is not None:
             raise InvalidRequest(f"{name} is for messages", param=name)
+    if request.messages is None and request.tools:
+        raise InvalidRequest("tools is for messages", param="tools")
     if request.add_generation_prompt and request.continue_final_message:
         raise InvalidRequest(
             "add_generation_prompt and continue_final_message cannot both be true; the answer "

@@ -51,6 +51,7 @@ def tokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
             request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
             is_open=bool(request.continue_final_message),
+            tools=[tool.definition for tool in request.tools],
         )
     else:
         ids = model.tokenization.of_text(

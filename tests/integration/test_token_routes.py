@@ -76,6 +76,18 @@ def test_chat(post: Post) -> None:
     assert (said["tokens"], said["count"]) == (IDS[:-1], 8)
 
 
+def test_chat_with_tools(post: Post) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chat = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "4 degrees"},
+    ]
+    ids = post("/tokenize", messages=chat, tools=tools).json()["tokens"]
+    assert ids == [*b"<f><user>hi<assistant><tool>4 degrees", 1]
+
+
 def test_back_to_text(post: Post) -> None:
     assert post("/detokenize", model="fake", tokens=[0, 104]).json() == {"prompt": "\0h"}
     skipped = post("/detokenize", tokens=[0, 104], skip_special_tokens=True)

@@ -22,6 +22,9 @@ def test_a_text_and_a_chat() -> None:
     assert (text.model, text.prompt, text.add_special_tokens) == (None, "", False)
     chat = parse_tokenize(body(model="m", messages=MESSAGES, add_generation_prompt=False))
     assert chat.messages is not None and chat.messages[0].content == "hi"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    offered = parse_tokenize(body(messages=MESSAGES, tools=tools)).tools
+    assert [tool.definition for tool in offered] == tools
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,11 @@ def test_a_text_and_a_chat() -> None:
             {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
             "add_generation_prompt",
         ),
+        (
+            {"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools",
+        ),
+        ({"messages": MESSAGES, "tools": [{}]}, "tools[0].type"),
         ({"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
         ({"prompt": "a", "model": 1}, "model"),
         ({"prompt": "a", "model": "m" * 501}, "model"),
@@ -51,7 +59,7 @@ def test_refused(fields: dict[str, Any], param: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tools", [{}]), ("chat_template", "x"), ("other", 1)],
+    [("chat_template", "x"), ("other", 1)],
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UnsupportedParameter, match=name):
