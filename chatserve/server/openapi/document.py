@@ -36,12 +36,13 @@ OPERATIONS: tuple[Operation, ...] = (
 )
 SCHEMAS = "#/components/schemas/"
 ABOUT = f"""\
-A local server of language models that speaks the OpenAI API.
+A local server of language models that speaks the OpenAI API, and Anthropic's Messages.
 
 Bodies are JSON in UTF-8, up to {MAX_BODY_BYTES:,} bytes and {MAX_NESTING} levels deep. Nothing is
 dropped in silence: an unknown field is refused by name, or, by a server started with `--lenient`,
 listed in the header `{HEADER}` of the answer. A field that is null is as good as left out, where
-null is allowed. A server with API keys wants one as `Authorization: Bearer KEY`."""
+null is allowed. A server with API keys wants one as `Authorization: Bearer KEY`, or as
+`x-api-key: KEY`."""
 RETRY_AFTER = {"description": "seconds to wait", "schema": {"type": "integer", "minimum": 1}}
 IGNORED = {
     "description": "fields that a lenient server has left out, with commas between them",
