@@ -33,8 +33,17 @@ from tests.schema_values import values_of
 from tests.servers import http_request, send_raw, serving
 
 KEY = "key"
-CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "fake", "prompt": "hi"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+TOOL_CHAT = {
+    **CHAT, "tool_choice": "none", "parallel_tool_calls": False,
+    "messages": [*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                 {"role": "tool", "tool_call_id": "c", "name": "f", "content": "r"}],
+    "tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+        "type": "object", "properties": {"x": {"type": "array", "items": {"$ref": "#/$defs/D"}}},
+        "$defs": {"D": {"anyOf": [{"properties": {}}, {"type": "null"}]}}}}}],
+}  # fmt: skip
 FULL_CHAT = {
     **CHAT, "stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 3,
     "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "seed": 7, "stop": ["a", "b"],
@@ -58,6 +67,7 @@ def seeds() -> list[tuple[str, dict[str, Any]]]:
     return [
         *examples,
         ("/v1/chat/completions", CHAT), ("/v1/chat/completions", FULL_CHAT),
+        ("/v1/chat/completions", TOOL_CHAT),
         ("/v1/completions", TEXT), ("/v1/completions", FULL_TEXT),
     ]  # fmt: skip
 
