@@ -134,7 +134,8 @@ class TrialProcess:
         try:
             self._connection = ours
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "chatserve.grammar.trial"],
+                # -P: no file of the folder that we are in is ever imported
+                [sys.executable, "-P", "-m", "chatserve.grammar.trial"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what a grammar holds belongs in no log

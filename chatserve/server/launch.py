@@ -35,7 +35,8 @@ from chatserve.settings import flags_of
 
 logger = logging.getLogger(__name__)
 
-WORKER_COMMAND = (sys.executable, "-m", "chatserve.server.worker")
+# -P: no file of the folder that it is started in is ever imported
+WORKER_COMMAND = (sys.executable, "-P", "-m", "chatserve.server.worker")
 DRAIN_S = 30.0
 WORKER_STOP_S = 5.0
 # workers listen on 127.0.0.1 and are called back where they call from

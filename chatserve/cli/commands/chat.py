@@ -45,7 +45,8 @@ def server_command(config: ChatConfig) -> list[str]:
     debug = ["--debug"] if config.debug else []
     flags = flags_of(model_options, ModelOptions)
     return [
-        sys.executable, "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
+        # -P: no file of the folder that it is started in is ever imported
+        sys.executable, "-P", "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
         *flags, *debug, "--", *weights,
     ]  # fmt: skip
 
