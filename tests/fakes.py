@@ -275,6 +275,11 @@ class FakeTokenization:
     def __init__(self, prompts: FakePrompts) -> None:
         self._prompts = prompts
 
+    num_ending = 0
+
+    def of_embedded(self, text: str) -> list[int]:
+        return self.of_text(text)
+
     def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [0] * add_special_tokens + list(text.encode())
 
@@ -369,6 +374,7 @@ class FakeModel:
     vocab_size: int = 256
     hidden_size: int = 4
     pooling: Pooling = "mean"
+    is_encoder: bool = False
     stop: Sequence[str] = ("</s>",)
     stop_token_ids: Sequence[int] = (7,)
     strip_leading_space: bool = True

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVarTuple
 
+from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.errors import ChatserveError, GenerationFailed, Overloaded
@@ -91,7 +92,7 @@ class AsyncEngine:
     """`submit` from the event loop; one thread steps the engine."""
 
     def __init__(
-        self, engine: Engine, *, max_num_seqs: int = 16, max_num_waiting: int = 64
+        self, engine: Engine | EncoderEngine, *, max_num_seqs: int = 16, max_num_waiting: int = 64
     ) -> None:
         """`max_num_seqs` run at once, as in the engine; `max_num_waiting` more may wait."""
         self._engine = engine
@@ -109,7 +110,8 @@ class AsyncEngine:
 
     @property
     def engine(self) -> Engine:
-        """The synchronous engine, for use without `start`."""
+        """The synchronous engine of a model that generates, for use without `start`."""
+        assert isinstance(self._engine, Engine)
         return self._engine
 
     def start(self) -> None:

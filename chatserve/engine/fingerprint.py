@@ -31,7 +31,7 @@ def fingerprint(
     checkpoint: Checkpoint,
     policy: DevicePolicy,
     tokenizer: Tokenizer,
-    choice: TemplateChoice,
+    choice: TemplateChoice | None,
     sources: Mapping[str, str],
     *,
     system_message: str | None = None,
@@ -41,7 +41,8 @@ def fingerprint(
     """Covers weights (as far as `weights_fingerprint` does), form, backends, tokenizer, template.
 
     sources: the model's own templates. system_message: what a chat without one gets. placement: of
-    layers on several devices. block_size: of prompts that are computed by blocks.
+    layers on several devices. block_size: of prompts that are computed by blocks. choice: None of a
+    model without answers, of which it counts how whole texts begin and end.
     """
     kernels = policy.kernels.level if policy.kernels else None
     parts: dict[str, Any] = {
@@ -56,7 +57,9 @@ def fingerprint(
             tokenizer.encode(_PROBE, add_bos=tokenizer.adds_bos), tokenizer.vocab_size,
             sorted(tokenizer.eos_ids), dict(tokenizer.special_ids),
         ],
-        "template": [choice.template.name, dict(sources), system_message],
+        "template": (
+            [choice.template.name, dict(sources), system_message] if choice else tokenizer.frame
+        ),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     return f"fp_{digest.hexdigest()[:16]}"

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort"]
 """`stop` and `length` go over the wire, `abort` stays in logs."""
 
-Pooling = Literal["mean", "last"]
-"""How the hidden states of a prompt's tokens become one vector: their mean, or the last one."""
+Pooling = Literal["mean", "last", "cls"]
+"""How the hidden states of a prompt's tokens become one vector: their mean, the last one or, of an
+encoder, the first."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from chatserve.config import WorkerConfig, served_names, split_adapters
 from chatserve.engine import determinism
 from chatserve.engine.adapters import AdaptableNetwork, AdapterPlace, Adapters
 from chatserve.engine.async_engine import AsyncEngine
+from chatserve.engine.encoder_serving import load_encoder
 from chatserve.engine.engine import Engine
 from chatserve.engine.fingerprint import fingerprint
-from chatserve.engine.grammar import Grammars
+from chatserve.engine.no_answers import NoAnswers
 from chatserve.engine.prompt import PromptBuilder
-from chatserve.engine.sequence import Pooling, SamplingParams
+from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.served_model import ServedModel
 from chatserve.engine.tokenization import Tokenization
 from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, UsageError
 from chatserve.hub import resolve_weights
@@ -53,7 +55,7 @@ from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory
 from chatserve.models.merge import merge
 from chatserve.models.placed_llama import PlacedLlama
-from chatserve.models.pooling_config import default_pooling
+from chatserve.models.pooling_config import default_pooling, refuse_further_modules
 from chatserve.models.receipt import MeasuredForm, read_receipt
 from chatserve.models.self_check import check_reading
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
@@ -76,28 +78,6 @@ _GENERATION_DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """What a server needs to know of a loaded model; see `chatserve.server.contract`."""
-
-    names: Sequence[str]
-    context_length: int
-    vocab_size: int
-    prompts: PromptBuilder
-    hidden_size: int
-    pooling: Pooling
-    tokenization: Tokenization
-    tokenizer: Tokenizer
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    strip_leading_space: bool
-    fingerprint: str
-    description: Mapping[str, Any]
-    defaults: Mapping[str, float]
-    adapters: Adapters
-    grammars: Grammars | None = None
-
-
 def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncEngine, ServedModel]:
     """Load what `config` asks for; the caller starts the engine inside its event loop.
 
@@ -117,8 +97,12 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         config.device, config.dtype, load_8bit=config.load_8bit, load_4bit=config.load_4bit,
         quant_group=config.quant_group, quant_backend=config.quant_backend,
     )  # fmt: skip
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, may_be_encoder=True)
     with closing(checkpoint.weights):
+        if checkpoint.is_encoder:
+            return load_encoder(config, checkpoint, names, progress)
+        if not checkpoint.has_head:
+            refuse_further_modules(path)
         checkpoint = merge(checkpoint, merged)
         policy = check(as_the_file(policy, checkpoint, config.dtype))
         logger.info("%s", policy.describe())
@@ -127,8 +111,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         warn_of_other_tokenizer(checkpoint, tokenizer)
         sources = load_template_sources(path, checkpoint.metadata)
         facts = WeightsFacts(path.name, checkpoint.config, num_rows(checkpoint))
-        choice = choose_template(config.conv_template, facts, tokenizer, sources)
-        logger.info("chat template %s: %s", choice.template.name, choice.reason)
+        choice = None
+        if checkpoint.has_head:
+            choice = choose_template(config.conv_template, facts, tokenizer, sources)
+            logger.info("chat template %s: %s", choice.template.name, choice.reason)
         offload_folder = environment.home() / "offload"
         device_map = choose_device_map(
             checkpoint, policy, gpu_options, folder=offload_folder,
@@ -169,7 +155,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             speculation=speculates,
         )
         _try_out(engine, checkpoint.path)
-        if config.self_check:
+        if config.self_check and checkpoint.has_head:
             most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
         if config.deterministic:
@@ -177,14 +163,19 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         adapters = Adapters(checkpoint, _adaptable(model), adapter_root, place)
         for name, folder in named.items():
             adapters.load(name, folder)
-    prompts = PromptBuilder(
-        tokenizer,
-        choice.template,
-        limits.context_length,
-        config.conv_system_msg,
-        model_name=names[0],
-        vocab_size=model.vocab_size,
-    )
+    prompts: PromptBuilder | NoAnswers
+    if choice is None:
+        logger.info("%s has no head: it is served for embeddings only", names[0])
+        prompts = NoAnswers(names[0], "has no head")
+    else:
+        prompts = PromptBuilder(
+            tokenizer,
+            choice.template,
+            limits.context_length,
+            config.conv_system_msg,
+            model_name=names[0],
+            vocab_size=model.vocab_size,
+        )
     served = ServedModel(
         names=names,
         context_length=limits.context_length,
@@ -206,7 +197,8 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             "packing": str(policy.packing) if policy.packing else None,
             "kernels": policy.kernels.level if policy.kernels else None,
             "reasons": list(policy.reasons),
-            "template": choice.template.name,
+            "template": choice.template.name if choice else None,
+            "embeddings_only": not checkpoint.has_head,
             "adapters": [each.get("name") for each in merged_adapters(checkpoint.config)],
             "native": not isinstance(model, FallbackModel),
             "device_map": device_map.describe() if device_map else None,

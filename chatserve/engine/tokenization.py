@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chatserve.engine.no_answers import NoAnswers
 from chatserve.engine.prompt import Message, PromptBuilder
 from chatserve.errors import InvalidRequest
 from chatserve.models.templates.tools import ToolDefinitions
@@ -11,18 +12,48 @@ from chatserve.models.tokenizer import Tokenizer
 
 
 class Tokenization:
-    """The tokens of one model. `vocab_size`: rows of its embedding, which may have padding."""
+    """The tokens of one model. `vocab_size`: rows of its embedding, which may have padding.
 
-    def __init__(self, tokenizer: Tokenizer, prompts: PromptBuilder, vocab_size: int) -> None:
+    `is_encoder`: texts begin, too, as the vocabulary's own rules have it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: PromptBuilder | NoAnswers,
+        vocab_size: int,
+        *,
+        is_encoder: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._num_ids = max(vocab_size, tokenizer.vocab_size)
+        self._before, self._after = tokenizer.frame
+        if not is_encoder:
+            is_begun = tokenizer.adds_bos and tokenizer.bos_id is not None
+            self._before = (tokenizer.bos_id or 0,) if is_begun else ()
+
+    @property
+    def num_ending(self) -> int:
+        """How many tokens end an embedded text."""
+        return len(self._after)
+
+    def of_embedded(self, text: str) -> list[int]:
+        """As of a whole text, which nothing continues: some models end it with a token of its own.
+
+        Raises as `of_text` does.
+        """
+        ids = self._tokenizer.encode(text, add_bos=False)
+        return [*self._before, *ids, *self._after]
 
     def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As of a prompt to be continued: text, which is never read as special tokens.
 
-        Raises `InvalidRequest` for what is no Unicode.
+        Of a model that continues none as of an embedded one. Raises `InvalidRequest` for what is no
+        Unicode.
         """
+        if add_special_tokens and isinstance(self._prompts, NoAnswers):
+            return self.of_embedded(text)
         add_bos = add_special_tokens and self._tokenizer.adds_bos
         return self._tokenizer.encode(text, add_bos=add_bos)
 

@@ -22,7 +22,8 @@ from chatserve.models.adapter_config import (
     is_value_head,
     serve_command,
 )
-from chatserve.models.encoders import refuse_encoder
+from chatserve.models.encoders import is_encoder, refuse_encoder
+from chatserve.models.headless import is_headless, with_head, with_prefix
 from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, gguf_hint, read_json
@@ -58,7 +59,8 @@ _READERS: dict[str, Callable[[Path], DirectSource]] = {
 class Checkpoint:
     """One model on disk; `config` reads as in Hugging Face's config.json, whatever the format.
 
-    metadata: of a GGUF file, its tokenizer and chat template included; None for a folder.
+    metadata: of a GGUF file, its tokenizer and chat template included; None for a folder. has_head:
+    whether it can choose tokens; else it makes embeddings only.
     """
 
     path: Path
@@ -66,16 +68,24 @@ class Checkpoint:
     generation_config: dict[str, Any]
     weights: WeightSource
     metadata: Mapping[str, Any] | None = None
+    has_head: bool = True
+
+    @property
+    def is_encoder(self) -> bool:
+        return is_encoder(self.config)
 
 
-def open_checkpoint(path: Path, *, headers_only: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, headers_only: bool = False, may_be_encoder: bool = False
+) -> Checkpoint:
     """Open a model folder or `.gguf` file; the caller closes `weights`.
 
     headers_only: leave out what only the weights tell (whether they are a delta's), and PyTorch.
-    Raises `ModelLoadError` when it is missing, damaged, or not a whole model.
+    may_be_encoder: those are refused otherwise. Raises `ModelLoadError` when it is missing,
+    damaged, or not a whole model.
     """
     if path.is_dir():
-        return _open_folder(path, headers_only)
+        return _open_folder(path, headers_only, may_be_encoder)
     if not path.exists():
         raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
     if path.suffix.lower() != ".gguf":
@@ -147,12 +157,13 @@ class ShardedWeights:
             source.close()
 
 
-def _open_folder(folder: Path, headers_only: bool) -> Checkpoint:
+def _open_folder(folder: Path, headers_only: bool, may_be_encoder: bool) -> Checkpoint:
     _refuse_adapter(folder)
     if not os.path.lexists(folder / "config.json"):
         raise ModelLoadError(_why_no_config(folder))
     config = read_json(folder, "config.json")
-    refuse_encoder(config)
+    if not may_be_encoder:
+        refuse_encoder(config)
     if "auto_map" in config:
         logger.warning("%s: auto_map ignored, chatserve never runs a model folder's code", folder)
     generation_config = {}
@@ -160,6 +171,9 @@ def _open_folder(folder: Path, headers_only: bool) -> Checkpoint:
         generation_config = read_json(folder, "generation_config.json")
     weights = _open_weights(folder, find_weight_files(folder))
     try:
+        has_head = not is_headless(config, weights)
+        if not has_head:
+            config, weights = with_head(config), with_prefix(weights)
         if is_adapter(folder) and all(map(is_value_head, weights.tensors())):
             raise _adapter_error(folder)
         if not headers_only:
@@ -167,10 +181,10 @@ def _open_folder(folder: Path, headers_only: bool) -> Checkpoint:
     except ModelLoadError:
         weights.close()
         raise
-    return Checkpoint(folder, config, generation_config, weights)
+    return Checkpoint(folder, config, generation_config, weights, has_head=has_head)
 
 
-def _open_weights(folder: Path, files: WeightFiles) -> WeightSource:
+def _open_weights(folder: Path, files: WeightFiles) -> DirectSource:
     open_file = _READERS[files.format]
     if files.index is None:
         return open_file(files.paths[0])

@@ -129,7 +129,6 @@ def read_hf_config(config: Mapping[str, Any]) -> Any:
 
     Raises `ModelLoadError` when its architecture is not a causal model that transformers knows.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
@@ -140,10 +139,17 @@ def read_hf_config(config: Mapping[str, Any]) -> Any:
             "family natively and causal models that the installed transformers knows; "
             "code that comes with a model is never run"
         )
+    return plain_hf_config(config)
+
+
+def plain_hf_config(config: Mapping[str, Any]) -> Any:
+    """The same of a model type that transformers is known to know."""
+    from transformers import AutoConfig
+
     refuse_quantized(config)
     known = _plain_values(config)
-    del known["model_type"]
-    with refusals(f"config.json of {name!r}"):
+    model_type = known.pop("model_type")
+    with refusals(f"config.json of {next(iter(architectures(config)), model_type)!r}"):
         return AutoConfig.for_model(model_type, **known)
 
 

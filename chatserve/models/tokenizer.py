@@ -31,6 +31,7 @@ class Tokenizer:
     special_ids: text -> id of every token that is matched as a whole. forbidden_ids: padding, which
     must never be sampled. adds_bos: whether a prompt starts with `bos_id` by this model's custom.
     strips_leading_space: the first piece of an answer carries a word-start mark that is not text.
+    frame: the ids that belong before and behind a whole text, which is not continued.
     """
 
     def __init__(self, parts: TokenizerParts) -> None:
@@ -44,6 +45,7 @@ class Tokenizer:
         self.eos_ids = parts.eos_ids
         self.adds_bos = parts.adds_bos and parts.bos_id is not None
         self.strips_leading_space = parts.strips_leading_space
+        self.frame = parts.frame
         padding = {self.special_ids[text] for text in PAD_TOKENS if text in self.special_ids}
         self.forbidden_ids = frozenset(padding) - parts.eos_ids
         self._first = parts.first
@@ -146,13 +148,14 @@ class Tokenizer:
 
 
 def encode_text(encoder: Any, text: str) -> list[int]:
-    """Ids of ordinary text.
+    """Ids of ordinary text. Other threads run meanwhile: only a batch is encoded without the GIL.
 
     Raises `InvalidRequest` for a lone surrogate, `GenerationFailed` where the vocabulary's own
     rules give up.
     """
     try:
-        return list(encoder.encode(text, add_special_tokens=False).ids)
+        [encoding] = encoder.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
     except (TypeError, UnicodeEncodeError):
         raise InvalidRequest(
             "the text holds half of a surrogate pair, which is not valid Unicode"

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from chatserve.errors import ModelLoadError
-from chatserve.models import byte_level, sentencepiece
+from chatserve.models import byte_level, sentencepiece, wordpiece
 from chatserve.models.special_tokens import AddedToken, check_added_tokens
 from chatserve.models.tokenizer_parts import TokenizerParts, choose_eos_ids, damage_refused
 from chatserve.models.tokenizer_settings import (
@@ -64,6 +64,10 @@ def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> Tokenizer
     adds_bos = settings.adds_bos
     if adds_bos is None:
         adds_bos = first.encode("a").ids[:1] == [bos_id]
+    before, after = _frame(first)
+    if settings.adds_eos is not None:
+        eos_id = named["eos_token"]
+        after = (eos_id,) if settings.adds_eos and eos_id is not None else ()
     names = {
         name: texts.get(-1 if token_id is None else token_id) or settings.named_token(name)
         for name, token_id in named.items()
@@ -79,7 +83,18 @@ def _build_parts(data: dict[str, Any], settings: TokenizerSettings) -> Tokenizer
         adds_bos=adds_bos,
         strips_leading_space=strips_leading_space,
         names={name: text for name, text in names.items() if text},
+        frame=(before, after),
     )
+
+
+def _frame(encoder: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the post-processor puts before and behind a text."""
+    bare = encoder.encode("a", add_special_tokens=False).ids
+    whole = encoder.encode("a").ids
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    return (), ()
 
 
 def _added_tokens(data: Mapping[str, Any], settings: TokenizerSettings) -> list[AddedToken]:
@@ -196,6 +211,8 @@ def _decoding(data: Mapping[str, Any]) -> tuple[Callable[[str], bytes], bool]:
         part.get("type") == "ByteLevel" for part in _walk(data.get("pre_tokenizer"))
     ):
         return byte_level.piece_bytes, False
+    if kinds == {"WordPiece"}:
+        return wordpiece.reader(parts[0].get("prefix")), True
     if kinds and kinds <= _SENTENCEPIECE_DECODERS and kinds & {"Metaspace", "Replace"}:
         strips = any(
             (part.get("type") == "Strip" and part.get("start", 0) > 0)
@@ -205,7 +222,8 @@ def _decoding(data: Mapping[str, Any]) -> tuple[Callable[[str], bytes], bool]:
         return sentencepiece.piece_bytes, strips
     names = ", ".join(sorted(map(str, kinds))) or "none"
     raise ModelLoadError(
-        f"its decoder ({names}) is not supported; byte-level and sentencepiece decoders are"
+        f"its decoder ({names}) is not supported; byte-level, sentencepiece and "
+        "WordPiece decoders are"
     )
 
 

@@ -27,7 +27,8 @@ class TokenizerParts:
     """Everything that `Tokenizer` needs.
 
     `first` encodes text at the very start of a prompt, `later` text after something else; neither
-    can produce a marker of `added`. `names` are `bos_token` and its like, for templates.
+    can produce a marker of `added`. `names` are `bos_token` and its like, for templates. `frame`:
+    the ids that the vocabulary's own rules put before and behind a whole text.
     """
 
     first: tokenizers.Tokenizer
@@ -40,6 +41,7 @@ class TokenizerParts:
     adds_bos: bool
     strips_leading_space: bool
     names: Mapping[str, str] = field(default_factory=dict)
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 @contextmanager

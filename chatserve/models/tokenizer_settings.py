@@ -58,6 +58,12 @@ class TokenizerSettings:
         is_llama = str(self.tokenizer_config.get("tokenizer_class")).startswith("LlamaTokenizer")
         return True if is_llama else None
 
+    @property
+    def adds_eos(self) -> bool | None:
+        """Whether whole texts, but not prompts, end with EOS; None leaves it to the vocabulary."""
+        value = self.tokenizer_config.get("add_eos_token")
+        return value if isinstance(value, bool) else None
+
     def named_token(self, name: str) -> str | None:
         """The text of `bos_token` and its like; None when absent or blank."""
         for source in (self.tokenizer_config, self.special_tokens_map):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from chatserve.errors import InvalidRequest, UnsupportedParameter
+from chatserve.errors import InvalidRequest
 from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
 
 EMBEDDINGS_PATH = "/v1/embeddings"
@@ -28,7 +28,7 @@ EMBEDDINGS_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "priority": (None, 0),
 }
 SCORE_NO_OPS = EMBEDDINGS_NO_OPS
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "last", "cls")
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _IDS_SCHEMA = {"type": "array", "items": ID_SCHEMA, "minItems": 1}
@@ -52,7 +52,7 @@ TEXTS_SCHEMA = {
     ]
 }
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "cls"]
 
 
 def _is_ids(value: Any) -> bool:
@@ -97,13 +97,7 @@ def _check_count(inputs: list[Any], name: str) -> None:
 def _pooling(value: Any) -> Pooling | None:
     if value is None or value in POOLINGS:
         return cast("Pooling | None", value)
-    if value == "cls":
-        raise UnsupportedParameter(
-            "pooling cls is for encoders: the first token of a model that reads from left to right "
-            "has seen nothing else; use mean or last",
-            param="pooling",
-        )
-    raise InvalidRequest("pooling must be mean or last", param="pooling")
+    raise InvalidRequest("pooling must be mean, last or cls", param="pooling")
 
 
 class PooledRequest(BaseModel):

@@ -85,6 +85,11 @@ def assess(question: Question, progress: Progress | None = None) -> Assessment:
 
 
 def _checked_config(checkpoint: Checkpoint) -> ModelConfig:
+    if not checkpoint.has_head:
+        raise ModelLoadError(
+            f"{checkpoint.path}: has no head, so there are no predictions to compare; quality "
+            "measures models that generate"
+        )
     if not is_native(checkpoint.config):
         kind = (checkpoint.config.get("architectures") or ["it"])[0]
         raise ModelLoadError(

@@ -95,6 +95,9 @@ class Prompts(Protocol):
 class Tokenization(Protocol):
     """`chatserve.engine.tokenization.Tokenization`, as the server uses it."""
 
+    @property
+    def num_ending(self) -> int: ...
+    def of_embedded(self, text: str) -> list[int]: ...
     def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def of_chat(
         self,
@@ -143,7 +146,8 @@ class ServedModel(Protocol):
     ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
     (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
     (`--use-generation-config`), by their OpenAI names. `hidden_size` is how long an embedding is,
-    `pooling` how it is made unless a request says otherwise.
+    `pooling` how it is made unless a request says otherwise. `is_encoder`: it reads texts in both
+    directions and writes none.
     `grammars` compiles what answers must match; None where that is not offered.
     `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
     """
@@ -160,6 +164,8 @@ class ServedModel(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def pooling(self) -> Pooling: ...
+    @property
+    def is_encoder(self) -> bool: ...
     @property
     def tokenization(self) -> Tokenization: ...
     @property

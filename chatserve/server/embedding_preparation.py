@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
-from chatserve.errors import ContextLengthExceeded, InvalidRequest
+from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from chatserve.protocol.embeddings import PooledRequest, parse_embeddings, parse_score
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
@@ -116,12 +116,29 @@ def _pooled(
                 f"{model.context_length:,}; shorten it, or cut it with truncate_prompt_tokens",
                 param=_param(where),
             )
-        prompts.append(tuple(ids[:kept]))
+        prompts.append(_cut(ids, kept, _num_ending(each, model)))
         num_dropped += len(ids) - len(prompts[-1])
+    if request.pooling == "cls" and not model.is_encoder:
+        raise UnsupportedParameter(
+            f"pooling cls is for encoders: the first token of {model.names[0]}, which reads from "
+            "left to right, has seen nothing else; use mean or last",
+            param="pooling",
+        )
     params = SamplingParams(max_tokens=0, pooling=request.pooling or model.pooling)
     return Pooled(
         request.model, tuple(prompts), params, adapter, None if kept is None else num_dropped
     )
+
+
+def _num_ending(each: str | list[int], model: ServedModel) -> int:
+    return model.tokenization.num_ending if isinstance(each, str) else 0
+
+
+def _cut(ids: list[int], kept: int | None, num_ending: int) -> tuple[int, ...]:
+    """The first so many; what ends each text stays at its end."""
+    if kept is None or len(ids) <= kept or num_ending >= kept:
+        return tuple(ids[:kept])
+    return (*ids[: kept - num_ending], *ids[len(ids) - num_ending :])
 
 
 def _ids(each: str | list[int], where: str, model: ServedModel, *, is_cut: bool) -> list[int]:
@@ -135,7 +152,7 @@ def _ids(each: str | list[int], where: str, model: ServedModel, *, is_cut: bool)
                 "truncate_prompt_tokens",
                 param=_param(where),
             )
-        each = model.tokenization.of_text(each)
+        each = model.tokenization.of_embedded(each)
         if not each:
             raise InvalidRequest(f"{where} has no tokens; send some text", param=_param(where))
     for token_id in (min(each), max(each)):

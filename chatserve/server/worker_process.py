@@ -67,6 +67,8 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     from chatserve.engine.serving import load
 
     engine, model = load(config, progress)
+    if model.description.get("embeddings_only"):
+        return engine, model
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
     return engine, dataclasses.replace(model, grammars=grammars)
 

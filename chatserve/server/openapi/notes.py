@@ -70,8 +70,8 @@ NOTES: Mapping[str, str] = {
     "dimensions": "only so many of each vector, the first, and length 1 again; default all",
     "truncate_prompt_tokens": "keep so many tokens of each text, the first, -1 for as many as the "
     "model holds; `usage` says how many were dropped; default: refuse with the numbers",
-    "pooling": "the mean of all hidden states, or the last token's; default: as the model's files "
-    "say, else the mean",
+    "pooling": "the mean of all hidden states, the last token's or, of encoders only, the first's; "
+    "default: as the model's files say, else the mean",
     "text_1": "a text, or as many as `text_2` has",
     "text_2": "a text, or several",
     "input": "a text, or items: messages, calls of functions and what these gave",

@@ -244,8 +244,8 @@ def test_the_files_are_closed_after_loading(folder: Path) -> None:
     seen = []
     real = serving.open_checkpoint
 
-    def opened(path: Path) -> Any:
-        checkpoint = real(path)
+    def opened(path: Path, **options: Any) -> Any:
+        checkpoint = real(path, **options)
         seen.append(checkpoint)
         return checkpoint
 

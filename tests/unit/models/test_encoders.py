@@ -1,4 +1,4 @@
-"""Encoders are refused by name, before their weights or tokenizers are looked at."""
+"""Encoders are refused by name where texts are to be written, before weights are looked at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from chatserve.errors import ModelLoadError
 from chatserve.models.checkpoint import open_checkpoint
-from chatserve.models.encoders import MODEL_TYPES, refuse_encoder
+from chatserve.models.encoders import MODEL_TYPES, SERVED_TYPES, is_encoder, refuse_encoder
 
 
 @pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "modernbert"])
@@ -33,3 +33,12 @@ def test_none_of_them_is_a_model_that_generates() -> None:
 
     causal_only = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     assert not MODEL_TYPES & causal_only
+
+
+@pytest.mark.parametrize("model_type", [["bert"], {"bert": 1}, 1, None])
+def test_a_model_type_that_is_no_name(model_type: object) -> None:
+    assert not is_encoder({"model_type": model_type})
+
+
+def test_those_that_are_served_are_known() -> None:
+    assert SERVED_TYPES < MODEL_TYPES

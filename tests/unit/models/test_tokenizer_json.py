@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import sys
 import tempfile
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -275,7 +278,13 @@ def damaged(folder: Path, change: Any) -> None:
         (lambda data: data["model"].update(type="Nonsense"), "damaged"),
         (lambda data: data.update(added_tokens=[{"content": "x"}]), "damaged"),
         (lambda data: data.update(added_tokens=3), "damaged"),
-        (lambda data: data.update(decoder={"type": "WordPiece"}, pre_tokenizer=None), "WordPiece"),
+        (lambda data: data.update(decoder={"type": "WordPiece"}, pre_tokenizer=None), "damaged"),
+        (
+            lambda data: data.update(
+                decoder={"type": "BPEDecoder", "suffix": "x"}, pre_tokenizer=None
+            ),
+            r"BPEDecoder\) is not supported",
+        ),
         (lambda data: data.update(decoder=None, pre_tokenizer=None), "decoder (.none.)"),
         (lambda data: data.update(decoder=7, pre_tokenizer=7), "decoder"),
         (lambda data: data.update(added_tokens=tokens_of(65_537, 8)), "65,5.. added tokens"),
@@ -363,3 +372,30 @@ def test_many_long_tokens_are_guarded_in_linear_memory() -> None:
 
 def tokenizer_token(text: str, token_id: int) -> special_tokens.AddedToken:
     return special_tokens.AddedToken(text, token_id, special=True)
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    """The engine's, and the event loop of every stream."""
+    encoder = load_tokenizer(folder_of("qwen"))
+    text = "many words " * 20_000
+    num_turns, is_over = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_turns
+        while not is_over.is_set():
+            num_turns += 1
+            os.sched_yield()  # gives the lock back; nobody else does so for a minute
+
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=count)
+    try:
+        sys.setswitchinterval(60)
+        other.start()
+        before = num_turns
+        encoder.encode(text, add_bos=False)
+        after = num_turns
+    finally:
+        is_over.set()
+        sys.setswitchinterval(interval)
+        other.join()
+    assert after - before > 10

@@ -65,9 +65,7 @@ def test_values_out_of_range(name: str, value: Any) -> None:
     assert caught.value.param == name
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("pooling", "cls"), ("normalize", False), ("colour", 1), ("messages", [])]
-)
+@pytest.mark.parametrize(("name", "value"), [("normalize", False), ("colour", 1), ("messages", [])])
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UnsupportedParameter, match=name):
         parse_embeddings(body(input="a", **{name: value}))

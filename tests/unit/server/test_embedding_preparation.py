@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from chatserve.engine.sequence import SamplingParams
-from chatserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from chatserve.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    UnsupportedParameter,
+)
 from chatserve.server.embedding_preparation import (
     Pooled,
     PreparedEmbeddings,
@@ -17,7 +22,7 @@ from chatserve.server.embedding_preparation import (
     prepare_score,
 )
 from chatserve.server.preparation import MAX_BYTES_PER_TOKEN
-from tests.fakes import FakeAdapters, FakeModel
+from tests.fakes import FakeAdapters, FakeModel, FakeTokenization
 
 CONTEXT = 20
 MODEL = FakeModel(context_length=CONTEXT)  # a text's bytes are its tokens, behind a 0
@@ -42,6 +47,14 @@ def test_the_models_pooling_unless_another_is_asked_for() -> None:
     last = replace(MODEL, pooling="last")
     assert pooled(last, input="hi").params.pooling == "last"
     assert pooled(last, input="hi", pooling="mean").params.pooling == "mean"
+
+
+def test_cls_is_for_encoders() -> None:
+    with pytest.raises(UnsupportedParameter, match="pooling cls is for encoders") as caught:
+        pooled(input="hi", pooling="cls")
+    assert caught.value.param == "pooling"
+    encoder = replace(MODEL, is_encoder=True)
+    assert pooled(encoder, input="hi", pooling="cls").params.pooling == "cls"
 
 
 def test_an_adapter() -> None:
@@ -71,6 +84,29 @@ def test_truncation_keeps_the_beginning_and_says_so(limit: int, kept: int) -> No
     assert found.usage == {
         "prompt_tokens": num_kept, "total_tokens": num_kept, "prompt_tokens_dropped": 40 - num_kept,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(1, (0,)), (2, (0, 7)), (3, (0, 104, 7)), (4, (0, 104, 105, 7))]
+)
+def test_what_ends_a_text_stays_at_its_end(limit: int, kept: tuple[int, ...]) -> None:
+    class Ending(FakeTokenization):
+        num_ending = 1
+
+        def of_embedded(self, text: str) -> list[int]:
+            return [*self.of_text(text), 7]
+
+    class Served(FakeModel):
+        @property
+        def tokenization(self) -> FakeTokenization:
+            return Ending(self.prompts)
+
+    found = pooled(Served(context_length=CONTEXT), input="hi", truncate_prompt_tokens=limit)
+    assert found.prompts == (kept,)
+    assert found.num_dropped == 4 - limit
+    # ids are taken as they are
+    ids = pooled(Served(context_length=CONTEXT), input=[[1, 2, 7]], truncate_prompt_tokens=2)
+    assert ids.prompts == ((1, 2),)
 
 
 def test_truncation_that_cuts_nothing_says_so_too() -> None:
