@@ -15,6 +15,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
+from tokenizers import AddedToken, Tokenizer
 
 from chatserve.config import WorkerConfig
 from chatserve.engine.serving import load
@@ -23,6 +24,7 @@ from chatserve.server.edge import Edge
 from chatserve.server.worker import create_worker_app
 from tests import tiny
 from tests.servers import serving
+from tests.unit.models.test_tool_templates import MISTRAL_TOOLS
 from tests.weights import default_model
 
 # no text without a bound: a random model would go on to the end of its context
@@ -142,6 +144,44 @@ def test_required_on_a_random_model(tiny_url: str) -> None:
 
 def test_named_on_a_random_model(tiny_url: str) -> None:
     check_named(tiny_url, 10)
+
+
+def save_with_control_token(folder: Path) -> int:
+    """A random model with Mistral's template, which has a token in front of calls; its id."""
+    tiny.save_model(folder, max_position_embeddings=4096)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings["chat_template"] = MISTRAL_TOOLS
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    return int(tokenizer.token_to_id("[TOOL_CALLS]") or 0)
+
+
+def test_a_format_with_a_token_of_its_own(tmp_path: Path) -> None:
+    control = save_with_control_token(tmp_path)
+    with worker(tmp_path) as url, openai.OpenAI(base_url=url, api_key="none") as client:
+        options: dict[str, Any] = {
+            "model": "m", "tools": TOOLS, "seed": 4, "max_tokens": 1500,
+            "logit_bias": {str(control): 100}, "extra_body": {"return_token_ids": True},
+        }  # fmt: skip
+        reply = client.chat.completions.create(**options, messages=QUESTION)
+        (choice,) = reply.choices
+        ids = choice.model_extra and choice.model_extra["token_ids"]
+        assert ids[0] == control and choice.finish_reason == "tool_calls"
+        message = choice.message
+        assert message.content is None and message.tool_calls
+        for call in message.tool_calls:
+            assert call.type == "function" and len(call.id) == 9
+            Draft202012Validator(PARAMETERS[call.function.name]).validate(
+                json.loads(call.function.arguments)
+            )
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": "4"} for call in message.tool_calls
+        ]
+        chat = [*QUESTION, message.model_dump(exclude_none=True), *results]
+        options = {**options, "logit_bias": {}, "max_tokens": 5, "tool_choice": "none"}
+        assert client.chat.completions.create(**options, messages=chat).choices[0].message.content
 
 
 @pytest.mark.weights
