@@ -86,8 +86,10 @@ def prepare_chat_request(request: ChatRequest, model: ServedModel) -> Prepared:
     adapter = _check_common(request, model)
     rolled = chat_prompt(request, model)
     max_tokens = _room(request, model, len(rolled.ids))
+    # what would begin another turn in text may stand in JSON
+    ends_turns = () if _is_all_form(request) else model.stop
     params = _sampling_params(
-        request, model, max_tokens, stop=(*request.stop, *model.stop), logprobs=request.num_top
+        request, model, max_tokens, stop=(*request.stop, *ends_turns), logprobs=request.num_top
     )
     return _prepared(
         request,
@@ -100,6 +102,13 @@ def prepare_chat_request(request: ChatRequest, model: ServedModel) -> Prepared:
         shows_logprobs=request.num_top is not None,
         **_answer_form(request, model),
     )
+
+
+def _is_all_form(request: ChatRequest) -> bool:
+    """Whether a grammar holds all of the answer, and no part of it is free text."""
+    if request.grammar is not None:
+        return True
+    return request.offers_tools and request.tool_choice.mode == "required"
 
 
 def _answer_form(request: ChatRequest, model: ServedModel) -> dict[str, Any]:

@@ -85,3 +85,24 @@ def test_arguments_of_calls_are_counted_before_they_are_read() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     with pytest.raises(ContextLengthExceeded, match=r"has 20,0\d\d bytes"):
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [
+        ({}, ("END", "###")),
+        ({"tools": TOOLS}, ("END", "###")),
+        ({"tools": TOOLS, "tool_choice": "none"}, ("END", "###")),
+        ({"tools": TOOLS, "tool_choice": "required"}, ("END",)),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, ("END",)),
+        ({"response_format": {"type": "json_object"}}, ("END",)),
+    ],
+)
+def test_what_ends_a_turn_in_text_may_stand_in_json(
+    fields: dict[str, Any], stop: tuple[str, ...]
+) -> None:
+    """Vicuna v0 ends turns with ###, which is an honest part of a JSON text."""
+    body = {"model": "fake", "messages": [USER], "stop": ["END"], **fields}
+    model = FakeModel(stop=("###",), grammars=FakeGrammars())
+    prepared = prepare_chat(json.dumps(body).encode(), model)
+    assert prepared.prompts[0].params.stop == stop
