@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chatserve.engine.rolling import Rolled
+if TYPE_CHECKING:  # the relay, which passes the headers on, knows no engine
+    from chatserve.engine.rolling import Rolled
 
 TOKENS_HEADER = "x-chatserve-prompt-tokens-dropped"
 MESSAGES_HEADER = "x-chatserve-messages-dropped"
