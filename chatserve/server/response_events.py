@@ -28,6 +28,8 @@ class ResponseEncoder:
         self._shows_logprobs = shows_logprobs
         self._output: list[dict[str, Any]] = []
         self._open: _Message | _Call | None = None
+        # of tokens that are no text yet
+        self._logprobs: list[Any] = []
         self._sequence_number = -1
         self._reason: str | None = None
         self.response = self._response("in_progress")
@@ -42,14 +44,14 @@ class ResponseEncoder:
 
     def feed(self, piece: Piece, _event: TokenEvent) -> list[Event]:
         self._reason = piece.finish_reason
-        logprobs = _logprobs(piece)
-        deltas = deltas_of(piece) or ([TextDelta("")] if logprobs else [])
+        self._logprobs += _logprobs(piece)
         events: list[Event] = []
-        for delta in deltas:
+        for delta in deltas_of(piece):
             if isinstance(delta, TextDelta):
-                events += self._text(delta.text, logprobs)
-                logprobs = []
+                events += self._text(delta.text)
             else:
+                # tokens of a call, or of the marker before it: nowhere to be told
+                self._logprobs = []
                 events += self._call(delta)
         return events
 
@@ -57,14 +59,17 @@ class ResponseEncoder:
         if self._reason != "length":
             if not self._output:
                 yield from self._begin(_Message(self._shows_logprobs))
+            yield from self._say_rest()
             yield from self._close("completed")
             yield self._end("completed", "completed")
             return
+        yield from self._say_rest()
         yield from self._close("incomplete")
         yield self._end("incomplete", "incomplete", reason="max_output_tokens")
 
     def cancel(self) -> Iterator[Event]:
         """The API has no event of that name: the stream ends as incomplete, the status says why."""
+        yield from self._say_rest()
         yield from self._close("incomplete")
         yield self._end("incomplete", "cancelled")
 
@@ -74,7 +79,13 @@ class ResponseEncoder:
             self._open = None
         yield self._end("failed", "failed", error=error)
 
-    def _text(self, text: str, logprobs: list[Any]) -> Iterator[Event]:
+    def _say_rest(self) -> Iterator[Event]:
+        """Logprobs behind the last of a message's text."""
+        if self._logprobs and isinstance(self._open, _Message):
+            yield from self._text("")
+
+    def _text(self, text: str) -> Iterator[Event]:
+        logprobs, self._logprobs = self._logprobs, []
         message = self._open
         if not isinstance(message, _Message):
             message = _Message(self._shows_logprobs)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import orjson
 import pytest
 
-from chatserve.engine.sequence import TokenEvent
+from chatserve.engine.sequence import SamplingParams, TokenEvent, TokenLogprobs
 from chatserve.errors import GenerationFailed, InvalidRequest, Overloaded
+from chatserve.models.tool_format import LLAMA_3, TAGS, ToolFormat
 from chatserve.server.answer_events import Event, frames
-from chatserve.server.choices import Piece
+from chatserve.server.choices import Piece, choices_of
 from chatserve.server.deltas import ToolCallDelta
+from chatserve.server.preparation import Prepared, Prompt
 from chatserve.server.response_events import ResponseEncoder
+from tests.fakes import FakeTokenizer
 
 EVENT = TokenEvent("x")
 USAGE = {"total_tokens": 3}
@@ -165,6 +169,45 @@ def test_logprobs_are_told_with_their_text_and_at_its_end() -> None:
     [done] = [event for event in events if event["type"].endswith("text.done")]
     assert done["logprobs"] == [token, token]
     assert said.response["output"][0]["content"][0]["logprobs"] == [token, token]
+
+
+def told_as_bytes(tool_format: ToolFormat, text: str) -> list[dict[str, Any]]:
+    """The items of an answer with a token for each of its bytes, and their logprobs."""
+    params = SamplingParams(logprobs=0)
+    prepared = Prepared(
+        "m", (Prompt((1,), params),), 1, True, True, False, False, shows_logprobs=True,
+        tool_format=tool_format,
+    )  # fmt: skip
+    [choice] = choices_of(prepared, FakeTokenizer())
+    said = encoder(shows_logprobs=True)
+    for number, byte in enumerate(text.encode(), 1):
+        reason = "stop" if number == len(text.encode()) else None
+        event = TokenEvent(
+            "x", text=chr(byte), token_ids=(byte,), num_generated_tokens=number,
+            logprobs=(TokenLogprobs(byte, -0.5),), finish_reason=reason,
+        )  # fmt: skip
+        said.feed(choice.feed(event), event)
+    assert names(said.finish())[-1] == "completed"
+    output: list[dict[str, Any]] = said.response["output"]
+    return output
+
+
+def test_logprobs_neither_begin_nor_end_an_item() -> None:
+    [call] = told_as_bytes(LLAMA_3, '{"name": "f", "parameters": {"a": 1}}')
+    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "f", '{"a": 1}')
+    text = 'Hi <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    message, call = told_as_bytes(TAGS, text)
+    assert (call["name"], call["arguments"]) == ("f", '{"a": 1}')
+    [part] = message["content"]
+    assert part["text"] == "Hi"
+    assert [each["token"] for each in part["logprobs"]] == ["H", "i"]
+
+
+def test_logprobs_wait_for_their_text() -> None:
+    said = encoder(shows_logprobs=True)
+    events = story([Piece("", LOGPROBS), Piece("é", LOGPROBS), Piece("", None, "length")], said)
+    [delta] = [event for event in events if event["type"].endswith("text.delta")]
+    assert delta["delta"] == "é" and len(delta["logprobs"]) == 2
 
 
 def test_frames() -> None:
