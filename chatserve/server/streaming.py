@@ -238,7 +238,9 @@ class _Answer:
                 self.calls.append([])
             self.calls[delta.index].append(delta)
         if piece.token_ids is not None:
-            self.token_ids = [*(self.token_ids or ()), *piece.token_ids]
+            if self.token_ids is None:
+                self.token_ids = []
+            self.token_ids += piece.token_ids
         self.sum_logprobs += sum(each.logprob for each in event.logprobs)
         self.num_tokens += len(event.logprobs)
         if piece.logprobs is None:

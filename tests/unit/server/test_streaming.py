@@ -13,10 +13,10 @@ import pytest
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import GenerationFailed, OutOfMemory, Overloaded
 from chatserve.protocol.sse import DONE, SSEDecoder
-from chatserve.server.choices import choices_of
+from chatserve.server.choices import Piece, choices_of
 from chatserve.server.generation import Generation
 from chatserve.server.preparation import Prepared, Prompt
-from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
+from chatserve.server.streaming import ReplyHead, _Answer, chunk_encoder, fold, stream_frames
 from tests.fakes import ANSWER, FakeEngine, FakeStream, FakeTokenizer
 
 TEXT = "".join(ANSWER)
@@ -320,3 +320,12 @@ def test_cancelling_in_the_middle_aborts() -> None:
 
     asyncio.run(main())
     assert len(engine.aborted) == 2
+
+
+def test_ids_are_gathered_in_one_list() -> None:
+    """A new one for each token would cost the square of their number."""
+    answer = _Answer()
+    answer.add(Piece("a", token_ids=(1,)), TokenEvent("x"))
+    gathered = answer.token_ids
+    answer.add(Piece("b", token_ids=(2, 3)), TokenEvent("x"))
+    assert answer.token_ids is gathered == [1, 2, 3]
