@@ -1,7 +1,7 @@
 """One request to one worker: bytes through, cancelled upstream when the client leaves.
 
 Knows nothing of the JSON it carries. A stream is passed on in whole frames, so that an error event
-can follow when the worker dies in the middle of one.
+can follow when the worker dies in the middle of one; only of a very long frame not all is held.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatserve.errors import BadStream, ChatserveError, WorkerLost
+from chatserve.errors import ChatserveError, WorkerLost
 from chatserve.protocol.control import bearer
 from chatserve.protocol.leniency import HEADER
-from chatserve.protocol.sse import MAX_EVENT_BYTES
 from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
@@ -34,6 +33,9 @@ CONNECT_TIMEOUT_S = 2.0
 # under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
 KEEPALIVE_S = 2.0
 FRAME_ENDS = (b"\n\n", b"\r\n\r\n")
+MAX_HELD_BYTES = 1024 * 1024
+# of an end of a frame that may be cut
+_MAX_CUT = max(map(len, FRAME_ENDS)) - 1
 PASSED_HEADERS = (
     "content-type",
     "cache-control",
@@ -202,10 +204,12 @@ class RelayedStream(Response):
             await write(frames)
             async for frames in self._frames:
                 await write(frames)
-        except (aiohttp.ClientError, BadStream, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             if not self._is_client_gone:
                 loss = self._on_loss(self._lease.worker.worker_id, error)
-                await write(error_event(loss, path, frames))
+                # the beginning of a very long frame is out: the error needs one of its own
+                cut = b"" if frames.endswith(FRAME_ENDS) else b"\n\n"
+                await write(cut + error_event(loss, path, frames))
 
     async def _close_on_disconnect(self, receive: Receive) -> None:
         await disconnected(receive)
@@ -254,19 +258,26 @@ def _failing_with_its_connection(upstream: aiohttp.ClientResponse) -> Iterator[N
 async def whole_frames(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     """The same bytes, cut only where a frame ends; a frame that is never finished is dropped.
 
-    Raises `BadStream` when a frame grows over the limit.
+    Of a frame that is larger than what is held here, the beginning goes on before its end is there.
     """
-    tail = b""
+    held = bytearray()
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:
-            data = tail + chunk if tail else chunk
-            if data.endswith(FRAME_ENDS):
-                tail = b""
-                yield data
+            if not held and chunk.endswith(FRAME_ENDS):
+                yield chunk
                 continue
-            end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in FRAME_ENDS)
-            tail = data[end:]
-            if len(tail) > MAX_EVENT_BYTES:
-                raise BadStream(f"the worker sent a frame over {MAX_EVENT_BYTES} bytes")
+            # what was held before has no end in it
+            start = max(0, len(held) - _MAX_CUT)
+            held += chunk
+            end = max(_end_of(mark, held, start) for mark in FRAME_ENDS)
+            if not end and len(held) > MAX_HELD_BYTES:
+                end = len(held) - _MAX_CUT
             if end:
-                yield data[:end]
+                yield bytes(held[:end])
+                del held[:end]
+
+
+def _end_of(mark: bytes, data: bytearray, start: int) -> int:
+    """Where the last `mark` ends, 0 if there is none."""
+    place = data.rfind(mark, start)
+    return 0 if place < 0 else place + len(mark)

@@ -250,6 +250,19 @@ def test_death_in_the_middle_is_one_error_event(house: House, last: list[bytes])
     assert error_of(house.post()) == (503, "no_worker_available")
 
 
+def test_a_very_long_frame_costs_no_worker_its_place(house: House) -> None:
+    stream = encode_event(b"x" * (6 << 20)) + encode_event("z")
+    house.add_scripted("w", [STREAM_HEAD, chunked(stream), b"0\r\n\r\n"])
+    assert house.post().content == stream
+    assert len(house.registry.cards()) == 1
+
+
+def test_death_in_a_very_long_frame(house: House) -> None:
+    house.add_scripted("w", [STREAM_HEAD, chunked(PING + b"data: " + b"x" * (6 << 20))])
+    *_, last, rest = house.post().content.split(b"\n\n")
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "worker_died" and not rest
+
+
 def test_the_official_client_raises_when_the_worker_dies(house: House) -> None:
     chunk = b'{"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}'
     has_begun = threading.Event()

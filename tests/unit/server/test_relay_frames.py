@@ -7,9 +7,8 @@ from collections.abc import AsyncGenerator, Iterable
 
 import pytest
 
-from chatserve.errors import BadStream
-from chatserve.protocol.sse import MAX_EVENT_BYTES, PING, encode_event
-from chatserve.server.relay import whole_frames
+from chatserve.protocol.sse import PING, encode_event
+from chatserve.server.relay import MAX_HELD_BYTES, whole_frames
 
 STREAM = b"".join([encode_event("你好 🙂"), PING, encode_event("a\nb"), encode_event("[DONE]")])
 
@@ -44,7 +43,20 @@ def test_frame_that_is_never_finished_is_dropped() -> None:
     assert passed([STREAM + b'data: {"half', b'er"}\n']) == [STREAM]
 
 
-def test_endless_frame() -> None:
-    chunk = b"x" * (1 << 20)
-    with pytest.raises(BadStream):
-        passed([chunk] * (MAX_EVENT_BYTES // len(chunk) + 1))
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [MAX_HELD_BYTES // 2, MAX_HELD_BYTES // 8 + 1, 65_521])
+def test_a_very_long_frame_is_passed_on_as_it_comes(newline: bytes, size: int) -> None:
+    long = b"data: " + b"x" * (3 * MAX_HELD_BYTES) + newline * 2
+    stream = PING + long + PING
+    pieces = passed(stream[i : i + size] for i in range(0, len(stream), size))
+    assert b"".join(pieces).startswith(PING + long)
+    assert max(map(len, pieces)) <= MAX_HELD_BYTES + size
+
+
+def test_an_end_that_is_cut_behind_what_was_passed_on() -> None:
+    long = b"x" * (MAX_HELD_BYTES + 1)
+    for newline in (b"\n", b"\r\n"):
+        end = newline * 2
+        for cut in range(1, len(end)):
+            pieces = passed([long + end[:cut], end[cut:] + b"data: half"])
+            assert b"".join(pieces) == long + end
