@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from chatserve.engine.output import OutputText, TokenBytes
 from chatserve.engine.pooling import Pooler
 from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import build_sampler, on_host
-from chatserve.engine.sampler_state import UNCHANGED, SamplerState
+from chatserve.engine.sampler_state import SamplerState
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import (
     FinishReason,
@@ -27,14 +26,13 @@ from chatserve.engine.sequence import (
     TokenEvent,
     TokenLogprobs,
 )
+from chatserve.engine.speaker import Scores, Speaker
 from chatserve.engine.speculation import Drafter
 from chatserve.engine.turn import Live, Turn
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.batch import Model
 
 logger = logging.getLogger(__name__)
-
-Scores = dict[str, tuple[TokenLogprobs | None, ...]]
 
 
 class EngineTokenizer(TokenBytes, Protocol):
@@ -86,6 +84,7 @@ class Engine:
         # a tokenizer may know padding that the model has no row for
         forbidden_ids = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
         self._sampler = build_sampler(model, forbidden_ids)
+        self._speaker = Speaker(self._sampler, tokenizer.eos_ids)
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=max_num_seqs,
@@ -252,9 +251,10 @@ class Engine:
         scores: Scores = {}
         if wants_logprobs:
             logits = on_host(logits)
-            scores = self._score(batch, logits)
+            scores = self._speaker.score(batch, logits)
         turns = self._turns(batch, failures)
-        self._say(turns.values(), logits, ahead.token_ids if ahead else None, wants_logprobs)
+        picked = ahead.token_ids if ahead else None
+        self._speaker.say(turns.values(), logits, picked, wants_logprobs=wants_logprobs)
         if hidden is not None:
             self._pool(batch, hidden)
         events = []
@@ -265,31 +265,6 @@ class Engine:
             if turn or item.is_final or seq_id in scores:
                 events.append(self._close(item, turn, scores.get(seq_id, ())))
         return events
-
-    def _score(self, batch: Rows[Scheduled], logits: torch.Tensor) -> Scores:
-        """How likely the tokens behind the scored positions are, by sequence.
-
-        Raises `GenerationFailed` where the model computed no finite logits.
-        """
-        scores: Scores = {}
-        row = 0
-        for item in batch:
-            sequence, num_scored = item.sequence, len(item.scored)
-            num_top = sequence.params.prompt_logprobs
-            if num_top is not None and sequence.num_computed < sequence.num_prompt_tokens:
-                told = self._sampler.logprobs(
-                    logits, [UNCHANGED] * num_scored, range(row, row + num_scored),
-                    [sequence.token_ids[position + 1] for position in item.scored],
-                    [num_top] * num_scored,
-                )  # fmt: skip
-                if None in told:
-                    raise GenerationFailed("the model computed no finite logits")
-                is_first = sequence.num_scored == 0 and not sequence.num_generated_tokens
-                # nothing comes before the first token that could tell
-                if is_first or told:
-                    scores[sequence.seq_id] = (*([None] * is_first), *told)
-            row += num_scored + (1 + len(item.draft_ids)) * item.is_sampled
-        return scores
 
     def _pool(self, batch: Rows[Scheduled], hidden: torch.Tensor) -> None:
         """Hand the states to those that become embeddings. Nothing may fail in the step after it:
@@ -315,72 +290,6 @@ class Engine:
                 turn.error = failures.get(live.state) if failures else None
                 row += 1 + len(item.draft_ids)
         return turns
-
-    def _say(
-        self,
-        turns: Iterable[Turn],
-        logits: torch.Tensor,
-        picked: Rows[int] | None,
-        wants_logprobs: bool,
-    ) -> None:
-        """Sample each turn's next token, and the one behind it while its draft is right.
-
-        `picked`: the next tokens by row, where the model has sampled them; those that wait for a
-        mask are not among them.
-        """
-        speaking = [turn for turn in turns if turn.error is None]
-        while speaking:
-            token_ids = self._pick(logits, speaking, picked)
-            picked = None
-            if wants_logprobs:
-                self._tell(logits, speaking, token_ids)
-            speaking = [
-                turn
-                for turn, token_id in zip(speaking, token_ids, strict=True)
-                if self._advance(turn, token_id)
-            ]
-
-    def _pick(
-        self, logits: torch.Tensor, speaking: Rows[Turn], picked: Rows[int] | None
-    ) -> Rows[int]:
-        """The next token of each turn: `picked` already, or sampled now."""
-        late = speaking
-        if picked is not None:
-            late = [turn for turn in speaking if turn.state.matcher is not None]
-            if not late:
-                return [picked[turn.row] for turn in speaking]
-        sampled = self._sampler.sample(
-            logits, [turn.state for turn in late], [turn.row for turn in late]
-        )
-        if picked is None:
-            return sampled
-        rest = iter(sampled)
-        return [picked[turn.row] if turn.state.matcher is None else next(rest) for turn in speaking]
-
-    def _tell(self, logits: torch.Tensor, speaking: Rows[Turn], token_ids: Rows[int]) -> None:
-        """Note how likely the tokens were, for the turns that are asked for it."""
-        asked = [
-            (turn, token_id, turn.sequence.params.logprobs)
-            for turn, token_id in zip(speaking, token_ids, strict=True)
-            if turn.sequence.params.logprobs is not None and token_id >= 0
-        ]
-        told = self._sampler.logprobs(
-            logits,
-            [turn.state for turn, _, _ in asked],
-            [turn.row for turn, _, _ in asked],
-            [token_id for _, token_id, _ in asked],
-            [num_top or 0 for _, _, num_top in asked],
-        )
-        for (turn, _, _), logprobs in zip(asked, told, strict=True):
-            if logprobs is not None:
-                turn.logprobs.append(logprobs)
-
-    def _advance(self, turn: Turn, token_id: int) -> bool:
-        try:
-            return turn.advance(token_id, self._tokenizer.eos_ids)
-        except ChatserveError as error:  # a grammar that does not know its own mask
-            turn.error = error
-            return False
 
     def _close(
         self, item: Scheduled, turn: Turn | None, scores: tuple[TokenLogprobs | None, ...]

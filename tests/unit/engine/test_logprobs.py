@@ -15,6 +15,7 @@ import torch
 from chatserve.engine.engine import Engine
 from chatserve.engine.sampler import Sampler
 from chatserve.engine.sequence import SamplingParams, TokenEvent, TokenLogprobs
+from chatserve.engine.speaker import Speaker
 from chatserve.models.batch import Model
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
@@ -195,7 +196,9 @@ def test_without_kernels_the_same_is_told(
     with_kernels = answers(build(model), list(ASKED))
     engine = build(model)
     forbidden = [id_ for id_ in ByteTokenizer.forbidden_ids if id_ < model.vocab_size]
-    monkeypatch.setattr(engine, "_sampler", Sampler(sorted(forbidden), None))
+    sampler = Sampler(sorted(forbidden), None)
+    monkeypatch.setattr(engine, "_sampler", sampler)
+    monkeypatch.setattr(engine, "_speaker", Speaker(sampler, ByteTokenizer.eos_ids))
     for name, pairs in answers(engine, list(ASKED)).items():
         for (id_, told), (wanted_id, wanted) in zip(pairs, with_kernels[name], strict=True):
             assert id_ == wanted_id
