@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 MAX_INLINE_BODY_BYTES = 64 * 1024
 MAX_PAGE = 100
 USUAL_PAGE = 20
-_FIRST = re.compile(rb"^event: response\.created\n", re.MULTILINE)
-_LAST = re.compile(rb"^event: response\.(?:completed|incomplete|failed)\n", re.MULTILINE)
+_FIRST = re.compile(rb"^event: ?response\.created\r?\n", re.MULTILINE)
+_LAST = re.compile(rb"^event: ?response\.(?:completed|incomplete|failed)\r?\n", re.MULTILINE)
 _OWNER = b"chatserve responses of "
 
 Arguments = TypeVarTuple("Arguments")
@@ -101,10 +101,7 @@ class ResponseDoor:
         owner = owner_of(request.headers)
         try:
             body = await request.body()
-            if len(body) <= MAX_INLINE_BODY_BYTES and b'"previous_response_id"' not in body:
-                asked = self._read(body, owner)
-            else:
-                asked = await asyncio.to_thread(self._read, body, owner)
+            asked = await self._read_beside(body, owner)
             answered = await self._backend.respond(request, asked.body, asked.model)
         except ClientDisconnect:
             return nobody_listens(request)
@@ -164,12 +161,20 @@ class ResponseDoor:
             raise _not_found(response_id)
         return kept
 
-    def _read(self, body: bytes, owner: bytes) -> _Asked:
+    async def _read_beside(self, body: bytes, owner: bytes) -> _Asked:
+        """The same as `_read`, but neither a large body nor a file is read on the loop."""
+        if len(body) > MAX_INLINE_BODY_BYTES:
+            return await asyncio.to_thread(lambda: self._read(read_object(body), body, owner))
+        payload = read_object(body)
+        if payload.get("previous_response_id") is None:
+            return self._read(payload, body, owner)
+        return await asyncio.to_thread(self._read, payload, body, owner)
+
+    def _read(self, payload: Mapping[str, Any], body: bytes, owner: bytes) -> _Asked:
         """The request with what it goes on from in its input, less what a worker need not see.
 
         What is wrong with it otherwise its maker will say.
         """
-        payload = read_object(body)
         is_kept = self._store is not None and payload.get("store") is not False
         if payload.get("store") is True and self._store is None:
             raise UnsupportedParameter(
@@ -234,15 +239,17 @@ class _WatchedStream(Response):
         self.raw_headers = running.stream.raw_headers
         self._door = door
         self._running = running
+        self._first = _Caught(_FIRST)
+        self._last = _Caught(_LAST)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched(message: Message) -> None:
             data = message.get("body")
             if data:
-                if not self._running.response and (begin := _FIRST.search(data)):
-                    self._door.begin(self._running, _data_of(data, begin.end()))
-                if end := _LAST.search(data):
-                    await self._door.end(self._running, _data_of(data, end.end()))
+                if (first := self._first.feed(data)) is not None:
+                    self._door.begin(self._running, first)
+                if (last := self._last.feed(data)) is not None:
+                    await self._door.end(self._running, last)
             await send(message)
 
         try:
@@ -251,10 +258,32 @@ class _WatchedStream(Response):
             self._door.forget(self._running)
 
 
-def _data_of(frames: bytes, start: int) -> bytes:
-    """The data line behind the event line that ends at `start`."""
-    end = frames.index(b"\n", start)
-    return frames[start:end].removeprefix(b"data: ").rstrip(b"\r")
+class _Caught:
+    """The data of the first event that `pattern` begins. Its line of data may be cut anywhere."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self._pattern = pattern
+        self._parts: list[bytes] = []
+        self._is_begun = False
+        self._is_whole = False
+
+    def feed(self, data: bytes) -> bytes | None:
+        """What it is, once: when its end is there."""
+        if self._is_whole:
+            return None
+        if not self._is_begun:
+            if not (found := self._pattern.search(data)):
+                return None
+            self._is_begun = True
+            data = data[found.end() :]
+        line, newline, _ = data.partition(b"\n")
+        self._parts.append(line)
+        if not newline:
+            return None
+        self._is_whole = True
+        event = b"".join(self._parts).rstrip(b"\r")
+        self._parts.clear()
+        return event.removeprefix(b"data:")
 
 
 def _response_in(event: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from chatserve.server.edge import AccessPolicy
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
 from chatserve.server.response_door import ResponseDoor, owner_of
-from chatserve.server.response_store import ResponseStore
+from chatserve.server.response_store import KeptResponse, ResponseStore
 from chatserve.server.worker import create_worker_app
 from tests.asgi import RunningApp, running
 from tests.fakes import FakeEngine, FakeModel
@@ -38,12 +39,13 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, last: bytes) -> None:
+    def __init__(self, last: bytes, piece_size: int) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.begun = asyncio.Event()
         self.released = asyncio.Event()
         self._last = last
+        self._piece_size = piece_size
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def say(data: bytes, *, more: bool = True) -> None:
@@ -55,7 +57,9 @@ class Stream(Response):
         await say(frame("created", "in_progress"))
         self.begun.set()
         await self.released.wait()
-        await say(self._last, more=False)
+        for start in range(0, len(self._last), self._piece_size):
+            await say(self._last[start : start + self._piece_size])
+        await say(b"", more=False)
 
 
 class Backend:
@@ -63,6 +67,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.last = frame("completed", "completed")
+        self.piece_size = 1 << 30
         self.is_asked = asyncio.Event()
         self.streams: list[Stream] = []
         self.cancelled: list[str] = []
@@ -70,7 +75,7 @@ class Backend:
 
     async def respond(self, request: Request, body: bytes, model: object) -> Response:
         self.bodies.append(json.loads(body))
-        self.streams.append(Stream(self.last))
+        self.streams.append(Stream(self.last, self.piece_size))
         self.is_asked.set()
         return self.streams[-1]
 
@@ -168,6 +173,47 @@ def test_words_of_an_answer_are_no_event(
     backend.last = f"event: response.output_text.delta\ndata: {event}\n\n".encode()
     release(stream_of(api, runner, backend), runner, backend)
     assert store.find(owner_of(dict(ME)), ID) is None
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_last_event_that_comes_in_pieces_is_kept(
+    app: tuple[RunningApp, asyncio.Runner],
+    backend: Backend,
+    store: ResponseStore,
+    size: int,
+    newline: str,
+) -> None:
+    """A relay passes on a very long one as it comes."""
+    api, runner = app
+    output = ["x" * (3 * size)]
+    event = {"type": "response.completed", "response": {"id": ID, "output": output}}
+    text = f"event: response.completed\ndata: {json.dumps(event)}\n\n"
+    backend.last = text.replace("\n", newline).encode()
+    backend.piece_size = size
+    answer = release(stream_of(api, runner, backend), runner, backend)
+    assert answer.body.endswith(backend.last)
+    kept = store.find(owner_of(dict(ME)), ID)
+    assert kept is not None and kept.response["output"] == output
+
+
+def test_files_are_read_beside_the_loop(backend: Backend, store: ResponseStore) -> None:
+    """However the name of the field is spelled."""
+    threads: list[threading.Thread] = []
+
+    class Noting(ResponseStore):
+        def find(self, owner: bytes, response_id: str) -> KeptResponse | None:
+            threads.append(threading.current_thread())
+            return None
+
+    app = FastAPI()
+    ResponseDoor(Noting(Path("none")), backend).add_to(app)
+    install_error_handlers(app)
+    with running(app) as api:
+        body = b'{"model":"m","previous\\u005fresponse_id":"r","input":"x"}'
+        assert api.request("POST", "/v1/responses", body, headers=ME).status == 400
+    [thread] = threads
+    assert thread is not threading.current_thread()
 
 
 def test_owners() -> None:
