@@ -339,6 +339,7 @@ def _asked(request: CountTokensRequest, fields: dict[str, Any]) -> AskedMessage:
         payload["response_format"] = request.output_config
     if messages[-1]["role"] == "assistant":
         payload["continue_final_message"] = True
-    names = FieldNames(sources, _NAMES)
+    # the beginning of an answer is asked for by sending it
+    names = FieldNames(sources, {**_NAMES, "continue_final_message": sources[-1]})
     with names.in_errors():
         return AskedMessage(read_chat(payload), names)

@@ -109,9 +109,13 @@ class Turns:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    _calls: set[str] = field(default_factory=set)
+    _unanswered: dict[str, str] = field(default_factory=dict)
 
     def add_text(self, role: str, text: str, source: str) -> None:
         """Texts of one role that follow each other are one turn, as Anthropic has it."""
+        self.check_answered()
+        self._calls.clear()
         last = self.messages[-1] if self.messages else {}
         if last.get("role") != role or "tool_calls" in last:
             last = {"role": role, "content": []}
@@ -119,15 +123,37 @@ class Turns:
             self.sources.append(source)
         last["content"].append({"type": "text", "text": text})
 
-    def add_call(self, call: dict[str, Any], source: str) -> None:
+    def add_call(self, call: dict[str, Any], source: str, param: str) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.messages.append({"role": "assistant", "content": None})
             self.sources.append(source)
+            self.check_answered()
+            self._calls.clear()
         self.messages[-1].setdefault("tool_calls", []).append(call)
+        self._calls.add(call["id"])
+        self._unanswered[call["id"]] = param
 
-    def add_result(self, call_id: str, text: str, source: str) -> None:
+    def add_result(self, call_id: str, text: str, source: str, param: str) -> None:
+        """Only the calls right before them have results."""
+        if call_id not in self._calls:
+            param = f"{param}.tool_use_id"
+            raise InvalidRequest(
+                f"{param} {call_id[:40]!r} is of no tool_use in the message before; send that "
+                "block, too",
+                param=param,
+            )
+        self._unanswered.pop(call_id, None)
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
         self.sources.append(source)
+
+    def check_answered(self) -> None:
+        """Each call has its result before the conversation goes on."""
+        for call_id, param in self._unanswered.items():
+            raise InvalidRequest(
+                f"{param}: the tool_use {call_id[:40]!r} has no tool_result; begin the next "
+                "message with one that has its tool_use_id",
+                param=param,
+            )
 
 
 def read_messages(value: Any) -> Turns:
@@ -141,6 +167,7 @@ def read_messages(value: Any) -> Turns:
     turns = Turns()
     for i, message in enumerate(value):
         _add_message(turns, message, f"messages[{i}]")
+    turns.check_answered()
     return turns
 
 
@@ -184,10 +211,10 @@ def _add_block(turns: Turns, role: str, value: Any, source: str, param: str) -> 
     if kind == "text":
         turns.add_text(role, _text(block, param), source)
     elif kind == "tool_use":
-        turns.add_call(_call(block, param), source)
+        turns.add_call(_call(block, param), source, param)
     else:
         call_id, text = _result(block, param)
-        turns.add_result(call_id, text, source)
+        turns.add_result(call_id, text, source, param)
 
 
 def _kind(value: Any, param: str) -> str:

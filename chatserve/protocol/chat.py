@@ -147,12 +147,15 @@ def read_messages(value: Any) -> list[ChatMessage]:
         )
     messages: list[ChatMessage] = []
     names: dict[str, str] = {}
+    unanswered: dict[str, str] = {}
     for index, each in enumerate(value):
         message = _message(each, f"messages[{index}]")
         call_id = message.tool_call_id
         if call_id is None:
+            _check_answered(unanswered)
             # only the calls right before them have results
             names = {call.call_id: call.name for call in message.tool_calls}
+            unanswered = dict.fromkeys(names, f"messages[{index}].tool_calls")
         elif call_id in names:
             if message.name not in (None, names[call_id]):
                 raise InvalidRequest(
@@ -161,6 +164,7 @@ def read_messages(value: Any) -> list[ChatMessage]:
                     param=f"messages[{index}].name",
                 )
             message = replace(message, name=names[call_id])
+            unanswered.pop(call_id, None)
         else:
             raise InvalidRequest(
                 f"messages[{index}].tool_call_id {call_id[:40]!r} is no call of the "
@@ -168,7 +172,19 @@ def read_messages(value: Any) -> list[ChatMessage]:
                 param=f"messages[{index}].tool_call_id",
             )
         messages.append(message)
+    if messages[-1].tool_call_id is not None:
+        _check_answered(unanswered)
     return messages
+
+
+def _check_answered(unanswered: Mapping[str, str]) -> None:
+    """Each call has its result before the chat goes on. Values: where the calls are."""
+    for call_id, param in unanswered.items():
+        raise InvalidRequest(
+            f"{param}: the call {call_id[:40]!r} has no result; send a message of the role tool "
+            "with its tool_call_id right behind",
+            param=param,
+        )
 
 
 def _message(value: Any, param: str) -> ChatMessage:

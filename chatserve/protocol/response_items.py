@@ -106,8 +106,15 @@ class ChatMessages:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[list[int]] = field(default_factory=list)
+    _calls: set[str] = field(default_factory=set)
+    _unanswered: dict[str, int] = field(default_factory=dict)
 
     def add(self, message: dict[str, Any], place: int) -> None:
+        self.check_answered()
+        self._calls.clear()
+        self._add(message, place)
+
+    def _add(self, message: dict[str, Any], place: int) -> None:
         self.messages.append(message)
         self.places.append([place])
 
@@ -118,6 +125,42 @@ class ChatMessages:
         else:
             self.add({"role": "assistant", "content": None}, place)
         self.messages[-1].setdefault("tool_calls", []).append(call)
+        self._calls.add(call["id"])
+        self._unanswered[call["id"]] = place
+
+    def add_output(self, message: dict[str, Any], place: int) -> None:
+        """Only the calls right before them have outputs."""
+        call_id = message["tool_call_id"]
+        if call_id not in self._calls:
+            param = f"input[{place}].call_id"
+            raise InvalidRequest(
+                f"{param} {call_id[:40]!r} is of no function_call right before it; send that item, "
+                "too",
+                param=param,
+            )
+        self._unanswered.pop(call_id, None)
+        self._add(message, place)
+
+    def check_answered(self) -> None:
+        """Each call has its output before the conversation goes on."""
+        for call_id, place in self._unanswered.items():
+            param = f"input[{place}].call_id"
+            raise InvalidRequest(
+                f"{param}: the function_call {call_id[:40]!r} has no function_call_output; send "
+                "one with its call_id right behind",
+                param=param,
+            )
+
+    def check_end(self) -> None:
+        """What is to be answered is not the model's own."""
+        self.check_answered()
+        if self.messages[-1]["role"] == "assistant":
+            param = f"input[{self.places[-1][-1]}].role"
+            raise InvalidRequest(
+                f"{param}: the last item is the assistant's; end input with a message of the user "
+                "or a function_call_output",
+                param=param,
+            )
 
 
 def input_items(value: Any) -> list[Any]:
@@ -142,6 +185,7 @@ def read_input(value: Any) -> ChatMessages:
     chat = ChatMessages()
     for place, item in enumerate(items):
         _add_item(chat, item, place)
+    chat.check_end()
     return chat
 
 
@@ -163,7 +207,7 @@ def _add_item(chat: ChatMessages, item: Any, place: int) -> None:
     elif kind == "function_call":
         chat.add_call(_call(item, param), place)
     else:
-        chat.add(_output(item, param), place)
+        chat.add_output(_output(item, param), place)
 
 
 def _message(item: dict[str, Any], param: str) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def test_tools_in_turns() -> None:
 def test_a_failed_tool_says_so() -> None:
     def result(**fields: Any) -> Any:
         content = [{"type": "tool_result", "tool_use_id": "t1", **fields}]
-        return read_messages([{"role": "user", "content": content}]).messages[0]["content"]
+        turns = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": content}]
+        return read_messages(turns).messages[1]["content"]
 
     assert result(content="no file", is_error=True) == ERROR_MARK + "no file"
     assert result(content=[text("a"), text("b")]) == "a\nb"
@@ -119,6 +120,39 @@ def test_max_tokens_is_required() -> None:
     assert parse_count_tokens(json.dumps(body).encode()).chat.messages == [
         ChatMessage("user", "hi")
     ]
+
+
+def test_a_beginning_that_cannot_be_gone_on_with_goes_by_its_place() -> None:
+    names = asked(messages=[USER, {"role": "assistant", "content": "Once"}], system="x").names
+    assert names.of("continue_final_message") == "messages[1]"
+
+
+CALLED = {"role": "assistant", "content": [text("let me see"), USE]}
+ANSWERED = {"role": "user", "content": [RESULT]}
+OTHER = {"role": "user", "content": [text("x"), RESULT | {"tool_use_id": "t2"}]}
+
+
+@pytest.mark.parametrize(
+    ("turns", "param", "words"),
+    [
+        ([OTHER], "messages[0].content[1].tool_use_id", "'t2' is of no tool_use"),
+        ([CALLED, {"role": "user", "content": [RESULT, RESULT | {"tool_use_id": "t2"}]}],
+         "messages[1].content[1].tool_use_id", "'t2' is of no tool_use"),
+        ([CALLED, ANSWERED, USER, ANSWERED],
+         "messages[3].content[0].tool_use_id", "'t1' is of no tool_use"),
+        ([CALLED, USER], "messages[0].content[1]", "'t1' has no tool_result"),
+        ([CALLED, {"role": "user", "content": [text("so?"), RESULT]}],
+         "messages[0].content[1]", "'t1' has no tool_result"),
+        ([USER, CALLED], "messages[1].content[1]", "'t1' has no tool_result"),
+        ([{"role": "assistant", "content": [USE, USE | {"id": "t2"}]}, ANSWERED, CALLED],
+         "messages[0].content[1]", "'t2' has no tool_result"),
+    ],
+)  # fmt: skip
+def test_calls_and_results_that_do_not_meet(turns: list[Any], param: str, words: str) -> None:
+    error = refusal(messages=turns, system="be brief")
+    assert error.param == param and words in error.message
+    for word in ("tool_call_id", "tool_calls", "continue_final_message"):
+        assert word not in error.message
 
 
 def of(role: str, *blocks: Any) -> dict[str, Any]:

@@ -244,6 +244,36 @@ def test_calls_in_items() -> None:
     assert told.places == ((0,), (1, 2, 3), (4,), (5,))
 
 
+CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "one"}
+SAID = {"role": "assistant", "content": "let me see"}
+
+
+@pytest.mark.parametrize(
+    ("items", "param", "words"),
+    [
+        ([USER, SAID], "input[1].role", "end input with a message of the user"),
+        ([USER, OUTPUT], "input[1].call_id", "no function_call right before it"),
+        ([USER, CALL, OUTPUT, USER, OUTPUT], "input[4].call_id", "no function_call"),
+        ([USER, CALL, OUTPUT | {"call_id": "c2"}], "input[2].call_id", "'c2' is of no"),
+        ([USER, SAID, CALL], "input[2].call_id", "'c1' has no function_call_output"),
+        ([USER, CALL, USER], "input[1].call_id", "'c1' has no function_call_output"),
+        ([USER, CALL, SAID, OUTPUT], "input[1].call_id", "'c1' has no function_call_output"),
+        ([USER, CALL, CALL | {"call_id": "c2"}, OUTPUT, USER], "input[2].call_id", "'c2' has no"),
+    ],
+)
+def test_items_that_need_others(items: list[Any], param: str, words: str) -> None:
+    error = refusal(input=items, instructions="be brief", tools=[TOOL])
+    assert error.param == param and words in error.message
+    for word in ("tool_call_id", "tool_calls", "continue_final_message", "messages"):
+        assert word not in error.message
+
+
+def test_an_output_may_be_told_twice() -> None:
+    asked(input=[USER, CALL, OUTPUT, OUTPUT, USER], tools=[TOOL])
+    asked(input=[USER, CALL, OUTPUT, CALL | {"call_id": "c2"}, OUTPUT | {"call_id": "c2"}])
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

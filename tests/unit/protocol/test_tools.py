@@ -195,7 +195,11 @@ def test_calls_and_their_results() -> None:
     [
         ([called(), result(tool_call_id="c2")], "messages[1].tool_call_id", "'c2' is no call"),
         ([result()], "messages[0].tool_call_id", "no call"),
-        ([called(), USER, result()], "messages[2].tool_call_id", "no call"),
+        ([called(), result(), USER, result()], "messages[3].tool_call_id", "no call"),
+        ([called(), USER, result()], "messages[0].tool_calls", "'c1' has no result"),
+        ([called(), called(), result()], "messages[0].tool_calls", "'c1' has no result"),
+        ([{**called(), "tool_calls": [CALL, CALL | {"id": "c2"}]}, result()],
+         "messages[0].tool_calls", "'c2' has no result"),
         ([called(), result(tool_call_id=None)], "messages[1].tool_call_id", "text"),
         ([called(), result(tool_call_id="x" * 257)], "messages[1].tool_call_id", "256"),
         ([called(), result(content=None)], "messages[1].content", "text"),

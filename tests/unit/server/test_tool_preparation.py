@@ -83,8 +83,9 @@ def test_without_grammars_there_are_no_tools() -> None:
 def test_arguments_of_calls_are_counted_before_they_are_read() -> None:
     arguments = json.dumps({"x": "y" * 20_000})
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "z"}
     with pytest.raises(ContextLengthExceeded, match=r"has 20,0\d\d bytes"):
-        chat(USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER)
+        chat(USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result)
 
 
 @pytest.mark.parametrize(
