@@ -56,8 +56,8 @@ def save_encoder(folder: Path, model_type: str = "bert", *, pooling: str | None 
     if model_type in _OFFSET:  # positions begin behind the padding token's
         sizes["max_position_embeddings"] = CONTEXT + (2 if model_type == "mpnet" else 1)
     config = AutoConfig.for_model(
-        model_type, **sizes, vocab_size=len(vocab), pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        cls_token_id=2, sep_token_id=3,
+        model_type, **sizes, vocab_size=len(vocab), pad_token_id=0, bos_token_id=None,
+        eos_token_id=None, cls_token_id=2, sep_token_id=3,
     )  # fmt: skip
     model = AutoModel.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

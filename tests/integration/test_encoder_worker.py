@@ -22,8 +22,10 @@ from chatserve.config import WorkerConfig
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.serving import load
-from chatserve.errors import ModelLoadError, UsageError
+from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.models import encoder_network
 from chatserve.models.encoders import SERVED_TYPES
+from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.protocol.control import WorkerStatus
 from chatserve.server.contract import ServedModel
 from chatserve.server.controller import create_controller_app
@@ -147,7 +149,7 @@ def test_tokens_and_back(house: House) -> None:
         written = http.post("/tokenize", json={"prompt": WRITTEN}).json()["tokens"]
         assert written.count(ids[CLS]) == 1
         text = http.post("/detokenize", json={"tokens": reply["tokens"]}).json()["prompt"]
-        assert text == "[CLS]the cats[SEP]"
+        assert text == "[CLS] the cats[SEP]"
         hidden = {"tokens": reply["tokens"], "skip_special_tokens": True}
         assert http.post("/detokenize", json=hidden).json()["prompt"] == "the cats"
 
@@ -323,6 +325,27 @@ def test_weights_that_compute_nothing_are_refused(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelLoadError, match="no finite states"):
         load(config_of(folder))
+
+
+def test_weights_that_do_not_fit_are_not_read(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: object, name: str) -> None:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", read)
+    monkeypatch.setattr(encoder_network, "available_bytes", lambda device: 1 << 16)
+    with pytest.raises(DoesNotFit, match="of weights in float32") as caught:
+        load(config_of(house.folder))
+    assert caught.value.exit_code == 4
+
+
+def test_loading_tells_how_far_it_is(house: House) -> None:
+    told: list[tuple[int, int]] = []
+    load(config_of(house.folder), lambda done, total: told.append((done, total)))
+    [total] = {total for _, total in told}
+    assert (told[0][0], told[-1][0]) == (0, total) and total > 0
+    assert told == sorted(told)
 
 
 @pytest.mark.parametrize(

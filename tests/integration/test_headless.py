@@ -180,6 +180,11 @@ def test_a_model_with_a_head_keeps_it(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(tmp_path / name)
         with closing(checkpoint.weights):
             assert checkpoint.has_head
+    # whatever the class is called
+    edit_config(tmp_path / "own", architectures=["Qwen3Model"])
+    checkpoint = open_checkpoint(tmp_path / "own")
+    with closing(checkpoint.weights):
+        assert checkpoint.has_head
 
 
 def test_its_predictions_have_no_quality(tmp_path: Path) -> None:
