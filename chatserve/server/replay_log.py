@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import sqlite3
-import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +21,18 @@ import orjson
 
 from chatserve import environment
 from chatserve.errors import CannotWrite, UsageError
+from chatserve.server.private_database import (
+    DatabaseFailed,
+    NotPrivate,
+    PrivateDatabase,
+    prune,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWERS = 10_000
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_QUEUED = 1000
-_BUSY_TIMEOUT_S = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     place INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -85,14 +88,22 @@ class ReplayLog:
         self, path: Path, *, max_answers: int = MAX_ANSWERS, max_bytes: int = MAX_BYTES
     ) -> None:
         """Makes the file where there is none. Raises `UsageError` or `CannotWrite`."""
-        self._path = path
         self._max_answers = max_answers
         self._max_bytes = max_bytes
         self._queue: queue.Queue[LoggedAnswer | None] = queue.Queue(_MAX_QUEUED)
         self._is_failing = False
-        _make_private(path)
-        with _opened(path) as database:
-            database.executescript(_SCHEMA)
+        self._database = PrivateDatabase(path, _SCHEMA)
+        try:
+            with self._database.reading():
+                pass
+        except NotPrivate as error:
+            raise UsageError(
+                f"--replay-log: {path} holds prompts, and {error}; chmod 600 it, or remove it"
+            ) from error
+        except DatabaseFailed as error:
+            raise CannotWrite(
+                f"--replay-log: cannot write {path} ({error}); remove it, or set CHATSERVE_HOME"
+            ) from error
         self._thread = threading.Thread(target=self._write_all, name="replay log", daemon=True)
         self._thread.start()
 
@@ -111,6 +122,7 @@ class ReplayLog:
         """Write what has been added."""
         self._queue.put(None)
         self._thread.join()
+        self._database.close()
 
     def _write_all(self) -> None:
         while True:
@@ -119,8 +131,10 @@ class ReplayLog:
                 return
             try:
                 self._write(answer)
-            except (sqlite3.Error, OSError, CannotWrite) as error:
+            except (DatabaseFailed, CannotWrite) as error:
                 self._complain(answer, str(error))
+            except Exception as error:  # the end of this thread would be the end of the log
+                self._complain(answer, f"{type(error).__name__}: {error}")
             else:
                 self._is_failing = False
             finally:
@@ -130,19 +144,13 @@ class ReplayLog:
         record = answer.to_json()
         if len(record) > self._max_bytes:
             raise CannotWrite(f"it has {len(record):,} bytes, all may have {self._max_bytes:,}")
-        with _opened(self._path) as database, database:
-            database.execute(
+        with self._database.writing() as connection:
+            connection.execute(
                 "INSERT OR REPLACE INTO answers (id, choice, num_bytes, record) "
                 "VALUES (?, ?, ?, ?)",
                 (answer.id, answer.choice, len(record), record),
             )
-            # newest first, as many as there is room for
-            database.execute(
-                "DELETE FROM answers WHERE place <= (SELECT max(place) FROM (SELECT place, "
-                "count(*) OVER newer AS number, sum(num_bytes) OVER newer AS total FROM answers "
-                "WINDOW newer AS (ORDER BY place DESC)) WHERE number > ? OR total > ?)",
-                (self._max_answers, self._max_bytes),
-            )
+            prune(connection, "answers", self._max_answers, self._max_bytes)
 
     def _complain(self, answer: LoggedAnswer, reason: str) -> None:
         if not self._is_failing:
@@ -152,8 +160,8 @@ class ReplayLog:
 
 def find(path: Path, answer_id: str) -> list[LoggedAnswer]:
     """All choices of the answer of that id. Raises `UsageError` where no log can be read."""
-    with _read(path) as database:
-        rows = database.execute(
+    with _read(path) as connection:
+        rows = connection.execute(
             "SELECT record FROM answers WHERE id = ? OR id GLOB ? ORDER BY place",
             (answer_id, f"{answer_id}-[0-9]*"),
         )
@@ -162,8 +170,10 @@ def find(path: Path, answer_id: str) -> list[LoggedAnswer]:
 
 def newest(path: Path, count: int) -> list[LoggedAnswer]:
     """The last `count` answers, newest first. Raises as `find` does."""
-    with _read(path) as database:
-        rows = database.execute("SELECT record FROM answers ORDER BY place DESC LIMIT ?", (count,))
+    with _read(path) as connection:
+        rows = connection.execute(
+            "SELECT record FROM answers ORDER BY place DESC LIMIT ?", (count,)
+        )
         return [LoggedAnswer.from_json(record) for (record,) in rows]
 
 
@@ -174,41 +184,7 @@ def _read(path: Path) -> Iterator[sqlite3.Connection]:
             f"{path}: there is no replay log; a server started with --replay-log keeps one"
         )
     try:
-        with _opened(path) as database:
-            yield database
-    except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        with contextlib.closing(PrivateDatabase(path)) as database, database.reading() as reading:
+            yield reading
+    except (DatabaseFailed, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} cannot be read as a replay log ({error}); remove it") from error
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)
-    except sqlite3.Error as error:
-        raise CannotWrite(f"{path} cannot be opened ({error}); set CHATSERVE_HOME") from error
-    with contextlib.closing(database):
-        # a reader, or another worker, never waits for a writer
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        yield database
-
-
-def _make_private(path: Path) -> None:
-    """Its own before its first byte; what SQLite puts beside it gets the same mode."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CannotWrite(
-            f"--replay-log: cannot write {path} ({reason}); set CHATSERVE_HOME"
-        ) from error
-    try:
-        mode = stat.S_IMODE(os.fstat(fd).st_mode)
-    finally:
-        os.close(fd)
-    if mode & 0o077:
-        raise UsageError(
-            f"--replay-log: {path} holds prompts, and others than its owner may read it (mode "
-            f"{mode:o}); chmod 600 it, or remove it"
-        )

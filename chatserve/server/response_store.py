@@ -7,9 +7,7 @@ are too many, when they are too large together, or when they are too old. Knows 
 from __future__ import annotations
 
 import contextlib
-import os
-import sqlite3
-import stat
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +18,18 @@ import orjson
 
 from chatserve import environment
 from chatserve.errors import StorageFailed
+from chatserve.server.private_database import (
+    DatabaseFailed,
+    NotPrivate,
+    PrivateDatabase,
+    prune,
+)
+
+logger = logging.getLogger(__name__)
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 * 1024 * 1024
 MAX_AGE_S = 30 * 24 * 3600.0
-_BUSY_TIMEOUT_S = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
     place INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -49,10 +54,10 @@ class KeptResponse:
 
 
 class ResponseStore:
-    """Opens the file for each call, so that any thread may call and several servers may share it.
+    """Any thread may call, and several servers may share the file.
 
     There is no file before the first response. `clock` tells seconds since 1970. Every method
-    raises `StorageFailed` where the file cannot be used.
+    raises `StorageFailed` where the file cannot be used; which file, only the log is told.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class ResponseStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
+        self._database = PrivateDatabase(path, _SCHEMA)
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
@@ -84,28 +90,23 @@ class ResponseStore:
                 f"the response has {num_bytes:,} bytes, all that are kept may have "
                 f"{self._max_bytes:,}"
             )
-        _make_private(self._path)
         now = self._clock()
-        with self._opened() as database, database:
-            database.execute(
+        with self._told(), self._database.writing() as connection:
+            connection.execute(
                 "INSERT OR REPLACE INTO responses (owner, id, stored_at, num_bytes, response, "
                 "items) VALUES (?, ?, ?, ?, ?, ?)",
                 (owner, kept.response["id"], now, num_bytes, response, items),
             )
-            # newest first, as many as there is room for
-            database.execute(
-                "DELETE FROM responses WHERE stored_at < ? OR place <= (SELECT max(place) FROM ("
-                "SELECT place, count(*) OVER newer AS number, sum(num_bytes) OVER newer AS total "
-                "FROM responses WINDOW newer AS (ORDER BY place DESC)) "
-                "WHERE number > ? OR total > ?)",
-                (now - self._max_age_s, self._max_responses, self._max_bytes),
+            connection.execute(
+                "DELETE FROM responses WHERE stored_at < ?", (now - self._max_age_s,)
             )
+            prune(connection, "responses", self._max_responses, self._max_bytes)
 
     def find(self, owner: bytes, response_id: str) -> KeptResponse | None:
         if not self._path.exists():
             return None
-        with self._opened() as database:
-            row = database.execute(
+        with self._told(), self._database.reading() as connection:
+            row = connection.execute(
                 "SELECT response, items FROM responses "
                 "WHERE owner = ? AND id = ? AND stored_at >= ?",
                 (owner, response_id, self._clock() - self._max_age_s),
@@ -116,48 +117,28 @@ class ResponseStore:
         """Whether it was there."""
         if not self._path.exists():
             return False
-        with self._opened() as database, database:
-            deleted = database.execute(
-                "DELETE FROM responses WHERE owner = ? AND id = ?", (owner, response_id)
-            )
-            return deleted.rowcount > 0
+        with self._told():
+            with self._database.writing() as connection:
+                deleted = connection.execute(
+                    "DELETE FROM responses WHERE owner = ? AND id = ?", (owner, response_id)
+                ).rowcount
+            if deleted:
+                self._database.forget_deleted()
+        return deleted > 0
+
+    def close(self) -> None:
+        """Let go of the file; the next call opens it again."""
+        self._database.close()
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
+    def _told(self) -> Iterator[None]:
         try:
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
-            ) as database:
-                # a reader, or another server, never waits for a writer
-                database.execute("PRAGMA journal_mode = WAL")
-                database.execute("PRAGMA synchronous = NORMAL")
-                # what was deleted is not to be found in the file
-                database.execute("PRAGMA secure_delete = ON")
-                database.executescript(_SCHEMA)
-                yield database
-        except (sqlite3.Error, OSError) as error:
+            yield
+        except DatabaseFailed as error:
+            way_out = "chmod 600 it, or remove it" if isinstance(error, NotPrivate) else "remove it"
+            logger.error(
+                "%s cannot be used (%s); %s, or set CHATSERVE_HOME", self._path, error, way_out
+            )
             raise StorageFailed(
-                f"responses cannot be kept in {self._path} ({error}); send store: false, or move "
-                "CHATSERVE_HOME"
+                f"responses cannot be kept ({error}); send store: false, or see the server's log"
             ) from error
-
-
-def _make_private(path: Path) -> None:
-    """Its own before its first byte; what SQLite puts beside it gets the same mode."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StorageFailed(
-            f"responses cannot be kept in {path} ({error.strerror}); send store: false, or move "
-            "CHATSERVE_HOME"
-        ) from error
-    try:
-        mode = stat.S_IMODE(os.fstat(fd).st_mode)
-    finally:
-        os.close(fd)
-    if mode & 0o077:
-        raise StorageFailed(
-            f"{path} holds prompts, and others than its owner may read it (mode {mode:o}); chmod "
-            "600 it, or remove it"
-        )

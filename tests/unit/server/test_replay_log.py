@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sqlite3
 import stat
@@ -121,6 +122,23 @@ def test_a_disk_that_fails_costs_no_answer_and_is_told_once(
     assert [record.getMessage() for record in caplog.records] == [
         "a and perhaps more is not in the replay log: no such table: answers"
     ]
+
+
+def test_an_answer_that_cannot_be_written_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = dataclasses.replace(answer("odd"), sampling={"seed": object()})
+    write(tmp_path / "replay.db", odd, answer("a"))
+    assert names(tmp_path / "replay.db") == ["a"]
+    assert "odd and perhaps more is not in the replay log: TypeError" in caplog.text
+
+
+def test_a_file_that_is_no_database_is_told_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "replay.db"
+    path.touch(0o600)
+    path.write_bytes(b"not a database, but long enough to look at" * 50)
+    with pytest.raises(CannotWrite, match=r"\(file is not a database\); remove it"):
+        ReplayLog(path)
 
 
 def test_a_queue_that_is_full_drops_and_says_so(

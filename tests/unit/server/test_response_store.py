@@ -135,12 +135,14 @@ def test_a_link_is_refused(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "use", [lambda s: s.find(ME, "x"), lambda s: s.delete(ME, "x"), lambda s: s.add(ME, kept(1))]
 )
-def test_a_file_that_is_no_database(path: Path, use: Any) -> None:
+def test_a_file_that_is_no_database(path: Path, use: Any, caplog: pytest.LogCaptureFixture) -> None:
     path.parent.mkdir()
     path.touch(0o600)
     path.write_bytes(b"no database at all, but long enough to look like one " * 100)
-    with pytest.raises(StorageFailed, match="cannot be kept in"):
+    with pytest.raises(StorageFailed, match=r"cannot be kept \(file is not a database\)") as caught:
         use(ResponseStore(path))
+    assert str(path.parent) not in caught.value.message, "a client is told no path of ours"
+    assert f"{path} cannot be used (file is not a database)" in caplog.text
 
 
 def test_what_is_deleted_is_not_in_the_file(path: Path) -> None:
