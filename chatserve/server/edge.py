@@ -43,6 +43,7 @@ _KEYED = (
     "either loads no adapters)"
 )
 KEY_HEADER = b"x-api-key"
+_CREDENTIALS = (b"authorization", KEY_HEADER)
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 BODY_TIMEOUT_S = 30.0
@@ -114,6 +115,15 @@ class AccessPolicy:
             _check_key(headers, (*(self.api_keys or ()), *self.control_keys), _KEYED)
         elif self.api_keys is not None:
             _check_key(headers, self.api_keys)
+
+    def is_open(self, path: str) -> bool:
+        """Whether all clients are alike here, whatever key they happen to send."""
+        return self.api_keys is None and not path.startswith(CONTROL_PREFIX)
+
+
+def _without_keys(scope: Scope) -> Scope:
+    headers = [each for each in scope["headers"] if each[0] not in _CREDENTIALS]
+    return {**scope, "headers": headers}
 
 
 def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
@@ -209,6 +219,8 @@ class Edge:
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
         else:
+            if self._policy.is_open(scope["path"]):
+                scope = _without_keys(scope)
             await self._serve(scope, receive, send)
 
     async def _admit(self, scope: Scope, receive: Receive) -> Receive:
