@@ -37,10 +37,6 @@ class Encoder(Protocol):
         """After the last piece."""
         ...
 
-    def cancel(self) -> Iterable[Event]:
-        """Somebody has asked for the end before the last piece."""
-        ...
-
     def fail(self, error: Exception) -> Iterable[Event]: ...
 
 
@@ -56,17 +52,17 @@ def choice_of(generation: Generation, tokenizer: Tokenizer) -> Choice:
 
 
 async def events_of(
-    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation
+    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation[Event]
 ) -> AsyncGenerator[Iterable[Event]]:
     """What each step of the engine adds, and the end. Raises what ended the answer otherwise."""
     async with aclosing(generation.events()) as events:
         while (item := await cancellation.wait_for(events)) is not None:
             yield encoder.feed(choice.feed(item[1]), item[1])
-    yield list(encoder.cancel() if cancellation.is_asked else encoder.finish())
+    yield cancellation.last if cancellation.is_asked else list(encoder.finish())
 
 
 async def stream_answer(
-    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation
+    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation[Event]
 ) -> AsyncGenerator[bytes]:
     """The answer as frames, one write for each step; an error is its last event."""
     yield frames(encoder.start())

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
+Said = TypeVar("Said")
 
 
-class Cancellation:
-    """Asked for at most once. `wait_for` costs a token next to nothing: no task is made for it."""
+class Cancellation(Generic[Said]):
+    """Asked for at most once. `wait_for` costs a token next to nothing: no task is made for it.
+
+    `last`: what is still to be said then.
+    """
 
     def __init__(self) -> None:
+        self.last: Sequence[Said] = ()
         self._is_asked = False
         self._waiting: asyncio.Task[Any] | None = None
 
@@ -20,8 +25,9 @@ class Cancellation:
     def is_asked(self) -> bool:
         return self._is_asked
 
-    def ask(self) -> None:
+    def ask(self, last: Sequence[Said] = ()) -> None:
         """Wakes whoever is in `wait_for`; whoever is not finds out when it comes there."""
+        self.last = last
         self._is_asked = True
         if self._waiting is not None:
             self._waiting.cancel()

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import orjson
+from pydantic_core import from_json
 from sse_starlette.event import ServerSentEvent as OutgoingEvent
 
 from chatserve.engine.sequence import TokenEvent
@@ -78,10 +78,6 @@ class MessageEncoder:
         yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def cancel(self) -> Iterator[Event]:
-        """Nobody can ask for it: the API has no route to cancel a message."""
-        return self.finish()
-
     def fail(self, error: Exception) -> Iterator[Event]:
         status = status_of(error)[0] if isinstance(error, ChatserveError) else 500
         yield dialect_of(MESSAGES_PATH).body(error_fields(error), status)
@@ -135,10 +131,11 @@ class MessageEncoder:
 
 
 def _arguments(said: str) -> dict[str, Any]:
-    """Nothing of a call that the length of the answer has cut."""
+    """Of a call that the length of the answer has cut: what Anthropic's client makes of the pieces
+    of a stream, each value that is complete."""
     try:
-        arguments = orjson.loads(said or "{}")
-    except orjson.JSONDecodeError:
+        arguments = from_json(said or "{}", allow_partial=True)
+    except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}
 

@@ -146,6 +146,8 @@ class ResponseDoor:
             return nobody_listens(request)
         if cancelled.status_code == 200:
             await self._keep(owner, running.items, bytes(cancelled.body))
+            # its stream ends when its reader has read so far
+            self.forget(running)
         return cancelled
 
     async def list_items(self, request: Request, response_id: str) -> Response:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from chatserve.errors import ResponseNotFound
 from chatserve.protocol.responses import RESPONSES_PATH, AskedResponse, parse_response
 from chatserve.server.adapted import fingerprint_of
-from chatserve.server.answer_events import choice_of, fold_answer, stream_answer
+from chatserve.server.answer_events import Event, choice_of, fold_answer, stream_answer
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.cancellation import Cancellation
 from chatserve.server.contract import ServedModel
@@ -39,17 +37,15 @@ class _Running:
     """A response on its way out, and whose it is."""
 
     salt: bytes
+    generation: Generation
     encoder: ResponseEncoder
-    cancellation: Cancellation = field(default_factory=Cancellation)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    cancellation: Cancellation[Event] = field(default_factory=Cancellation)
 
-    async def told(self, frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-        """The same, while `ended` is set before the last frame goes out."""
-        async with aclosing(frames):
-            async for data in frames:
-                if self.encoder.has_ended:
-                    self.ended.set()
-                yield data
+    async def cancel(self) -> None:
+        """Now, whether or not anybody reads the stream: its last events wait for who does."""
+        if not self.encoder.has_ended:
+            self.cancellation.ask([*self.encoder.cancel()])
+        await self.generation.aclose()
 
 
 class ResponseRoutes:
@@ -96,9 +92,9 @@ class ResponseRoutes:
         headers = _dropped(asked, prepared)
         choice = choice_of(generation, model.tokenizer)
         if prepared.is_stream:
-            running = self._running[response_id] = _Running(salt, encoder)
+            running = self._running[response_id] = _Running(salt, generation, encoder)
             frames = stream_answer(generation, choice, encoder, running.cancellation)
-            stream = _Stream(generation, running.told(frames), self._ping_interval_s)
+            stream = _Stream(generation, frames, self._ping_interval_s)
             stream.headers.update(headers)
             stream.on_end = partial(self._forget, response_id)
             return stream
@@ -122,12 +118,11 @@ class ResponseRoutes:
             raise ResponseNotFound(
                 f"response {response_id[:100]!r} is not being streamed here", param="response_id"
             )
-        running.cancellation.ask()
-        await running.ended.wait()
+        await running.cancel()
         return json_response(running.encoder.response)
 
     def _forget(self, response_id: str) -> None:
-        self._running.pop(response_id).ended.set()
+        del self._running[response_id]
 
 
 class _Stream(EventStream):

@@ -18,7 +18,7 @@ async def items(waiting: asyncio.Event) -> AsyncGenerator[int]:
 
 def test_a_wait_is_ended_and_the_task_goes_on() -> None:
     async def main() -> list[int | None]:
-        cancellation, waiting = Cancellation(), asyncio.Event()
+        cancellation, waiting = Cancellation[int](), asyncio.Event()
 
         async def read() -> list[int | None]:
             source = items(waiting)
@@ -37,7 +37,7 @@ def test_a_wait_is_ended_and_the_task_goes_on() -> None:
 
 def test_what_was_asked_for_before_the_wait_counts() -> None:
     async def main() -> None:
-        cancellation = Cancellation()
+        cancellation = Cancellation[int]()
         cancellation.ask()
         assert await cancellation.wait_for(items(asyncio.Event())) is None
 
@@ -50,7 +50,7 @@ def test_the_end_of_the_items() -> None:
             yield item
 
     async def main() -> None:
-        assert await Cancellation().wait_for(none()) is None
+        assert await Cancellation[int]().wait_for(none()) is None
 
     asyncio.run(main())
 
@@ -58,7 +58,7 @@ def test_the_end_of_the_items() -> None:
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_a_task_that_is_cancelled_otherwise_ends(is_asked: bool) -> None:
     async def main() -> None:
-        cancellation, waiting = Cancellation(), asyncio.Event()
+        cancellation, waiting = Cancellation[int](), asyncio.Event()
         source = items(waiting)
         assert await cancellation.wait_for(source) == 1
         task = asyncio.create_task(cancellation.wait_for(source))

@@ -57,8 +57,8 @@ class Stream(Response):
         await say(frame("created", "in_progress"))
         self.begun.set()
         await self.released.wait()
-        for start in range(0, len(self._last), self._piece_size):
-            await say(self._last[start : start + self._piece_size])
+        for place in range(0, len(self._last), self._piece_size):
+            await say(self._last[place : place + self._piece_size])
         await say(b"", more=False)
 
 
@@ -287,6 +287,44 @@ def test_a_worker_s_own_lock() -> None:
         assert json.loads(answer.body)["status"] == "cancelled"
         assert b"event: response.incomplete" in runner.run(_result(task)).body
         assert api.request("POST", path, b"{}", headers=headers(mine)).status == 404
+
+
+def test_a_reader_who_stalls_keeps_no_engine_busy(store: ResponseStore) -> None:
+    engine = FakeEngine(hangs=True)
+    edge = create_worker_app(engine, FakeModel(), response_store=store)
+    path = "/v1/responses"
+
+    async def stalling(scope: Any, receive: Any, send: Any) -> None:
+        async def send_some(message: Any) -> None:
+            await send(message)
+            if b"response.output_text.delta" in message.get("body", b""):
+                has_stalled.set()
+                await reads_on.wait()
+
+        await edge(scope, receive, send_some if scope.get("path") == path else send)
+
+    with running(stalling) as api:
+        has_stalled, reads_on = asyncio.Event(), asyncio.Event()
+
+        async def cancel() -> Any:
+            body = b'{"model":"fake","input":"hi","stream":true}'
+            kind = [("content-type", "application/json")]
+            stream = asyncio.ensure_future(api.call("POST", path, body, headers=kind))
+            await has_stalled.wait()
+            one = f"{path}/{engine.submitted[0].seq_id.removesuffix('-0')}"
+            async with asyncio.timeout(20):
+                cancelled = await api.call("POST", f"{one}/cancel", b"{}", headers=kind)
+            assert engine.aborted == [engine.submitted[0].seq_id]
+            kept = await api.call("GET", one, headers=kind)
+            reads_on.set()
+            return json.loads(cancelled.body), json.loads(kept.body), (await stream).body
+
+        cancelled, kept, stream = api.runner.run(cancel())
+    assert cancelled == kept and cancelled["status"] == "cancelled"
+    *_, last, rest = stream.split(b"\n\n")
+    name, _, data = last.partition(b"\ndata: ")
+    assert name == b"event: response.incomplete" and not rest
+    assert json.loads(data)["response"] == cancelled
 
 
 async def _result(task: asyncio.Task[Any]) -> Any:

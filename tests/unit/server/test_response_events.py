@@ -181,10 +181,10 @@ def told_as_bytes(tool_format: ToolFormat, text: str) -> list[dict[str, Any]]:
     [choice] = choices_of(prepared, FakeTokenizer())
     said = encoder(shows_logprobs=True)
     for number, byte in enumerate(text.encode(), 1):
-        reason = "stop" if number == len(text.encode()) else None
         event = TokenEvent(
             "x", text=chr(byte), token_ids=(byte,), num_generated_tokens=number,
-            logprobs=(TokenLogprobs(byte, -0.5),), finish_reason=reason,
+            logprobs=(TokenLogprobs(byte, -0.5),),
+            finish_reason="stop" if number == len(text.encode()) else None,
         )  # fmt: skip
         said.feed(choice.feed(event), event)
     assert names(said.finish())[-1] == "completed"
