@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # of one request at a time: chats find a place beside thousands of documents
 MAX_IN_FLIGHT = 8
+# until a request that is the last of its own in a full queue asks again
+RETRY_S = 0.05
 
 
 class EmbeddingRoutes:
@@ -117,17 +119,23 @@ class _Batch:
         return [self._vectors[index] for index in range(len(self._pooled.prompts))]
 
     async def _work(self) -> None:
-        """Prompt after prompt. Where the queue is full, those that are on their way go first."""
+        """Prompt after prompt. Where the queue is full, those that are on their way go first.
+
+        A request is refused only while nothing of it has been computed.
+        """
         while self._waiting:
             index = self._waiting.popleft()
             try:
                 stream = self._submit(index)
             except Overloaded:
-                if self._num_lanes == 1:
-                    raise
-                self._num_lanes -= 1
                 self._waiting.appendleft(index)
-                return
+                if self._num_lanes > 1:
+                    self._num_lanes -= 1
+                    return
+                if not self._vectors:
+                    raise
+                await asyncio.sleep(RETRY_S)
+                continue
             self._vectors[index] = await _vector_of(stream)
 
     def _submit(self, index: int) -> TokenStream:

@@ -281,6 +281,26 @@ def test_a_full_queue_slows_a_request_down_and_refuses_one_that_has_nothing_in_i
     assert "retry-after" in reply.headers
 
 
+class CrowdedEngine(FakeEngine):
+    """From the fourth sequence on it is full for a while, of others' sequences."""
+
+    num_refused = 0
+
+    def submit(self, *arguments: Any, **options: Any) -> FakeStream:
+        if len(self.submitted) == 3 and self.num_refused < 6:
+            self.num_refused += 1
+            raise Overloaded("the queue is full; try again in a moment")
+        return super().submit(*arguments, **options)
+
+
+def test_a_queue_full_of_others_costs_nothing_that_was_computed() -> None:
+    engine = CrowdedEngine()
+    with fake(engine) as server:
+        reply = embed(server, input=[[3, index] for index in range(5)])
+    assert (reply.status_code, engine.num_refused) == (200, 6)
+    assert len(reply.json()["data"]) == 5 == len(engine.finished)
+
+
 def test_one_that_fails_takes_the_others_with_it() -> None:
     engine = FakeEngine(error=GenerationFailed("the model computed no finite states"))
     with fake(engine) as server:
