@@ -28,6 +28,8 @@ class ToolCallParser:
         self._format = tool_format
         self._new_id = new_id or (lambda: new_call_id(tool_format))
         self._rest = ""
+        # in front of the rest: text, unless a marker follows
+        self._blanks: list[str] = []
         self._deltas: list[Delta] = []
         self._step: Callable[[], bool] = (
             self._read_text if tool_format.follows_text else self._read_beginning
@@ -49,7 +51,7 @@ class ToolCallParser:
 
     def finish(self, *, is_cut: bool) -> Sequence[Delta]:
         is_text = self._step in (self._read_text, self._read_beginning)
-        rest, self._rest = self._rest, ""
+        rest, self._rest = "".join(self._blanks) + self._rest, ""
         if is_text and is_cut:
             # more likely a call that had no room than a text that looks like its beginning
             rest = rest[: len(rest) - self._num_withheld(rest)]
@@ -65,14 +67,24 @@ class ToolCallParser:
         """Text up to the first marker, without the blanks between them."""
         text, marker, rest = self._rest.partition(self._format.marker)
         if marker:
-            self._say(text.rstrip())
+            self._say_text(text)
+            self._blanks.clear()
             self._rest = rest
             self._expect(self._format.before_name, self._read_name)
             return True
-        text = text[: len(text) - self._num_withheld(text)].rstrip()
-        self._say(text)
-        self._rest = self._rest[len(text) :]
+        num_said = len(text) - self._num_withheld(text)
+        self._say_text(text[:num_said])
+        self._rest = text[num_said:]
         return False
+
+    def _say_text(self, text: str) -> None:
+        """With the blanks before it, without those at its end."""
+        said = text.rstrip()
+        if said:
+            self._say("".join(self._blanks) + said)
+            self._blanks.clear()
+        if blanks := text[len(said) :]:
+            self._blanks.append(blanks)
 
     def _read_beginning(self) -> bool:
         """Whether the answer is text or calls."""

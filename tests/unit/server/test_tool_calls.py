@@ -110,6 +110,17 @@ def test_text_is_told_as_soon_as_it_cannot_be_a_marker() -> None:
     assert parser.feed("s") == [TextDelta(" <tools")]
 
 
+def test_blanks_are_not_read_again_with_each_that_follows() -> None:
+    """The cost would be the square of their number."""
+    parser = ToolCallParser(TAGS)
+    for _ in range(1000):
+        assert parser.feed("\n") == []
+        assert len(parser._rest) <= 1
+    assert parser.feed("x") == [TextDelta("\n" * 1000 + "x")]
+    assert parser.feed(" \n") == [] == parser.feed("<")
+    assert parser.finish(is_cut=False) == [TextDelta(" \n<")]
+
+
 def test_arguments_are_told_as_they_come() -> None:
     parser = ToolCallParser(TAGS, lambda: "id")
     parser.feed('<tool_call>\n{"name": "f", "arguments": ')
