@@ -78,14 +78,27 @@ def prepare_chat(body: bytes, model: ServedModel) -> Prepared:
 
     Raises `InvalidRequest` and its children, `ModelNotFound`.
     """
-    return prepare_chat_request(parse_chat(body), model)
+    return prepare_chat_request(parse_chat(body), model, rolling="rolling")
 
 
-def prepare_chat_request(request: ChatRequest, model: ServedModel) -> Prepared:
-    """The same, of a chat that has been validated. Raises as `prepare_chat` does."""
+def prepare_chat_request(
+    request: ChatRequest, model: ServedModel, *, rolling: str | None = None
+) -> Prepared:
+    """The same, of a chat that has been validated. Raises as `prepare_chat` does.
+
+    `rolling`: the `truncation` that drops the oldest turns, as the client would write it.
+    """
     adapter = _check_common(request, model)
-    rolled = chat_prompt(request, model)
-    max_tokens = _room(request, model, len(rolled.ids))
+    try:
+        rolled = chat_prompt(request, model)
+        max_tokens = _room(request, model, len(rolled.ids))
+    except ContextLengthExceeded as error:
+        if rolling is None or request.truncation == "rolling" or not _has_turns(request):
+            raise
+        raise ContextLengthExceeded(
+            f'{error.message}, or drop the oldest turns with truncation: "{rolling}"',
+            param=error.param,
+        ) from None
     # what would begin another turn in text may stand in JSON
     ends_turns = () if _is_all_form(request) else model.stop
     params = _sampling_params(
@@ -109,6 +122,11 @@ def _is_all_form(request: ChatRequest) -> bool:
     if request.grammar is not None:
         return True
     return request.offers_tools and request.tool_choice.mode == "required"
+
+
+def _has_turns(request: ChatRequest) -> bool:
+    """Whether there are earlier turns that could be dropped."""
+    return sum(message.role == "user" for message in request.messages) > 1
 
 
 def _answer_form(request: ChatRequest, model: ServedModel) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _prepare(body: bytes, model: ServedModel) -> tuple[AskedResponse, Prepared]:
     """Raises `InvalidRequest` and its children, `ModelNotFound`."""
     asked = parse_response(body)
     with asked.names.in_errors():
-        return asked, prepare_chat_request(asked.chat, model)
+        return asked, prepare_chat_request(asked.chat, model, rolling="auto")
 
 
 def _dropped(asked: AskedResponse, prepared: Prepared) -> Mapping[str, str]:

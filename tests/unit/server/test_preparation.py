@@ -58,6 +58,22 @@ def test_every_sampling_field_arrives() -> None:
     assert params.logit_bias == {3: -1.0}
 
 
+def test_what_does_not_fit_names_the_way_to_make_it_fit() -> None:
+    turn, model = {"role": "user", "content": "x" * 8}, FakeModel(context_length=20)
+    way_out = ', or drop the oldest turns with truncation: "rolling"'
+
+    def message(*turns: Any, **fields: Any) -> str:
+        with pytest.raises(ContextLengthExceeded) as caught:
+            chat(model, messages=turns, **fields)
+        return caught.value.message
+
+    assert message(turn, turn).endswith(way_out)
+    short = {"role": "user", "content": "x"}
+    assert message(short, short, max_tokens=19).endswith(way_out)
+    assert "truncation" not in message({"role": "user", "content": "x" * 30})
+    assert "truncation" not in message(turn, turn, max_tokens=19, truncation="rolling")
+
+
 def test_min_tokens_and_endless_answers() -> None:
     params = chat(min_tokens=5, max_tokens=5, ignore_eos=True).prompts[0].params
     assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (5, True, ())
