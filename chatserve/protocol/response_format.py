@@ -87,6 +87,7 @@ STRUCTURED_OUTPUTS_SCHEMA: dict[str, Any] = {
                 "choice": CHOICE_SCHEMA,
                 "grammar": GRAMMAR_SCHEMA,
             },
+            "minProperties": 1,
             "additionalProperties": False,
         },
         {"type": "null"},
@@ -220,6 +221,12 @@ def read_structured_outputs(value: Any) -> GrammarSpec | None:
         return value
     if not isinstance(value, dict):
         raise InvalidRequest(f"{param} must be an object", param=param)
+    if not value:
+        raise InvalidRequest(
+            f"{param} is empty; give one of json, json_object, regex, choice, grammar, or leave "
+            "it out",
+            param=param,
+        )
     known = frozenset({"json", "json_object", "regex", "choice", "grammar"})
     refuse_unknown(value, known, prefix=f"{param}.")
     any_object = value.get("json_object")

@@ -46,7 +46,6 @@ def test_nothing_is_asked_for() -> None:
               "guided_choice", "guided_grammar")  # fmt: skip
     assert spec(**dict.fromkeys(fields)) is None
     assert spec(response_format={"type": "text"}) is None
-    assert spec(structured_outputs={}) is None
     assert spec(structured_outputs={"json": None, "json_object": False}) is None
 
 
@@ -140,8 +139,8 @@ def test_what_describes_is_left_alone() -> None:
         ("guided_grammar", ["", 5, 'start: <|im_end|> "a"', "start: <[5]>",
                             'start[temperature=0.3]: "a"']),
         ("guided_json", ["{", "[]", "1", 1, True, '{"not": {}}', "[" * 2000 + "]" * 2000]),
-        ("structured_outputs", [[], "x", {"foo": 1}, {"json_object": 1}, {"regex": "a", "json": {}},
-                                {"structural_tag": "x"}, {"whitespace_pattern": " "}]),
+        ("structured_outputs", [[], {}, "x", {"foo": 1}, {"json_object": 1},
+                                {"regex": "a", "json": {}}, {"structural_tag": "x"}, {"whitespace_pattern": " "}]),
     ],
 )  # fmt: skip
 def test_what_is_refused_of_the_others(field: str, values: list[Any]) -> None:
