@@ -107,10 +107,22 @@ def test_blocks_are_what_their_deltas_add_up_to() -> None:
     ]
 
 
-def test_a_call_that_is_cut_has_no_input() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ('{"a":', {}),
+        ('{"a":1,"b":"x', {"a": 1}),
+        ('{"a":{"c":[1,2', {"a": {"c": [1, 2]}}),
+        ("", {}),
+        ("[1", {}),
+        ("{x", {}),
+    ],
+)
+def test_a_call_that_is_cut_has_what_is_complete(arguments: str, seen: Any) -> None:
     said = encoder()
-    story([Piece("", None, "length", tool_calls=[CALL])], said)
-    assert said.message["content"][0]["input"] == {}
+    call = ToolCallDelta(0, "toolu_1", "f", arguments)
+    story([Piece("", None, "length", tool_calls=[call])], said)
+    assert said.message["content"][0]["input"] == seen
     assert said.message["stop_reason"] == "max_tokens"
 
 
