@@ -51,9 +51,12 @@ class GrammarSpec(Protocol):
 class Grammars(Protocol):
     """Compiles what requests say, for one model; may take seconds."""
 
-    async def compile(self, spec: GrammarSpec, *, after_space: bool = False) -> Grammar:
+    async def compile(
+        self, spec: GrammarSpec, *, after_space: bool = False, salt: bytes = b""
+    ) -> Grammar:
         """`after_space`: answers begin with a space that is taken away before anybody sees it.
 
+        `salt`: whose request it is. Cancelled, it compiles nothing that nobody else waits for.
         Raises `InvalidRequest` naming `spec.param`, `Overloaded`.
         """
         ...

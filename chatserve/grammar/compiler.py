@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from chatserve.engine.grammar import GrammarSpec
@@ -25,6 +25,7 @@ from chatserve.grammar.limits import (
     MAX_CACHED_BYTES,
     MAX_GRAMMAR_BYTES,
     MAX_WAITING,
+    MAX_WAITING_OF_ONE,
 )
 from chatserve.grammar.matcher import Grammar, Rejected, short_reason
 from chatserve.grammar.source import KINDS_OF_JSON
@@ -49,6 +50,14 @@ class Refused:
 
     reason: str
     until: float = math.inf
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A spec on its way. salts: of who waits for it; the first one's share is charged."""
+
+    future: Future[Outcome]
+    salts: list[bytes] = field(default_factory=list)
 
 
 Outcome = Compiled | Refused
@@ -93,19 +102,26 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[Key, Outcome] = OrderedDict()
-        self._under_way: dict[Key, Future[Outcome]] = {}
+        self._under_way: dict[Key, _Job] = {}
         self._thread: ThreadPoolExecutor | None = None
 
-    async def compile(self, spec: GrammarSpec, *, after_space: bool = False) -> Grammar:
+    async def compile(
+        self, spec: GrammarSpec, *, after_space: bool = False, salt: bytes = b""
+    ) -> Grammar:
         """The grammar of `spec`; `after_space`: of answers whose first space is taken away.
 
         Raises `InvalidRequest` naming the spec's field where it cannot be compiled within the
-        limits, `Overloaded` where too many wait.
+        limits, `Overloaded` where too many wait, of all or of `salt`.
         """
-        outcome = self._outcome((spec.kind, spec.source, after_space))
-        if isinstance(outcome, Future):
-            # other requests may wait for the same: one that gives up must not cancel it
-            outcome = await asyncio.shield(asyncio.wrap_future(outcome))
+        key = (spec.kind, spec.source, after_space)
+        outcome = self._outcome(key, salt)
+        if isinstance(outcome, _Job):
+            job = outcome
+            try:
+                # other requests may wait for the same: one that gives up must not cancel it
+                outcome = await asyncio.shield(asyncio.wrap_future(job.future))
+            finally:
+                self._leave(key, job, salt)
         if isinstance(outcome, Refused):
             raise InvalidRequest(f"{spec.param} {outcome.reason}", param=spec.param)
         return outcome.grammar
@@ -119,7 +135,7 @@ class GrammarCompiler:
             thread.submit(self._trial.end)
             thread.shutdown()
 
-    def _outcome(self, key: Key) -> Outcome | Future[Outcome]:
+    def _outcome(self, key: Key, salt: bytes) -> Outcome | _Job:
         with self._lock:
             known = self._outcomes.get(key)
             if isinstance(known, Refused) and known.until < time.monotonic():
@@ -127,16 +143,31 @@ class GrammarCompiler:
             if known is not None:
                 self._outcomes.move_to_end(key)
                 return known
-            future = self._under_way.get(key)
-            if future is None:
-                if len(self._under_way) >= MAX_WAITING:
-                    raise Overloaded(
-                        f"{MAX_WAITING} grammars and schemas wait to be compiled; try again"
-                    )
+            job = self._under_way.get(key)
+            if job is None:
+                self._check_room(salt)
                 if self._thread is None:
                     self._thread = ThreadPoolExecutor(1, "grammar")
-                future = self._under_way[key] = self._thread.submit(self._settle, key)
-            return future
+                job = self._under_way[key] = _Job(self._thread.submit(self._settle, key))
+            job.salts.append(salt)
+            return job
+
+    def _check_room(self, salt: bytes) -> None:
+        if len(self._under_way) >= MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} grammars and schemas wait to be compiled; try again")
+        num_own = sum(job.salts[:1] == [salt] for job in self._under_way.values())
+        if salt and num_own >= MAX_WAITING_OF_ONE:
+            raise Overloaded(
+                f"{MAX_WAITING_OF_ONE} grammars and schemas of this API key wait to be compiled; "
+                "try again when one of them is done"
+            )
+
+    def _leave(self, key: Key, job: _Job, salt: bytes) -> None:
+        """One waits no longer for `job`; one that nobody waits for is not begun."""
+        with self._lock:
+            job.salts.remove(salt)
+            if not job.salts and job.future.cancel():
+                del self._under_way[key]
 
     def _settle(self, key: Key) -> Outcome:
         try:

@@ -21,6 +21,8 @@ LATE_S = 60.0
 START_S = 30.0
 MAX_WAITING = 16
 """Specs that wait for their trial; more are turned away."""
+MAX_WAITING_OF_ONE = 8
+"""Of these, specs of requests with the same API key. Without keys there is nobody to tell apart."""
 
 MAX_GRAMMAR_BYTES = 32 * 1024 * 1024
 MAX_CACHED = 64

@@ -11,11 +11,13 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from chatserve import errors
 from chatserve.errors import ChatserveError
 from chatserve.protocol.fields import invalid_request
 from chatserve.protocol.replies import ErrorType
+from chatserve.server.disconnect import nobody_listens
 from chatserve.server.error_dialects import dialect_of
 from chatserve.server.json_response import JSON_TYPE
 
@@ -112,6 +114,9 @@ def error_response(error: ChatserveError, path: str = "") -> Response:
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error of `app` the one shape: ours, the router's, FastAPI's 422, and bugs."""
 
+    async def on_client_left(request: Request, _error: Exception) -> Response:
+        return nobody_listens(request)
+
     async def on_chatserve_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ChatserveError)
         return error_response(error, request.url.path)
@@ -130,6 +135,7 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_bug(request: Request, error: Exception) -> Response:
         return Response(error_body(error, request.url.path), INTERNAL[0], media_type=JSON_TYPE)
 
+    app.add_exception_handler(ClientDisconnect, on_client_left)
     app.add_exception_handler(ChatserveError, on_chatserve_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)

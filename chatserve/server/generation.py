@@ -11,9 +11,12 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+from starlette.types import Receive
+
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, TokenStream
+from chatserve.server.disconnect import until_disconnect
 from chatserve.server.preparation import Prepared
 
 logger = logging.getLogger(__name__)
@@ -43,12 +46,22 @@ class Generation:
 
     @classmethod
     async def submit(
-        cls, engine: Engine, request_id: str, prepared: Prepared, salt: bytes = b""
+        cls,
+        engine: Engine,
+        request_id: str,
+        prepared: Prepared,
+        salt: bytes = b"",
+        receive: Receive | None = None,
     ) -> Generation:
+        """`receive` tells when the client leaves: nothing is compiled for it then.
+
+        Raises `ClientDisconnect`.
+        """
         generation = cls(engine, request_id, prepared)
         prompts = prepared.prompts
         if prepared.compile_grammar is not None:
-            grammar = await prepared.compile_grammar()
+            compiling = prepared.compile_grammar(salt=salt)
+            grammar = await (until_disconnect(receive, compiling) if receive else compiling)
             prompts = tuple(
                 replace(prompt, params=replace(prompt.params, grammar=grammar))
                 for prompt in prompts

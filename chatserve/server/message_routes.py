@@ -56,7 +56,9 @@ class MessageRoutes:
         message_id = f"msg_{uuid.uuid4().hex}"
         salt = salt_of(request.headers, self._control_token)
         with asked.names.in_errors():
-            generation = await Generation.submit(engine, message_id, prepared, salt)
+            generation = await Generation.submit(
+                engine, message_id, prepared, salt, request.receive
+            )
         encoder = MessageEncoder(
             message_id,
             prepared.model,

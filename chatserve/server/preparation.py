@@ -5,10 +5,10 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -28,6 +28,12 @@ MAX_BYTES_PER_TOKEN = 16
 COMPLETION_MAX_TOKENS = 16
 MAX_SCORES = 1 << 20
 """Numbers that the scored prompts of one request may take in its answer: some 100 MB of memory."""
+
+
+class CompileGrammar(Protocol):
+    """Compiles what answers must match, for whoever has this salt; it takes its time."""
+
+    def __call__(self, *, salt: bytes = b"") -> Coroutine[Any, Any, Grammar]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Prepared:
     has_usage_in_chunks: bool = False
     rolled: Rolled | None = None
     returns_token_ids: bool = False
-    compile_grammar: Callable[[], Awaitable[Grammar]] | None = None
+    compile_grammar: CompileGrammar | None = None
     tool_format: ToolFormat | None = None
 
     @property
@@ -234,7 +240,7 @@ def _completion_prompt(
 
 def _compiling(
     spec: GrammarSpec | None, model: ServedModel, *, after_space: bool = False
-) -> Callable[[], Awaitable[Grammar]] | None:
+) -> CompileGrammar | None:
     """How to compile `spec`, if there is one; it takes its time, and is awaited."""
     if spec is None:
         return None

@@ -82,7 +82,9 @@ class ResponseRoutes:
         response_id = f"resp_{uuid.uuid4().hex}"
         salt = salt_of(request.headers, self._control_token)
         with asked.names.in_errors():
-            generation = await Generation.submit(engine, response_id, prepared, salt)
+            generation = await Generation.submit(
+                engine, response_id, prepared, salt, request.receive
+            )
         fingerprint = fingerprint_of(model, prepared.adapter)
         encoder = ResponseEncoder(
             head_of(asked, prepared, response_id, int(time.time()), fingerprint),

@@ -199,7 +199,7 @@ class WorkerRoutes:
         )  # fmt: skip
         salt = salt_of(request.headers, self._control_token)
         headers = dropped_headers(prepared.rolled)
-        generation = await Generation.submit(engine, request_id, prepared, salt)
+        generation = await Generation.submit(engine, request_id, prepared, salt, request.receive)
         if prepared.is_stream:
             stream = self._stream(generation, head, choices_of(prepared, model.tokenizer))
             stream.headers.update(headers)

@@ -277,6 +277,57 @@ def test_too_many_specs_at_once_are_turned_away(
     asyncio.run(ask())
 
 
+def test_one_key_leaves_room_for_another(
+    trial: CountingTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_module, "MAX_WAITING_OF_ONE", 2)
+    gate = trial.gate = threading.Event()
+
+    async def ask() -> None:
+        compiler = build(trial)
+        asked = [(each, b"me") for each in "aabb"] + [("a", b"you"), ("c", b"you")]
+        asked += [(each, b"") for each in "efg"]  # nobody has keys here
+        waiting = [
+            asyncio.create_task(compiler.compile(spec(source), salt=salt)) for source, salt in asked
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="2 grammars and schemas of this API key"):
+            await compiler.compile(spec("d"), salt=b"me")
+        for task in waiting[2:4]:
+            task.cancel()
+        await asyncio.wait(waiting[2:4])
+        waiting[2:4] = [asyncio.create_task(compiler.compile(spec("d"), salt=b"me"))]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*waiting)
+        compiler.close()
+
+    asyncio.run(ask())
+    assert trial.sources == ["a", "c", "e", "f", "g", "d"]
+
+
+def test_what_nobody_waits_for_is_not_begun(trial: CountingTrial) -> None:
+    gate = trial.gate = threading.Event()
+
+    async def ask() -> None:
+        compiler = build(trial)
+        first = asyncio.create_task(compiler.compile(spec("a")))
+        await asyncio.sleep(0)
+        leaving = [asyncio.create_task(compiler.compile(spec("b"))) for _ in range(2)]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        gate.set()
+        await first
+        await compiler.compile(spec("c"))
+        assert trial.sources == ["a", "c"]
+        await compiler.compile(spec("b"))
+        compiler.close()
+
+    asyncio.run(ask())
+
+
 def test_closing_ends_the_process_and_fails_what_is_being_tried() -> None:
     trial = CountingTrial(seconds=60)
 

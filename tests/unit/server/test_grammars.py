@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import Any
 
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 
 from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.errors import InvalidRequest, UnsupportedParameter
+from chatserve.server.edge import AccessPolicy
 from chatserve.server.generation import Generation
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
+from chatserve.server.worker import create_worker_app
 from tests.fakes import FakeEngine, FakeModel
 
 
@@ -36,7 +39,9 @@ class FakeGrammars:
         self.asked: list[tuple[str, str, bool]] = []
         self.is_closed = False
 
-    async def compile(self, spec: GrammarSpec, *, after_space: bool = False) -> Grammar:
+    async def compile(
+        self, spec: GrammarSpec, *, after_space: bool = False, salt: bytes = b""
+    ) -> Grammar:
         self.asked.append((spec.kind, spec.source, after_space))
         if self.error is not None:
             raise self.error
@@ -101,6 +106,68 @@ def test_a_server_without_grammars_refuses_by_name() -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         chat(FakeModel(), guided_regex="a")
     assert caught.value.param == "guided_regex"
+
+
+FORM = {"type": "json_object"}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+SCHEMA = {"type": "json_schema", "schema": {"type": "object"}}
+ASKING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {**CHAT, "response_format": FORM}),
+    ("/v1/completions", {"prompt": ["a", "b"], "guided_regex": "a"}),
+    ("/v1/responses", {"input": "x", "text": {"format": FORM}}),
+    ("/v1/messages", {**CHAT, "max_tokens": 9, "output_config": {"format": SCHEMA}}),
+]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(("path", "fields"), ASKING)
+def test_who_leaves_while_a_grammar_compiles_is_let_go(
+    path: str, fields: dict[str, Any], is_stream: bool
+) -> None:
+    class Endless(FakeGrammars):
+        salt: bytes | None = None
+
+        async def compile(
+            self, spec: GrammarSpec, *, after_space: bool = False, salt: bytes = b""
+        ) -> Grammar:
+            self.salt = salt
+            has_left.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    has_left = asyncio.Event()
+    grammars, engine = Endless(), FakeEngine()
+    policy = AccessPolicy.build("127.0.0.1", api_keys=("mine",))
+    app = create_worker_app(engine, FakeModel(grammars=grammars), policy=policy)
+    body = json.dumps({"model": "fake", "stream": is_stream, **fields}).encode()
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if incoming:
+            return incoming.pop()
+        await has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [
+        (b"host", b"localhost"), (b"content-type", b"application/json"),
+        (b"authorization", b"Bearer mine"),
+    ]  # fmt: skip
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http",
+    }  # fmt: skip
+
+    async def ask() -> None:
+        await asyncio.wait_for(app(scope, receive, send), 20)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 499 and not engine.submitted
+    assert grammars.salt == hashlib.sha256(b"mine").digest()
 
 
 def test_what_the_grammars_have_started_ends_with_the_model() -> None:

@@ -33,7 +33,7 @@ def spec_of(**fields: Any) -> tuple[str, str, bool]:
     grammars = FakeGrammars()
     prepared = chat(grammars=grammars, **fields)
     assert prepared.compile_grammar is not None
-    asyncio.run(prepared.compile_grammar())  # type: ignore[arg-type]  # a coroutine it is
+    asyncio.run(prepared.compile_grammar())
     return grammars.asked[0]
 
 
