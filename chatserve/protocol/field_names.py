@@ -10,17 +10,25 @@ from dataclasses import dataclass, field
 from chatserve.errors import InvalidRequest
 
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
+_CALL = re.compile(r"messages\[\d+\]\.tool_calls\[\d+\]")
 
 
 @dataclass(frozen=True)
 class FieldNames:
     """`messages`: where each message of the chat came from. `patterns`: further names, each a
-    regular expression for the beginning of a chat's and what stands there instead."""
+    regular expression for the beginning of a chat's and what stands there instead. `calls`: where
+    calls of the chat came from, each an item with the fields of its function."""
 
     messages: Sequence[str] = ()
     patterns: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, param: str) -> str:
+        call = _CALL.match(param)
+        if call and call[0] in self.calls:
+            within = param[call.end() :]
+            within = ".call_id" if within == ".id" else within.removeprefix(".function")
+            return self.calls[call[0]] + within
         message = _MESSAGE.match(param)
         if message and int(message[1]) < len(self.messages):
             return self.messages[int(message[1])] + param[message.end() :]

@@ -6,7 +6,7 @@ a label of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -349,7 +349,7 @@ def parse_response(body: bytes) -> AskedResponse:
         messages.insert(0, {"role": "system", "content": request.instructions})
         places.insert(0, ())
         sources.insert(0, "instructions")
-    names = FieldNames(sources, _NAMES)
+    names = FieldNames(sources, _NAMES, _sources_of_calls(messages, places))
     payload = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     payload |= {"messages": messages}
     if request.max_output_tokens is not None:
@@ -365,3 +365,15 @@ def parse_response(body: bytes) -> AskedResponse:
     with names.in_errors():
         chat = read_chat(payload)
     return AskedResponse(request, raw, chat, names, tuple(places))
+
+
+def _sources_of_calls(
+    messages: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, ...]]
+) -> dict[str, str]:
+    """The items that calls came from: they are the last of their message's."""
+    sources = {}
+    for number, (message, items) in enumerate(zip(messages, places, strict=True)):
+        num_calls = len(message.get("tool_calls", ()))
+        for place, item in enumerate(items[len(items) - num_calls :]):
+            sources[f"messages[{number}].tool_calls[{place}]"] = f"input[{item}]"
+    return sources

@@ -13,7 +13,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import orjson
@@ -35,7 +35,9 @@ from chatserve.protocol.response_items import input_items
 from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.cache_salt import given_key
 from chatserve.server.disconnect import nobody_listens
+from chatserve.server.error_response import no_route
 from chatserve.server.json_response import json_response
+from chatserve.server.own_items import OwnItems
 from chatserve.server.response_store import KeptResponse, ResponseStore
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ MAX_PAGE = 100
 USUAL_PAGE = 20
 _FIRST = re.compile(rb"^event: ?response\.created\r?\n", re.MULTILINE)
 _LAST = re.compile(rb"^event: ?response\.(?:completed|incomplete|failed)\r?\n", re.MULTILINE)
+_ABSENT = ("compact", "input_tokens")
+"""Routes of OpenAI's that are not here."""
 _OWNER = b"chatserve responses of "
 
 Arguments = TypeVarTuple("Arguments")
@@ -69,6 +73,7 @@ class _Asked:
     body: bytes
     model: object
     items: list[Any] | None
+    own: OwnItems = field(default_factory=OwnItems)
 
 
 class _Running:
@@ -92,6 +97,9 @@ class ResponseDoor:
     def add_to(self, app: FastAPI) -> None:
         one = RESPONSES_PATH + "/{response_id}"
         app.add_api_route(RESPONSES_PATH, self.create, methods=["POST"])
+        for name in _ABSENT:
+            # else they would be taken for ids, and a client be told of another method
+            app.add_route(f"{RESPONSES_PATH}/{name}", _no_route, methods=["POST"])
         app.add_api_route(one, self.get, methods=["GET"])
         app.add_api_route(one, self.delete, methods=["DELETE"])
         app.add_api_route(one + "/cancel", self.cancel, methods=["POST"])
@@ -102,14 +110,15 @@ class ResponseDoor:
         try:
             body = await request.body()
             asked = await self._read_beside(body, owner)
-            answered = await self._backend.respond(request, asked.body, asked.model)
+            with asked.own.in_errors():
+                answered = await self._backend.respond(request, asked.body, asked.model)
         except ClientDisconnect:
             return nobody_listens(request)
         if answered.headers.get("content-type", "").startswith("text/event-stream"):
             return _WatchedStream(self, _Running(owner, asked.items, answered))
         if answered.status_code == 200:
             await self._keep(owner, asked.items, bytes(answered.body))
-        return answered
+        return asked.own.in_answer(answered)
 
     async def get(self, request: Request, response_id: str) -> Response:
         _check_query(request, {"include", "include[]", "include_obfuscation", "stream"})
@@ -190,15 +199,18 @@ class ResponseDoor:
             items = input_items(payload.get("input"))
         except InvalidRequest:
             return _Asked(body, payload.get("model"), None)
+        own = OwnItems()
         if isinstance(previous, str):
-            items = [*self._items_before(previous, owner), *items]
+            before = self._items_before(previous, owner)
+            own = OwnItems(len(before))
+            items = [*before, *items]
             body = orjson.dumps({**payload, "input": items})
             if len(body) > MAX_BODY_BYTES:
                 raise BodyTooLarge(
                     f"with the conversation before it the request has {len(body):,} bytes, the "
                     f"limit is {MAX_BODY_BYTES:,}; start a new one"
                 )
-        return _Asked(body, payload.get("model"), items if is_kept else None)
+        return _Asked(body, payload.get("model"), items if is_kept else None, own)
 
     def _items_before(self, previous: str, owner: bytes) -> list[Any]:
         kept = None if self._store is None else self._store.find(owner, previous)
@@ -208,7 +220,8 @@ class ResponseDoor:
                 f"previous_response_id {previous[:100]!r} {reason}; send its items as input",
                 param="previous_response_id",
             )
-        return [*kept.items, *kept.response["output"]]
+        items = [*kept.items, *kept.response["output"]]
+        return [item for item in items if not _is_cut_call(item)]
 
     async def _keep(self, owner: bytes, items: list[Any] | None, body: bytes) -> None:
         """A response that cannot be kept is answered all the same."""
@@ -296,6 +309,11 @@ def _add(store: ResponseStore, owner: bytes, items: Iterable[Any], body: bytes) 
     store.add(owner, KeptResponse(orjson.loads(body), [_named(item) for item in items]))
 
 
+def _is_cut_call(item: Mapping[str, Any]) -> bool:
+    """Whether its arguments ended for want of room, or because nobody wanted them any more."""
+    return item.get("type") == "function_call" and item.get("status") == "incomplete"
+
+
 def _named(item: Any) -> Any:
     """Each item has an id to be found by."""
     kind = item.get("type") or "message"
@@ -316,6 +334,10 @@ def owner_of(headers: Mapping[str, str]) -> bytes:
 
 async def _in_thread(work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
     return await asyncio.to_thread(work, *arguments)
+
+
+async def _no_route(request: Request) -> Response:
+    raise no_route(request)
 
 
 def _not_found(response_id: str) -> ResponseNotFound:

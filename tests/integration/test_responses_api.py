@@ -17,7 +17,8 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.response_store import ResponseStore
+from chatserve.server.response_door import owner_of
+from chatserve.server.response_store import KeptResponse, ResponseStore
 from chatserve.server.worker import create_worker_app
 from tests.fakes import ANSWER, FakeClock, FakeEngine, FakeModel
 from tests.servers import (
@@ -375,6 +376,45 @@ def test_a_conversation_that_grows_too_large(tmp_path: Path) -> None:
         with pytest.raises(openai.APIStatusError, match="start a new one") as refused:
             client.responses.create(model="fake", input=long, previous_response_id=first.id)
         assert refused.value.status_code == 413
+
+
+@pytest.mark.parametrize("kind", FRONTS)
+def test_a_chain_is_refused_by_the_client_s_own_items(kind: str, tmp_path: Path) -> None:
+    store = ResponseStore(tmp_path / "r.db")
+    user = {"role": "user", "content": "hi"}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    kept = KeptResponse({"id": "resp_1", "output": [call]}, [user])
+    store.add(owner_of({"authorization": f"Bearer {ME}"}), kept)
+    image = {"role": "user", "content": [{"type": "input_image"}]}
+    output = {"type": "function_call_output", "call_id": "c", "output": "1"}
+    with front(kind, tmp_path / "r.db", FakeEngine()) as server:
+        for own, param in (
+            ([output, user, image], "input[2].content[0]"),
+            ([output, user, user | {"role": 3}], "input[2].role"),
+            ([output, call, user], "input[1].call_id"),
+            # the call that has no output is the earlier response's
+            ([user], "previous_response_id"),
+        ):
+            body = {"model": "fake", "input": own, "previous_response_id": "resp_1"}
+            answer = httpx.post(
+                f"{server.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {ME}"}
+            )
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param)
+            assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize("kind", FRONTS)
+def test_a_call_that_was_cut_is_no_part_of_what_goes_on(kind: str, tmp_path: Path) -> None:
+    store, engine = ResponseStore(tmp_path / "r.db"), FakeEngine()
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a'}
+    output = [{"role": "assistant", "content": "so:"}, call | {"status": "incomplete"}]
+    kept = KeptResponse({"id": "resp_1", "output": output}, [{"role": "user", "content": "hi"}])
+    store.add(owner_of({"authorization": f"Bearer {ME}"}), kept)
+    with front(kind, tmp_path / "r.db", engine) as server, client_of(server.url) as client:
+        told = client.responses.create(model="fake", input="go on", previous_response_id="resp_1")
+        items = [item.type for item in client.responses.input_items.list(told.id)]
+    assert items == ["message"] * 3
 
 
 def test_a_store_that_fails_costs_no_answer(tmp_path: Path) -> None:

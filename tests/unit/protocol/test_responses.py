@@ -269,6 +269,20 @@ def test_items_that_need_others(items: list[Any], param: str, words: str) -> Non
         assert word not in error.message
 
 
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [({"arguments": "{"}, "arguments"), ({"name": "a b"}, "name"), ({"call_id": ""}, "call_id")],
+)
+def test_calls_are_refused_by_their_items(fault: dict[str, str], name: str) -> None:
+    second = CALL | {"call_id": "c2"} | fault
+    output = OUTPUT | {"call_id": second["call_id"]}
+    for said in ([], [SAID]):
+        items = [USER, *said, CALL, second, OUTPUT, output, USER]
+        error = refusal(input=items, instructions="be brief", tools=[TOOL])
+        assert error.param == f"input[{len(said) + 2}].{name}"
+        assert "function." not in error.message and "messages" not in error.message
+
+
 def test_an_output_may_be_told_twice() -> None:
     asked(input=[USER, CALL, OUTPUT, OUTPUT, USER], tools=[TOOL])
     asked(input=[USER, CALL, OUTPUT, CALL | {"call_id": "c2"}, OUTPUT | {"call_id": "c2"}])

@@ -1,0 +1,59 @@
+"""A client's own items in an input that begins with those of an earlier response.
+
+What is wrong with the input is told by the places that the client knows. Knows no store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from chatserve.errors import InvalidRequest
+
+_ITEM = re.compile(r"input\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class OwnItems:
+    """Those behind `num_before` others."""
+
+    num_before: int = 0
+
+    def name_of(self, param: str) -> str:
+        found = _ITEM.match(param)
+        if not found or not self.num_before:
+            return param
+        place = int(found[1]) - self.num_before
+        if place < 0:
+            return "previous_response_id"
+        return f"input[{place}]{param[found.end() :]}"
+
+    @contextlib.contextmanager
+    def in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidRequest as error:
+            if error.param is not None:
+                name = self.name_of(error.param)
+                error.message = error.message.replace(error.param, name)
+                error.args = (error.message,)
+                error.param = name
+            raise
+
+    def in_answer(self, answer: Response) -> Response:
+        """The same, where the error has become an answer elsewhere."""
+        if not self.num_before or answer.status_code != 400:
+            return answer
+        error: dict[str, Any] = orjson.loads(bytes(answer.body))["error"]
+        param = error["param"]
+        if param is None or (name := self.name_of(param)) == param:
+            return answer
+        error |= {"param": name, "message": error["message"].replace(param, name)}
+        headers = {n: v for n, v in answer.headers.items() if n != "content-length"}
+        return Response(orjson.dumps({"error": error}), answer.status_code, headers)
