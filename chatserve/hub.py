@@ -140,6 +140,14 @@ def check_path(text: str) -> None:
         raise ModelLoadError(f"{path}: no such folder or file; check the spelling")
 
 
+def check_name(text: str, revision: str = DEFAULT_REVISION) -> None:
+    """Raises what `resolve_weights` would, where that can be told without a look at any file."""
+    check_path(text)
+    is_made = text in CHAINS and is_whole(made_folder(text))
+    if not is_path(text) and text != DEFAULT_NAME and not is_made:
+        find_reference(text, revision)
+
+
 def made_folder(alias: str) -> Path:
     """Where a chain's model lies when it has been made."""
     return cache.models_folder() / alias

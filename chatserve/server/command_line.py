@@ -58,7 +58,7 @@ def serve(
         if worker_command is None:
             # what another command calls WEIGHTS need not be a path
             for path in weights:
-                hub.check_path(path)
+                hub.check_name(path, config.revision)
         return run_server(
             config,
             weights or [DEFAULT_WEIGHTS],

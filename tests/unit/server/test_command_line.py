@@ -49,6 +49,21 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServeConfig, list[str]
     return calls
 
 
+def test_an_unknown_name_is_refused_before_anything_starts(
+    served: list[tuple[ServeConfig, list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.serve(["smollm2-135m", "smollm2"]) == UsageError.exit_code
+    told = capsys.readouterr().err
+    assert told.startswith("chatserve: unknown model 'smollm2'; did you mean") and not served
+    for known in ("smollm2-135m", "smollm2-360m", "some/model"):
+        assert command_line.serve([known]) == 0
+    assert [weights for _, weights in served] == [
+        ["smollm2-135m"],
+        ["smollm2-360m"],
+        ["some/model"],
+    ]
+
+
 def test_serve(served: list[tuple[ServeConfig, list[str]]], tmp_path: Path) -> None:
     a, b = (str(tmp_path / name) for name in "ab")
     for folder in (a, b):
