@@ -144,15 +144,22 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _router_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path
-    what = f"{request.method} {path}"[:200]
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
+        way_out = f"use {allowed or 'another method'}"
         response = error_response(
-            errors.MethodNotAllowed(f"no {what} here; use {allowed or 'another method'}"), path
+            errors.MethodNotAllowed(f"no {_asked(request)} here; {way_out}"), path
         )
         response.headers["Allow"] = allowed
         return response
     if error.status_code == 404:
-        unknown = errors.RouteNotFound(f"no route {what}; /openapi.json lists them")
-        return error_response(unknown, path)
-    return error_response(errors.InvalidRequest(f"{what}: {error.detail}"), path)
+        return error_response(no_route(request), path)
+    return error_response(errors.InvalidRequest(f"{_asked(request)}: {error.detail}"), path)
+
+
+def no_route(request: Request) -> errors.RouteNotFound:
+    return errors.RouteNotFound(f"no route {_asked(request)}; /openapi.json lists them")
+
+
+def _asked(request: Request) -> str:
+    return f"{request.method} {request.url.path}"[:200]

@@ -140,7 +140,8 @@ def test_what_describes_is_left_alone() -> None:
                             'start[temperature=0.3]: "a"']),
         ("guided_json", ["{", "[]", "1", 1, True, '{"not": {}}', "[" * 2000 + "]" * 2000]),
         ("structured_outputs", [[], {}, "x", {"foo": 1}, {"json_object": 1},
-                                {"regex": "a", "json": {}}, {"structural_tag": "x"}, {"whitespace_pattern": " "}]),
+                                {"regex": "a", "json": {}}, {"structural_tag": "x"},
+                                {"whitespace_pattern": " "}]),
     ],
 )  # fmt: skip
 def test_what_is_refused_of_the_others(field: str, values: list[Any]) -> None:

@@ -164,6 +164,15 @@ def test_an_error_is_passed_on_and_not_kept(
     assert api.request("GET", f"/v1/responses/{ID}", headers=ME).status == 404
 
 
+@pytest.mark.parametrize("name", ["compact", "input_tokens"])
+def test_a_route_that_is_not_here_is_no_id(
+    app: tuple[RunningApp, asyncio.Runner], name: str
+) -> None:
+    answer = app[0].request("POST", f"/v1/responses/{name}", b"{}", headers=ME)
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+    assert f"no route POST /v1/responses/{name}" in answer.error["message"]
+
+
 def test_words_of_an_answer_are_no_event(
     app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
 ) -> None:
