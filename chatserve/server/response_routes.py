@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatserve.errors import ResponseNotFound
+from chatserve.errors import InvalidRequest, ResponseNotFound
 from chatserve.protocol.responses import RESPONSES_PATH, AskedResponse, parse_response
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.answer_events import Event, choice_of, fold_answer, stream_answer
@@ -25,7 +25,7 @@ from chatserve.server.event_stream import EventStream
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
 from chatserve.server.model_slot import ModelSlot
-from chatserve.server.preparation import Prepared, prepare_chat_request
+from chatserve.server.preparation import MAX_SCORES, Prepared, prepare_chat_request
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.response_events import ResponseEncoder
 from chatserve.server.response_object import head_of, items_of, usage_of
@@ -143,7 +143,24 @@ def _prepare(body: bytes, model: ServedModel) -> tuple[AskedResponse, Prepared]:
     """Raises `InvalidRequest` and its children, `ModelNotFound`."""
     asked = parse_response(body)
     with asked.names.in_errors():
-        return asked, prepare_chat_request(asked.chat, model, rolling="auto")
+        prepared = prepare_chat_request(asked.chat, model, rolling="auto")
+        _check_num_logprobs(prepared)
+        return asked, prepared
+
+
+def _check_num_logprobs(prepared: Prepared) -> None:
+    """The last events of a stream, and what is kept, have those of all tokens at once."""
+    [prompt] = prepared.prompts
+    if prompt.params.logprobs is None:
+        return
+    num_tokens, num_each = prompt.params.max_tokens, 1 + prompt.params.logprobs
+    if num_tokens * num_each > MAX_SCORES:
+        raise InvalidRequest(
+            f"max_tokens: {num_each} logprobs of up to {num_tokens:,} tokens are "
+            f"{num_tokens * num_each:,} numbers, the limit is {MAX_SCORES:,}; give a number of at "
+            f"most {MAX_SCORES // num_each:,}, or lower top_logprobs",
+            param="max_tokens",
+        )
 
 
 def _dropped(asked: AskedResponse, prepared: Prepared) -> Mapping[str, str]:

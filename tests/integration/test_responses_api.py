@@ -14,8 +14,10 @@ import pytest
 
 from chatserve.errors import GenerationFailed, Overloaded
 from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.protocol.responses import LOGPROBS
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy
+from chatserve.server.preparation import MAX_SCORES
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_door import owner_of
 from chatserve.server.response_store import KeptResponse, ResponseStore
@@ -415,6 +417,22 @@ def test_a_call_that_was_cut_is_no_part_of_what_goes_on(kind: str, tmp_path: Pat
         told = client.responses.create(model="fake", input="go on", previous_response_id="resp_1")
         items = [item.type for item in client.responses.input_items.list(told.id)]
     assert items == ["message"] * 3
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_logprobs_that_would_make_events_too_large(is_stream: bool) -> None:
+    with front("worker", None, FakeEngine(), context_length=200_000) as server:
+        url, headers = f"{server.url}/v1/responses", {"Authorization": f"Bearer {ME}"}
+        body: dict[str, Any] = {
+            "model": "fake", "input": "hi", "include": [LOGPROBS], "top_logprobs": 20,
+            "max_output_tokens": MAX_SCORES // 21, "stream": is_stream,
+        }  # fmt: skip
+        assert httpx.post(url, json=body, headers=headers).status_code == 200
+        for more in (MAX_SCORES // 21 + 1, None):
+            refused = httpx.post(url, json=body | {"max_output_tokens": more}, headers=headers)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (400, "max_output_tokens")
+            assert "at most 49,932" in error["message"]
 
 
 def test_a_store_that_fails_costs_no_answer(tmp_path: Path) -> None:
