@@ -61,6 +61,10 @@ class Grammars(Protocol):
         """
         ...
 
+    async def prepare(self) -> None:
+        """Do what the first of them would have to: it holds up every thread for a moment."""
+        ...
+
     def close(self) -> None:
         """Let go of what compiling needs. What is being compiled fails."""
         ...

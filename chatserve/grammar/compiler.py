@@ -81,7 +81,7 @@ _WAYS_OUT = (
 
 
 class GrammarCompiler:
-    """For one model. Costs nothing before the first spec. Safe to use from any thread.
+    """For one model. Costs nothing before `prepare` or the first spec. Safe to use from any thread.
 
     `stop_ids` end an answer as the tokenizer's own end ids do.
     """
@@ -126,6 +126,19 @@ class GrammarCompiler:
             raise InvalidRequest(f"{spec.param} {outcome.reason}", param=spec.param)
         return outcome.grammar
 
+    async def prepare(self) -> None:
+        """Build what all grammars need. llguidance keeps the interpreter to itself meanwhile, 0.1 s
+        for 50,000 tokens, so that every stream would stand still.
+
+        What goes wrong here, the first spec will say.
+        """
+        with self._lock:
+            building = self._executor().submit(self._build)
+        try:
+            await asyncio.wrap_future(building)
+        except Exception:  # a server without grammars serves all else
+            logger.warning("grammars cannot be prepared", exc_info=True)
+
     def close(self) -> None:
         """End the trial process and the thread; a spec that is being tried fails."""
         self._trial.close()
@@ -146,11 +159,14 @@ class GrammarCompiler:
             job = self._under_way.get(key)
             if job is None:
                 self._check_room(salt)
-                if self._thread is None:
-                    self._thread = ThreadPoolExecutor(1, "grammar")
-                job = self._under_way[key] = _Job(self._thread.submit(self._settle, key))
+                job = self._under_way[key] = _Job(self._executor().submit(self._settle, key))
             job.salts.append(salt)
             return job
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "grammar")
+        return self._thread
 
     def _check_room(self, salt: bytes) -> None:
         if len(self._under_way) >= MAX_WAITING:
@@ -203,10 +219,10 @@ class GrammarCompiler:
                 f"takes {found.num_bytes >> 20} MB compiled, the limit is "
                 f"{MAX_GRAMMAR_BYTES >> 20} MB; make it smaller"
             )
-        if self._built is None:
-            self._built = self._read_vocabulary().build()
+        built = self._build()
+        assert built is not None, "it has an end token"
         try:
-            grammar = Grammar.compile(self._built, found.text, is_json=kind in KINDS_OF_JSON)
+            grammar = Grammar.compile(built, found.text, is_json=kind in KINDS_OF_JSON)
         except Rejected as error:
             return Refused(_way_out(short_reason(str(error))))
         logger.info(
@@ -214,6 +230,12 @@ class GrammarCompiler:
             kind, len(source), (time.monotonic() - started_at) * 1e3,
         )  # fmt: skip
         return Compiled(grammar, found.num_bytes)
+
+    def _build(self) -> LLTokenizer | None:
+        """None for a model without an end token."""
+        if self._built is None and self._read_vocabulary().end_ids:
+            self._built = self._read_vocabulary().build()
+        return self._built
 
     def _read_vocabulary(self) -> Vocabulary:
         if self._vocabulary is None:

@@ -20,6 +20,7 @@ from chatserve.errors import GenerationFailed, InvalidRequest, Overloaded
 from chatserve.grammar import compiler as compiler_module
 from chatserve.grammar.compiler import GrammarCompiler
 from chatserve.grammar.trial_process import Failed, Passed, TrialProcess
+from chatserve.grammar.vocabulary import Vocabulary
 from chatserve.protocol.response_format import GrammarSpec, Kind, read_grammar, read_schema
 from tests.grammars import BYTES, END_ID, allowed_ids
 
@@ -384,6 +385,7 @@ def test_a_model_without_an_end_token_is_refused(compiler: GrammarCompiler) -> N
         eos_ids = frozenset[int]()
 
     endless = GrammarCompiler(Endless(), VOCAB_SIZE)
+    asyncio.run(endless.prepare())
     assert "has an end token" in refusal(endless, spec("a")).message
     endless.close()
     # a chat template's own stop token will do
@@ -407,6 +409,36 @@ def test_nothing_is_imported_or_started_before_the_first_spec() -> None:
         "compiler.close()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_all_grammars_need_is_built_once(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Vocabulary] = []
+    build_one = Vocabulary.build
+
+    def build(vocabulary: Vocabulary) -> Any:
+        built.append(vocabulary)
+        return build_one(vocabulary)
+
+    monkeypatch.setattr(Vocabulary, "build", build)
+    asyncio.run(compiler.prepare())
+    assert len(built) == 1
+    compile_one(compiler, spec("a"))
+    assert len(built) == 1
+
+
+def test_what_cannot_be_prepared_costs_nothing_else(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_vocabulary: Vocabulary) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Vocabulary, "build", fail)
+        asyncio.run(compiler.prepare())
+    assert "grammars cannot be prepared" in caplog.text
+    compile_one(compiler, spec("a"))
 
 
 def test_the_process_that_forks_has_one_thread_and_little_memory(

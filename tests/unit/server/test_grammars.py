@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chatserve.config import WorkerConfig
 from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.errors import InvalidRequest, UnsupportedParameter
+from chatserve.server import worker_process
+from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.generation import Generation
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.worker import create_worker_app
-from tests.fakes import FakeEngine, FakeModel
+from tests.fakes import FakeEngine, FakeModel, FakeStats
 
 
 class FakeMatcher:
@@ -37,7 +40,7 @@ class FakeGrammars:
     def __init__(self, error: InvalidRequest | None = None) -> None:
         self.error = error
         self.asked: list[tuple[str, str, bool]] = []
-        self.is_closed = False
+        self.is_prepared = self.is_closed = False
 
     async def compile(
         self, spec: GrammarSpec, *, after_space: bool = False, salt: bytes = b""
@@ -46,6 +49,9 @@ class FakeGrammars:
         if self.error is not None:
             raise self.error
         return FakeGrammar()
+
+    async def prepare(self) -> None:
+        self.is_prepared = True
 
     def close(self) -> None:
         self.is_closed = True
@@ -168,6 +174,31 @@ def test_who_leaves_while_a_grammar_compiles_is_let_go(
     asyncio.run(ask())
     assert sent[0]["status"] == 499 and not engine.submitted
     assert grammars.salt == hashlib.sha256(b"mine").digest()
+
+
+def test_grammars_are_prepared_once_the_worker_is_ready_and_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_process, "IDLE_S", 0.0)
+    grammars, slot = FakeGrammars(), ModelSlot(["fake"])
+    at: list[str] = []
+
+    class Busy(FakeEngine):
+        left: ClassVar = [(1, 1, 0), (1, 0, 1), (2, 0, 0), (2, 0, 0)]
+
+        def stats(self) -> FakeStats:
+            assert at == ["ready"] and not grammars.is_prepared
+            tick, num_running, num_waiting = self.left.pop(0)
+            return FakeStats(tick=tick, num_running=num_running, num_waiting=num_waiting)
+
+    engine = Busy()
+
+    def load(_config: object, _progress: object) -> tuple[Engine, ServedModel]:
+        return engine, FakeModel(grammars=grammars)
+
+    config = WorkerConfig(weights="x")
+    asyncio.run(worker_process._fill(slot, config, load, None, on_ready=lambda: at.append("ready")))
+    assert grammars.is_prepared and not engine.left
 
 
 def test_what_the_grammars_have_started_ends_with_the_model() -> None:
