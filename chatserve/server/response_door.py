@@ -36,7 +36,6 @@ from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.cache_salt import given_key
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.error_response import no_route
-from chatserve.server.error_response import no_route
 from chatserve.server.json_response import json_response
 from chatserve.server.own_items import OwnItems
 from chatserve.server.response_store import KeptResponse, ResponseStore
@@ -49,8 +48,6 @@ MAX_PAGE = 100
 USUAL_PAGE = 20
 _FIRST = re.compile(rb"^event: ?response\.created\r?\n", re.MULTILINE)
 _LAST = re.compile(rb"^event: ?response\.(?:completed|incomplete|failed)\r?\n", re.MULTILINE)
-_ABSENT = ("compact", "input_tokens")
-"""Routes of OpenAI's that are not here."""
 _ABSENT = ("compact", "input_tokens")
 """Routes of OpenAI's that are not here."""
 _OWNER = b"chatserve responses of "
@@ -100,9 +97,6 @@ class ResponseDoor:
     def add_to(self, app: FastAPI) -> None:
         one = RESPONSES_PATH + "/{response_id}"
         app.add_api_route(RESPONSES_PATH, self.create, methods=["POST"])
-        for name in _ABSENT:
-            # else they would be taken for ids, and a client be told of another method
-            app.add_route(f"{RESPONSES_PATH}/{name}", _no_route, methods=["POST"])
         for name in _ABSENT:
             # else they would be taken for ids, and a client be told of another method
             app.add_route(f"{RESPONSES_PATH}/{name}", _no_route, methods=["POST"])
@@ -340,10 +334,6 @@ def owner_of(headers: Mapping[str, str]) -> bytes:
 
 async def _in_thread(work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
     return await asyncio.to_thread(work, *arguments)
-
-
-async def _no_route(request: Request) -> Response:
-    raise no_route(request)
 
 
 async def _no_route(request: Request) -> Response:
