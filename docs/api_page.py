@@ -111,7 +111,9 @@ class _Page:
         if kind == "array":
             return f"list{_span(schema, 'minItems', 'maxItems')} of {self._value(schema['items'])}"
         if kind == "object":
-            names = [f"`{name}`" for name in schema.get("properties", ())]
+            names = [
+                f"`{name}`{_only(each)}" for name, each in schema.get("properties", {}).items()
+            ]
             return f"object of {', '.join(names)}" if names else "object"
         name = {"string": "text", "boolean": "true or false"}.get(kind, kind)
         if kind == "string":
@@ -141,6 +143,14 @@ class _Page:
             for name, each in schema["properties"].items()
         ]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _only(schema: Mapping[str, Any]) -> str:
+    """Of a field that may be left out and has few values, most often those that change nothing."""
+    values = schema.get("enum", ())
+    if None not in values:
+        return ""
+    return f" (only {', '.join(f'`{json.dumps(each)}`' for each in values)})"
 
 
 def _span(schema: Mapping[str, Any], least: str, most: str) -> str:

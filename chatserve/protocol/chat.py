@@ -48,15 +48,13 @@ CHAT_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
 }
 MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
-    "name": (None,),
     "refusal": (None,),
     "audio": NOTHING,
     "annotations": NOTHING,
     "function_call": NOTHING,
 }
-_RESULT_NO_OPS = {name: values for name, values in MESSAGE_NO_OPS.items() if name != "name"}
-_FIELDS = frozenset({"role", "content"})
-_RESULT_FIELDS = _FIELDS | {"tool_call_id", "name"}
+_FIELDS = frozenset({"role", "content", "name"})
+_RESULT_FIELDS = _FIELDS | {"tool_call_id"}
 # developer is what OpenAI now calls the system role
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -79,6 +77,7 @@ _CONTENT_SCHEMA: dict[str, Any] = {
     ]
 }
 _NULL = {"type": "null"}
+_LABEL = {"type": ["string", "null"]}
 MESSAGES_SCHEMA = {
     "type": "array",
     "items": {
@@ -88,6 +87,7 @@ MESSAGES_SCHEMA = {
                 "properties": {
                     "role": {"enum": list(ROLES)},
                     "content": _CONTENT_SCHEMA,
+                    "name": _LABEL,
                     "tool_calls": {"enum": list(NOTHING)},
                     **no_op_schemas(MESSAGE_NO_OPS),
                 },
@@ -100,6 +100,7 @@ MESSAGES_SCHEMA = {
                     "role": {"const": "assistant"},
                     "content": {"anyOf": [*_CONTENT_SCHEMA["anyOf"], _NULL]},
                     "tool_calls": TOOL_CALLS_SCHEMA,
+                    "name": _LABEL,
                     **no_op_schemas(MESSAGE_NO_OPS),
                 },
                 "required": ["role", "tool_calls"],
@@ -113,7 +114,7 @@ MESSAGES_SCHEMA = {
                     "tool_call_id": CALL_ID_SCHEMA,
                     "name": {"anyOf": [NAME_SCHEMA, _NULL]},
                     "tool_calls": {"enum": list(NOTHING)},
-                    **no_op_schemas(_RESULT_NO_OPS),
+                    **no_op_schemas(MESSAGE_NO_OPS),
                 },
                 "required": ["role", "content", "tool_call_id"],
                 "additionalProperties": False,
@@ -191,9 +192,7 @@ def _message(value: Any, param: str) -> ChatMessage:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{param} must be an object with role and content", param=param)
     role = value.get("role")
-    # the result of a call may say again whose it is
-    no_ops = _RESULT_NO_OPS if role == "tool" else MESSAGE_NO_OPS
-    fields = without_no_ops(value, no_ops, prefix=f"{param}.")
+    fields = without_no_ops(value, MESSAGE_NO_OPS, prefix=f"{param}.")
     if not isinstance(role, str):
         raise InvalidRequest(f"{param}.role must be a text", param=f"{param}.role")
     if role not in (*ROLES, "tool"):
@@ -203,6 +202,9 @@ def _message(value: Any, param: str) -> ChatMessage:
         )
     calls = fields.pop("tool_calls", None)
     refuse_unknown(fields, _RESULT_FIELDS if role == "tool" else _FIELDS, prefix=f"{param}.")
+    if role != "tool" and not isinstance(fields.get("name"), str | None):
+        # no template shows who it is that speaks
+        raise InvalidRequest(f"{param}.name must be a text", param=f"{param}.name")
     has_calls = calls not in NOTHING
     if has_calls and role != "assistant":
         raise InvalidRequest(

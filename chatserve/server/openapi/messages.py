@@ -32,7 +32,7 @@ OPERATIONS = (
     Operation(
         "post", MESSAGES_PATH, "createMessage", "Messages", "Answer messages as Anthropic does",
         MessageReply,
-        about="The key may come as `x-api-key`.",
+        about="The key may come as `x-api-key`. The protocol has no `seed`.",
         body=Body(
             MessagesRequest, {**_EXAMPLE, "max_tokens": 100}, MESSAGES_NO_OPS, labels=NO_LABELS
         ),

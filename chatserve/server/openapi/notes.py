@@ -11,7 +11,8 @@ NO_OP = "not supported: only what changes nothing is accepted"
 
 NOTES: Mapping[str, str] = {
     "model": "the name of a model that is served, or `MODEL:ADAPTER`",
-    "messages": "the conversation so far; `developer` is another word for `system`",
+    "messages": "the conversation so far; `developer` is another word for `system`, and a "
+    "message's `name` is a label that changes nothing",
     "prompt": "a text, token ids, or a list of either",
     "stream": "send the answer as it comes, as server-sent events",
     "stream_options": "`include_usage`: a last chunk with the token counts; "
@@ -74,7 +75,8 @@ NOTES: Mapping[str, str] = {
     "default: as the model's files say, else the mean",
     "text_1": "a text, or as many as `text_2` has",
     "text_2": "a text, or several",
-    "input": "a text, or items: messages, calls of functions and what these gave",
+    "input": "a text, or items: messages, calls of functions and what these gave; `id`, `status` "
+    "and `phase` are labels that change nothing",
     "instructions": "the system message, of this response alone",
     "previous_response_id": "go on from a response that is kept: its items come before `input`",
     "max_output_tokens": "the longest answer, in tokens; default: what the context has room for",
@@ -92,6 +94,11 @@ NOTES: Mapping[str, str] = {
     "MessagesRequest.messages": "the conversation so far; where the last one is the assistant's, "
     "it is the beginning of the answer",
     "MessagesRequest.max_tokens": "the longest answer, in tokens",
+    "MessagesRequest.top_k": "only so many of the likeliest tokens; 0: all",
+    "MessagesRequest.tool_choice": "`none` hides the tools, `auto` lets the model choose, `any` "
+    "makes it call one or more, `tool` the one that is named; `disable_parallel_tool_use`: at most "
+    "one call",
+    "CountTokensRequest.tool_choice": "`none` hides the tools: they are not counted",
     "MessagesRequest.metadata": "`user_id`: a label; changes nothing",
     "stop_sequences": "texts that end the answer and are not part of it; `stop_sequence` says "
     "which one did",

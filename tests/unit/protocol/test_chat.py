@@ -91,6 +91,11 @@ def test_no_number_outside_the_reals(number: bytes) -> None:
         parse_chat(body)
 
 
+def test_a_name_is_a_label() -> None:
+    for name in ("Bob", "", None):
+        assert chat(messages=[{**USER, "name": name}]).messages == chat(messages=[USER]).messages
+
+
 def test_message_names_value_and_limit() -> None:
     error = refusal(temperature=3)
     assert error.message == "temperature is 3: it should be less than or equal to 2"
