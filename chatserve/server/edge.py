@@ -198,6 +198,9 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
+            if scope["method"] == "HEAD":
+                # the answer to a GET, of which uvicorn leaves the body out
+                scope = {**scope, "method": "GET"}
             try:
                 await self._answer(scope, receive, send)
             except asyncio.CancelledError:

@@ -53,6 +53,19 @@ def front(kind: str, engine: FakeEngine, path: Path) -> Iterator[RunningServer]:
 
 
 @pytest.mark.parametrize("kind", ["worker", "controller"])
+def test_head_is_get_without_its_body(kind: str, tmp_path: Path) -> None:
+    with (
+        front(kind, FakeEngine(step_s=0), tmp_path / "r.db") as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        for path, status in {"/v1/models": 200, "/health/live": 200, "/v1/embeddings": 405}.items():
+            told, whole = client.head(path), client.get(path)
+            assert told.status_code == whole.status_code == status, path
+            assert told.content == b"" != whole.content
+            assert told.headers["content-length"] == whole.headers["content-length"]
+
+
+@pytest.mark.parametrize("kind", ["worker", "controller"])
 def test_a_key_that_nobody_asked_for_changes_nothing(kind: str, tmp_path: Path) -> None:
     engine = FakeEngine(step_s=0)
     with (
