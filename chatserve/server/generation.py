@@ -106,7 +106,7 @@ class Generation:
         return self._only() if len(self._streams) == 1 else self._merged()
 
     async def aclose(self) -> None:
-        """Abort what still runs, and log the request in one line. Safe to call at any time."""
+        """Abort what still runs. Safe to call at any time."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)

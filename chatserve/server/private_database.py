@@ -110,6 +110,8 @@ class PrivateDatabase:
             return None
         if not stat.S_ISREG(found.st_mode):
             raise DatabaseFailed("it is a link, or no file at all")
+        if found.st_uid != os.geteuid():
+            raise NotPrivate("it belongs to another user")
         if found.st_mode & 0o077:
             raise NotPrivate(
                 f"others than its owner may read it (mode {stat.S_IMODE(found.st_mode):o})"

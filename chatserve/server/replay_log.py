@@ -186,5 +186,7 @@ def _read(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(PrivateDatabase(path)) as database, database.reading() as reading:
             yield reading
+    except NotPrivate as error:
+        raise UsageError(f"{path}: {error}; chmod 600 it, or remove it") from error
     except (DatabaseFailed, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} cannot be read as a replay log ({error}); remove it") from error

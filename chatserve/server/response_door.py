@@ -8,11 +8,12 @@ and its last event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
@@ -155,7 +156,8 @@ class ResponseDoor:
             return nobody_listens(request)
         if cancelled.status_code == 200:
             await self._keep(owner, running.items, bytes(cancelled.body))
-            # its stream ends when its reader has read so far
+            # its stream ends when its reader has read so far, and is not kept once more
+            running.items = None
             self.forget(running)
         return cancelled
 
@@ -233,12 +235,14 @@ class ResponseDoor:
             logger.warning("a response is not kept: %s", error)
 
     def begin(self, running: _Running, body: bytes) -> None:
-        running.response = orjson.loads(body)["response"]
-        self._running[running.response["id"]] = running
+        with _cut_short():
+            running.response = orjson.loads(body)["response"]
+            self._running[running.response["id"]] = running
 
     async def end(self, running: _Running, body: bytes) -> None:
-        response = await _in_thread(_response_in, body)
-        await self._keep(running.owner, running.items, response)
+        with _cut_short():
+            response = await _in_thread(_response_in, body)
+            await self._keep(running.owner, running.items, response)
         self.forget(running)
 
     def forget(self, running: _Running) -> None:
@@ -299,6 +303,15 @@ class _Caught:
         event = b"".join(self._parts).rstrip(b"\r")
         self._parts.clear()
         return event.removeprefix(b"data:")
+
+
+@contextlib.contextmanager
+def _cut_short() -> Iterator[None]:
+    """A worker that dies inside an event leaves half of it: there is nothing to keep then."""
+    try:
+        yield
+    except orjson.JSONDecodeError:
+        logger.warning("a response ended inside an event; it is not kept")
 
 
 def _response_in(event: bytes) -> bytes:

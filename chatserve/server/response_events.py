@@ -60,7 +60,9 @@ class ResponseEncoder:
             if not self._output:
                 yield from self._begin(_Message(self._shows_logprobs))
             yield from self._say_rest()
-            yield from self._close("completed")
+            # a stop text may have ended it inside a call
+            is_cut = isinstance(self._open, _Call) and self._reason != "tool_calls"
+            yield from self._close("incomplete" if is_cut else "completed")
             yield self._end("completed", "completed")
             return
         yield from self._say_rest()

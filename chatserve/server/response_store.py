@@ -103,7 +103,7 @@ class ResponseStore:
             prune(connection, "responses", self._max_responses, self._max_bytes)
 
     def find(self, owner: bytes, response_id: str) -> KeptResponse | None:
-        if not self._path.exists():
+        if not self._exists():
             return None
         with self._told(), self._database.reading() as connection:
             row = connection.execute(
@@ -115,7 +115,7 @@ class ResponseStore:
 
     def delete(self, owner: bytes, response_id: str) -> bool:
         """Whether it was there."""
-        if not self._path.exists():
+        if not self._exists():
             return False
         with self._told():
             with self._database.writing() as connection:
@@ -130,11 +130,15 @@ class ResponseStore:
         """Let go of the file; the next call opens it again."""
         self._database.close()
 
+    def _exists(self) -> bool:
+        with self._told():
+            return self._path.exists()
+
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except DatabaseFailed as error:
+        except (DatabaseFailed, PermissionError) as error:
             way_out = "chmod 600 it, or remove it" if isinstance(error, NotPrivate) else "remove it"
             logger.error(
                 "%s cannot be used (%s); %s, or set CHATSERVE_HOME", self._path, error, way_out

@@ -74,6 +74,8 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(UsageError, match=r"others than its owner may read it \(mode 640\)"):
         ReplayLog(path)
+    with pytest.raises(UsageError, match=r"\(mode 640\); chmod 600 it, or remove it"):
+        newest(path, 1)
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -157,5 +159,6 @@ def test_what_is_no_log_is_told(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UsageError, match="there is no replay log"):
         find(path, "a")
     path.write_bytes(content)
+    path.chmod(0o600)
     with pytest.raises(UsageError, match="cannot be read as a replay log"):
         newest(path, 1)

@@ -150,7 +150,22 @@ def test_a_cancelled_response_is_kept_before_its_stream_has_ended(
     assert answer.status == 200 and backend.cancelled == [ID]
     kept = store.find(owner_of(dict(ME)), ID)
     assert kept is not None and kept.response["status"] == "cancelled"
+    # whoever deletes it then does not find it again when its reader has read on
+    assert api.request("DELETE", f"/v1/responses/{ID}", headers=ME).status == 200
     release(task, runner, backend)
+    assert store.find(owner_of(dict(ME)), ID) is None
+
+
+def test_an_event_that_a_dying_worker_cut_is_passed_on_and_not_kept(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore
+) -> None:
+    api, runner = app
+    error = b'\n\nevent: error\ndata: {"type":"error"}\n\n'
+    backend.last = frame("completed", "completed")[:60] + error
+    answer = release(stream_of(api, runner, backend), runner, backend)
+    assert answer.body.endswith(error)
+    assert store.find(owner_of(dict(ME)), ID) is None
+    assert api.request("GET", f"/v1/responses/{ID}", headers=ME).status == 404
 
 
 def test_an_error_is_passed_on_and_not_kept(

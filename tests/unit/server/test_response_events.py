@@ -83,7 +83,10 @@ def test_order(pieces: list[Piece], middle: list[str]) -> None:
 def test_each_event_names_its_item() -> None:
     said = encoder()
     call, rest = FIRST_CALL, ToolCallDelta(0, None, None, "1}")
-    pieces = [Piece("hi", tool_calls=[call]), Piece("", tool_calls=[rest], finish_reason="stop")]
+    pieces = [
+        Piece("hi", tool_calls=[call]),
+        Piece("", tool_calls=[rest], finish_reason="tool_calls"),
+    ]
     events = story(pieces, said)
     message, call_item = said.response["output"]
     assert message == {
@@ -125,6 +128,15 @@ def test_an_answer_that_is_cut_is_incomplete() -> None:
     assert (
         story([Piece("", None, "length")], nothing := encoder()) and not nothing.response["output"]
     )
+
+
+def test_a_call_that_a_stop_text_cut_is_incomplete() -> None:
+    """Nobody can go on from half of its arguments."""
+    said = encoder()
+    events = story([Piece("", tool_calls=[FIRST_CALL]), Piece("", None, "stop")], said)
+    assert names(events)[-1] == "completed"
+    [call] = said.response["output"]
+    assert (call["status"], call["arguments"]) == ("incomplete", '{"a":')
 
 
 def test_a_cancelled_answer() -> None:

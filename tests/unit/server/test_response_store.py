@@ -124,6 +124,25 @@ def test_a_file_that_others_may_read_is_refused(path: Path) -> None:
         store.add(ME, kept(2))
 
 
+def test_a_file_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ResponseStore(path)
+    store.add(ME, kept(1))
+    store.close()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(StorageFailed, match="another user"):
+        ResponseStore(path).add(ME, kept(2))
+
+
+def test_a_folder_that_may_not_be_searched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exists(_path: Path) -> bool:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "exists", exists)
+    for use in (ResponseStore(path).find, ResponseStore(path).delete):
+        with pytest.raises(StorageFailed, match="not yours"):
+            use(ME, "resp_1")
+
+
 def test_a_link_is_refused(path: Path, tmp_path: Path) -> None:
     path.parent.mkdir()
     path.symlink_to(tmp_path / "elsewhere")
