@@ -57,9 +57,11 @@ def load_encoder(
     longest = max_tokens(path)
     policy = _policy(config)
     tokenizer = load_tokenizer(path)
-    network = load_encoder_network(
-        checkpoint, policy, progress=progress, max_rows=config.max_num_batched_tokens
-    )
+    # a longer text than a batch has tokens runs alone
+    positions = checkpoint.config.get("max_position_embeddings")
+    lengths = [each for each in (positions, longest, config.context_length) if each]
+    max_rows = max(config.max_num_batched_tokens, min(lengths, default=0))
+    network = load_encoder_network(checkpoint, policy, progress=progress, max_rows=max_rows)
     limits = (network.context_length, longest, config.context_length)
     context_length = min(limit for limit in limits if limit is not None)
     if context_length < 1:
@@ -97,9 +99,7 @@ def load_encoder(
             "pooling": pooling,
             "memory": {
                 "weights_bytes": weights_bytes(checkpoint, policy),
-                "activation_bytes": working_bytes(
-                    checkpoint, policy, config.max_num_batched_tokens
-                ),
+                "activation_bytes": working_bytes(checkpoint, policy, max_rows),
             },
             "deterministic": config.deterministic,
         },

@@ -113,10 +113,14 @@ class Turns:
     _unanswered: dict[str, str] = field(default_factory=dict)
 
     def add_text(self, role: str, text: str, source: str) -> None:
-        """Texts of one role that follow each other are one turn, as Anthropic has it."""
+        """Texts of one role that follow each other are one turn, as Anthropic has it. Text behind
+        calls of the same message is put before them: a chat has no other place for it."""
+        last = self.messages[-1] if self.messages else {}
+        if role == "assistant" and last.get("role") == role and self.sources[-1] == source:
+            last["content"] = [*(last["content"] or []), {"type": "text", "text": text}]
+            return
         self.check_answered()
         self._calls.clear()
-        last = self.messages[-1] if self.messages else {}
         if last.get("role") != role or "tool_calls" in last:
             last = {"role": role, "content": []}
             self.messages.append(last)

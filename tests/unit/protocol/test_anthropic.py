@@ -155,6 +155,15 @@ def test_calls_and_results_that_do_not_meet(turns: list[Any], param: str, words:
         assert word not in error.message
 
 
+def test_text_between_and_behind_calls_of_one_message() -> None:
+    said = {"role": "assistant", "content": [text("a"), USE, text("b"), USE | {"id": "t2"}]}
+    results = {"role": "user", "content": [RESULT, RESULT | {"tool_use_id": "t2"}]}
+    messages = asked(messages=[USER, said, results]).chat.messages
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "tool"]
+    assert messages[1].content == "a\nb"
+    assert [call.call_id for call in messages[1].tool_calls] == ["t1", "t2"]
+
+
 def of(role: str, *blocks: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": list(blocks)}]}
 
