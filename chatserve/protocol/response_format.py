@@ -171,7 +171,13 @@ def read_guided_json(value: Any, param: str) -> GrammarSpec | None:
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError as error:
-            raise InvalidRequest(f"{param} is not valid JSON: {error}", param=param) from error
+            raise InvalidRequest(
+                f"{param} is a text that is not valid JSON: {error}", param=param
+            ) from error
+        if not isinstance(value, dict):
+            raise InvalidRequest(
+                f"{param} is a text that holds no JSON Schema, an object", param=param
+            )
     return None if value is None else read_schema(value, param)
 
 

@@ -51,7 +51,7 @@ STOP_TOKENS_SCHEMA = {
     "anyOf": [
         {
             "type": "array",
-            "items": {"type": "integer", "minimum": 0},
+            "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
             "maxItems": MAX_STOP_TOKENS,
         },
         {"type": "null"},

@@ -13,17 +13,20 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from chatserve.errors import GenerationFailed
+from chatserve.errors import GenerationFailed, InvalidRequest
 
 Vector = NDArray[np.float32]
 
 
 def normalised(pooled: Vector, num_dimensions: int | None = None) -> Vector:
-    """The first so many dimensions, of length 1. Raises `GenerationFailed` if all are zero."""
+    """The first so many dimensions, of length 1. Raises `InvalidRequest` if these are zero."""
     wide = pooled[:num_dimensions].astype(np.float64)
     length = float(np.linalg.norm(wide))
     if length == 0:
-        raise GenerationFailed("the embedding is zero in all of its dimensions; ask for more")
+        raise InvalidRequest(
+            f"dimensions: the embedding is zero in its first {len(wide)}; ask for more",
+            param="dimensions",
+        )
     return (wide / length).astype(np.float32)
 
 

@@ -355,7 +355,8 @@ BEYOND_THE_SCHEMA = re.compile(
     r"|stop text must have|is for |give either|cannot be below|is not offered|together|empty"
     r"|\.arguments|ask for at most|as many of both|is no regex|send one|the contrary of"
     r"|can be held to|previous_response_not_found|no tool named|keeps no responses|it must be 1 to"
-    r"|tokens at most|two tools named"
+    r"|tokens at most|two tools named|is a text that|give one|cannot be streamed|zero in its first"
+    r"|less than n|in quotes"
 )
 SCHEMAS = document()["components"]["schemas"]
 

@@ -138,7 +138,7 @@ def test_what_describes_is_left_alone() -> None:
         ("guided_choice", ["a", [], [1], [None], {}]),
         ("guided_grammar", ["", 5, 'start: <|im_end|> "a"', "start: <[5]>",
                             'start[temperature=0.3]: "a"']),
-        ("guided_json", ["{", "[]", "1", 1, True, '{"not": {}}', "[" * 2000 + "]" * 2000]),
+        ("guided_json", ["{", "[]", "1", "null", 1, True, '{"not": {}}', "[" * 2000 + "]" * 2000]),
         ("structured_outputs", [[], {}, "x", {"foo": 1}, {"json_object": 1},
                                 {"regex": "a", "json": {}}, {"structural_tag": "x"},
                                 {"whitespace_pattern": " "}]),

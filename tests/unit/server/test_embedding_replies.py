@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from chatserve.errors import GenerationFailed
+from chatserve.errors import GenerationFailed, InvalidRequest
 from chatserve.server.embedding_replies import (
     Vector,
     cosine,
@@ -44,7 +44,7 @@ def test_numbers_and_base64_are_the_same_vector_of_length_1(num_dimensions: int 
 
 def test_what_has_no_direction_is_told() -> None:
     sparse = np.array([0, 0, 1], np.float32)
-    with pytest.raises(GenerationFailed, match="ask for more"):
+    with pytest.raises(InvalidRequest, match="ask for more"):
         normalised(sparse, 2)
     assert normalised(sparse, 3)[2] == 1
     with pytest.raises(GenerationFailed, match="no direction"):
