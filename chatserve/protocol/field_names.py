@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chatserve.errors import InvalidRequest
 
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 _CALL = re.compile(r"messages\[\d+\]\.tool_calls\[\d+\]")
+
+
+@contextlib.contextmanager
+def errors_renamed(name_of: Callable[[str], str]) -> Iterator[None]:
+    """What is refused inside is refused by another name."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param is not None:
+            name = name_of(error.param)
+            error.message = error.message.replace(error.param, name)
+            error.args = (error.message,)
+            error.param = name
+        raise
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,5 @@ class FieldNames:
     @contextlib.contextmanager
     def in_errors(self) -> Iterator[None]:
         """What is refused inside is refused by the name that the client used."""
-        try:
+        with errors_renamed(self.of):
             yield
-        except InvalidRequest as error:
-            if error.param is not None:
-                name = self.of(error.param)
-                error.message = error.message.replace(error.param, name)
-                error.args = (error.message,)
-                error.param = name
-            raise

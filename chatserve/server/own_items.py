@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from chatserve.errors import InvalidRequest
+from chatserve.protocol.field_names import errors_renamed
 
 _ITEM = re.compile(r"input\[(\d+)\]")
 
@@ -36,15 +36,8 @@ class OwnItems:
 
     @contextlib.contextmanager
     def in_errors(self) -> Iterator[None]:
-        try:
+        with errors_renamed(self.name_of):
             yield
-        except InvalidRequest as error:
-            if error.param is not None:
-                name = self.name_of(error.param)
-                error.message = error.message.replace(error.param, name)
-                error.args = (error.message,)
-                error.param = name
-            raise
 
     def in_answer(self, answer: Response) -> Response:
         """The same, where the error has become an answer elsewhere."""
