@@ -180,8 +180,11 @@ def test_a_format_with_a_token_of_its_own(tmp_path: Path) -> None:
             {"role": "tool", "tool_call_id": call.id, "content": "4"} for call in message.tool_calls
         ]
         chat = [*QUESTION, message.model_dump(exclude_none=True), *results]
-        options = {**options, "logit_bias": {}, "max_tokens": 5, "tool_choice": "none"}
-        assert client.chat.completions.create(**options, messages=chat).choices[0].message.content
+        more = {"return_token_ids": True, "ignore_eos": True}
+        options |= {"logit_bias": {}, "max_tokens": 5, "tool_choice": "none", "extra_body": more}
+        reply = client.chat.completions.create(**options, messages=chat)
+        assert reply.choices[0].finish_reason == "length"
+        assert reply.usage and reply.usage.completion_tokens == 5
 
 
 @pytest.mark.weights
