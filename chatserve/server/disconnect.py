@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from chatserve.server.request_id import current_request_id
+
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
@@ -19,7 +21,10 @@ Result = TypeVar("Result")
 
 def log_left(scope: Scope) -> None:
     """A client left before its answer began: a status that only the log knows."""
-    logger.info("%d %s %s: the client left", CLIENT_LEFT, scope["method"], scope["path"][:200])
+    logger.info(
+        "%d %s %s: the client left, request=%s",
+        CLIENT_LEFT, scope["method"], scope["path"][:200], current_request_id(),
+    )  # fmt: skip
 
 
 def nobody_listens(request: Request) -> Response:

@@ -30,6 +30,7 @@ from chatserve.errors import (
 )
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.server import request_id
 from chatserve.server.disconnect import log_left
 from chatserve.server.error_response import error_response
 
@@ -198,6 +199,7 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
+            send = request_id.answering(scope, send)
             if scope["method"] == "HEAD":
                 # the answer to a GET, of which uvicorn leaves the body out
                 scope = {**scope, "method": "GET"}

@@ -23,6 +23,7 @@ from chatserve.server.embedding_replies import Vector, embeddings_reply, score_r
 from chatserve.server.json_response import JSON_TYPE
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.preparation_pool import PreparationPool
+from chatserve.server.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,12 @@ class EmbeddingRoutes:
         return Response(await self._pool.run(write, vectors, prepared.pairs), media_type=JSON_TYPE)
 
     async def _compute(
-        self, request: Request, engine: Engine, request_id: str, pooled: Pooled
+        self, request: Request, engine: Engine, reply_id: str, pooled: Pooled
     ) -> list[Vector]:
         """The vectors in order. Raises what the engine raises; nothing is left running then."""
         started_at = time.monotonic()
         salt = salt_of(request.headers, self._control_token)
-        batch = _Batch(engine, request_id, pooled, salt)
+        batch = _Batch(engine, reply_id, pooled, salt)
         outcome = "abort"
         try:
             vectors = await until_disconnect(request.receive, batch.run())
@@ -89,8 +90,9 @@ class EmbeddingRoutes:
             return vectors
         finally:
             logger.info(
-                "%s model=%s inputs=%d prompt_tokens=%d ms=%.0f finish=%s",
-                request_id, pooled.model, len(pooled.prompts), pooled.usage["prompt_tokens"],
+                "%s request=%s model=%s inputs=%d prompt_tokens=%d ms=%.0f finish=%s",
+                reply_id, current_request_id(), pooled.model, len(pooled.prompts),
+                pooled.usage["prompt_tokens"],
                 (time.monotonic() - started_at) * 1e3, outcome,
             )  # fmt: skip
 

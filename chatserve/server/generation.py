@@ -18,6 +18,7 @@ from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, TokenStream
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.preparation import Prepared
+from chatserve.server.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,10 @@ class Generation:
             tpot = f"{(self._last_at - self._first_at) / num_steps * 1e3:.1f}"
         outcomes = [self._outcomes.get(i, "abort") for i in range(self.num_sequences)]
         logger.info(
-            "%s model=%s prompt_tokens=%d completion_tokens=%d ttft_ms=%s tpot_ms=%s finish=%s",
+            "%s request=%s model=%s prompt_tokens=%d completion_tokens=%d ttft_ms=%s tpot_ms=%s "
+            "finish=%s",
             self.request_id,
+            current_request_id(),
             self.prepared.model,
             self.prepared.num_prompt_tokens,
             self.num_generated_tokens,

@@ -25,6 +25,8 @@ from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
 from chatserve.server.registry import Lease, Worker, WorkerRegistry
+from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
+from chatserve.server.request_id import current_request_id
 from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,9 @@ class Relay:
                 worker.base_url + request.url.path,
                 # bytes over 1 MiB would be written in one go, with a warning
                 data=io.BytesIO(body),
-                headers=self._headers | header_for_worker(request.headers, self._token),
+                headers=self._headers
+                | header_for_worker(request.headers, self._token)
+                | {REQUEST_ID_HEADER: current_request_id()},
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

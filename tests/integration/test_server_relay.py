@@ -136,6 +136,26 @@ def test_request_body_is_relayed_byte_for_byte(house: House) -> None:
     assert b"of-the-client" not in head and b"Accept-Encoding: identity" in head
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_the_id_of_a_request_goes_to_the_worker_and_back(
+    house: House, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.add("w", FakeEngine())
+    caplog.set_level("INFO", "chatserve")
+    body = STREAM if path != "responses" else {"model": "fake", "input": "hi", "stream": True}
+    headers = {"x-request-id": "mine"}
+    answer = httpx.post(f"{house.url}/v1/{path}", json=body, headers=headers)
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    unnamed = httpx.post(f"{house.url}/v1/{path}", json=body).headers["x-request-id"]
+    found = [line for line in caplog.messages if "completion_tokens" in line]
+    assert all(
+        f" request={each} " in line for each, line in zip(("mine", unnamed), found, strict=True)
+    )
+    house.registry.leave("w")
+    lost = httpx.post(f"{house.url}/v1/{path}", json=body, headers=headers)
+    assert (lost.status_code, lost.headers["x-request-id"]) == (404, "mine")
+
+
 def test_tokens_are_not_held_back(house: House) -> None:
     house.add("w", FakeEngine(["one", "two"], hangs=True))
     with closing(house.open()) as sock:

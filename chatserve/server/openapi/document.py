@@ -24,6 +24,8 @@ from chatserve.server.json_response import JSON_TYPE
 from chatserve.server.openapi import completions, embeddings, messages, models, responses, tokens
 from chatserve.server.openapi.notes import NO_OP, NOTES
 from chatserve.server.openapi.operation import Body, Operation
+from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
+from chatserve.server.request_id import MAX_LEN as MAX_REQUEST_ID_LEN
 
 PATH = "/openapi.json"
 OPERATIONS: tuple[Operation, ...] = (
@@ -42,7 +44,12 @@ Bodies are JSON in UTF-8, up to {MAX_BODY_BYTES:,} bytes and {MAX_NESTING} level
 dropped in silence: an unknown field is refused by name, or, by a server started with `--lenient`,
 listed in the header `{HEADER}` of the answer. A field that is null is as good as left out, where
 null is allowed. A server with API keys wants one as `Authorization: Bearer KEY`, or as
-`x-api-key: KEY`."""
+`x-api-key: KEY`. Every answer has a `{REQUEST_ID_HEADER}`: the request's own, if that is one word
+of visible ASCII of up to {MAX_REQUEST_ID_LEN} characters, else a new one."""
+REQUEST_ID = {
+    "description": "the request's own, or a new one; the server's log has it, too",
+    "schema": {"type": "string", "maxLength": MAX_REQUEST_ID_LEN},
+}
 RETRY_AFTER = {"description": "seconds to wait", "schema": {"type": "integer", "minimum": 1}}
 IGNORED = {
     "description": "fields that a lenient server has left out, with commas between them",
@@ -199,6 +206,8 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
         }
         if status in (429, 503):
             replies[status]["headers"] = {"Retry-After": RETRY_AFTER}
+    for reply in replies.values():
+        reply["headers"] = {REQUEST_ID_HEADER: REQUEST_ID, **reply.get("headers", {})}
     return {str(status): replies[status] for status in sorted(replies)}
 
 

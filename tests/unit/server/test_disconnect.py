@@ -24,7 +24,7 @@ def test_499_stands_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "chatserve")
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     assert nobody_listens(Request(scope)).body == b""
-    assert caplog.messages == ["499 POST /v1/completions: the client left"]
+    assert caplog.messages == ["499 POST /v1/completions: the client left, request=-"]
 
 
 def test_result_is_returned() -> None:
