@@ -10,27 +10,42 @@ PROMPT ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+LOCKED := $(PIP) install --quiet --require-hashes --no-deps --requirement
+TOOLS := $(VENV)/tools
+RESOLVE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-header
+PROJECT := $(RESOLVE) --no-emit-package torch --no-emit-package pip \
+	--overrides requirements/overrides.txt pyproject.toml requirements/build.in
 KERNELS := chatserve/kernels/lib/libchatserve_kernels.so
 # the text as typed: make must not expand a dollar sign in a prompt
 export CHAT_PROMPT := $(value PROMPT)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev format check chat test unit integration e2e weights judges \
-	bench sanitize gpu-check docs build clean
+	bench sanitize gpu-check docs build lock audit sbom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
-$(VENV)/.runtime: pyproject.toml constraints.txt
+# what is fetched has to have the hashes of requirements/, but for PyTorch: its build is the machine's
+$(VENV)/.runtime: pyproject.toml requirements/runtime.txt
 	@$(PYTHON) -c 'import sys; sys.exit("chatserve needs Python 3.11 or newer, this is " \
 		+ sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(LOCKED) requirements/runtime.txt
 	$(PIP) install --quiet $(TORCH_PIP_ARGS)
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.dev: requirements/dev.txt | $(VENV)/.runtime
+	$(LOCKED) requirements/dev.txt
+	@touch $@
+
+# apart from what is tested: none of this runs in the product
+$(VENV)/.tools: requirements/tools.txt | $(VENV)/.runtime
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes \
+		--no-deps --requirement requirements/tools.txt
 	@touch $@
 
 # compiled again when a source has changed; without a compiler PyTorch's operators do the work
@@ -95,9 +110,23 @@ gpu-check: ## tests and figures on a CUDA device; PYTHON=python3 is used as it i
 docs: $(VENV)/.dev ## write docs/reference from the code
 	$(PY) docs/generate.py
 
-build: $(VENV)/.dev ## wheel and sdist in dist/
-	$(PIP) install --quiet --constraint constraints.txt build
-	$(PY) -m build
+build: $(VENV)/.tools ## wheel and sdist in dist/
+	$(TOOLS)/bin/python -m build
+
+lock: $(VENV)/.tools ## write requirements/ anew from pyproject.toml; ARGS=--upgrade takes newer versions
+	$(PROJECT) $(ARGS) --output-file requirements/runtime.txt
+	$(PROJECT) $(ARGS) --extra dev --constraints requirements/runtime.txt \
+		--output-file requirements/dev.txt
+	$(RESOLVE) $(ARGS) requirements/tools.in --output-file requirements/tools.txt
+
+audit: $(VENV)/.tools ## known weaknesses of what is locked; asks the package index's service
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes \
+		--requirement requirements/dev.txt
+
+sbom: $(VENV)/.tools ## bill of materials (CycloneDX) in dist/
+	@mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py requirements requirements/runtime.txt --pyproject pyproject.toml \
+		--output-reproducible --output-file dist/chatserve.cdx.json
 
 clean: ## remove everything that was made here, also .venv
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \

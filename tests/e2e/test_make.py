@@ -19,7 +19,7 @@ STAMP = Path(sys.prefix) / ".runtime"
 @pytest.mark.weights
 def test_a_second_make_chat_answers_once_without_the_network() -> None:
     default_model()
-    sources = [REPOSITORY / name for name in ("pyproject.toml", "constraints.txt")]
+    sources = [REPOSITORY / name for name in ("pyproject.toml", "requirements/runtime.txt")]
     if not STAMP.exists() or any(s.stat().st_mtime > STAMP.stat().st_mtime for s in sources):
         if os.environ.get("CI"):
             pytest.fail(f"{STAMP} is missing or stale: run the tests by `make test`")
