@@ -1,7 +1,7 @@
 """The engine of an encoder: `add`, `abort`, `step`, as `Engine` has them, for embeddings alone.
 
-Each step takes the texts that have waited longest, as many as its limits allow, and is done with
-them: nothing is kept between steps. Knows no HTTP, asyncio or threads.
+Each step takes the texts whose turn it is, as many as its limits allow, and is done with them:
+nothing is kept between steps. Knows no HTTP, asyncio or threads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from chatserve.engine.pooling import Pooler
 from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.waiting_line import Priority, WaitingLine
 from chatserve.errors import (
     ChatserveError,
     ContextLengthExceeded,
@@ -41,6 +42,8 @@ class _Text:
     seq_id: str
     token_ids: tuple[int, ...]
     pooling: Pooling
+    share: bytes
+    priority: Priority
 
 
 class EncoderEngine:
@@ -59,6 +62,7 @@ class EncoderEngine:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: dict[str, _Text] = {}
+        self._line: WaitingLine[_Text] = WaitingLine()
         self._num_running = 0
 
     @property
@@ -68,6 +72,15 @@ class EncoderEngine:
     @property
     def num_running(self) -> int:
         return self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_held(self) -> int:
+        """A text has one event: no reader is too slow for it."""
+        return 0
 
     @property
     def num_free_kv_tokens(self) -> int:
@@ -105,19 +118,34 @@ class EncoderEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
     ) -> None:
-        """Queue a text. What tells sequences apart that share a cache has no meaning here.
+        """Queue a text; salts take turns. What tells sequences apart that share a cache has no
+        meaning here.
 
         Raises what `check` raises.
         """
         assert seq_id not in self._waiting, f"sequence {seq_id} exists already"
         self.check(prompt_ids, params)
         assert params.pooling is not None and adapter is None
-        self._waiting[seq_id] = _Text(seq_id, tuple(prompt_ids), params.pooling)
+        text = _Text(seq_id, tuple(prompt_ids), params.pooling, salt, priority)
+        self._waiting[seq_id] = text
+        self._line.add(text)
 
     def abort(self, seq_id: str) -> None:
         """Forget a text; unknown and finished ones are left alone."""
-        self._waiting.pop(seq_id, None)
+        if (text := self._waiting.pop(seq_id, None)) is not None:
+            self._line.remove(text)
+
+    def hold(self, seq_id: str) -> None:
+        """See `num_held`."""
+
+    def release(self, seq_id: str) -> None:
+        """See `num_held`."""
+
+    def places(self) -> dict[str, int]:
+        """Of the texts that wait; 1 is next."""
+        return self._line.places()
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch. Returns an event with its embedding, or an error, for each text.
@@ -141,11 +169,13 @@ class EncoderEngine:
     def _take(self) -> list[_Text]:
         batch: list[_Text] = []
         longest = 0
-        for text in list(self._waiting.values())[: self._max_num_seqs]:
+        while self._line and len(batch) < self._max_num_seqs:
+            text = self._line.first()
             longest = max(longest, len(text.token_ids))
             if batch and (len(batch) + 1) * longest > self._max_num_batched_tokens:
                 break
-            batch.append(self._waiting.pop(text.seq_id))
+            batch.append(self._line.take())
+            del self._waiting[text.seq_id]
         return batch
 
     def _run(self, batch: Sequence[_Text]) -> list[TokenEvent]:

@@ -29,6 +29,7 @@ from chatserve.engine.sequence import (
 from chatserve.engine.speaker import Scores, Speaker
 from chatserve.engine.speculation import Drafter
 from chatserve.engine.turn import Live, Turn
+from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
 from chatserve.models.batch import Model
 
@@ -109,6 +110,10 @@ class Engine:
         return self._scheduler.num_waiting
 
     @property
+    def num_held(self) -> int:
+        return self._scheduler.num_held
+
+    @property
     def num_preempted(self) -> int:
         """How often a running sequence has had to give its blocks back."""
         return self._scheduler.num_preempted
@@ -154,26 +159,30 @@ class Engine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
     ) -> None:
         """Queue a sequence. `choice` tells the n answers of one request apart.
 
         The prompt is computed once for all of a `group` that have the same; prompts that begin
         alike share that beginning's keys and values if their `salt` and `adapter` are the same.
         `strip_leading_space` drops the space that a word-start mark puts before an answer.
+        Where sequences have to wait, salts take turns, and those of priority `batch` come later.
 
         Raises what `check` raises.
         """
         assert seq_id not in self._live, f"sequence {seq_id} exists already"
         self.check(prompt_ids, params)
         seed = params.seed if params.seed is not None else self.draw_seed()
+        share = salt
         if adapter is not None:
             salt = hashlib.sha256(salt + adapter.fingerprint.encode()).digest()
         # the mean needs all tokens' states; nor should documents drive chats from the cache
         num_shared = 0 if params.pooling == "mean" else None
         table = BlockTable(salt, reads_cache=params.prompt_logprobs is None, num_shared=num_shared)
         sequence = Sequence(
-            seq_id, tuple(prompt_ids), params, seed, choice, group, table, adapter=adapter
-        )
+            seq_id, tuple(prompt_ids), params, seed, choice, group, table, adapter=adapter,
+            share=share, priority=priority,
+        )  # fmt: skip
         # a grammar's mask is known for the next token only
         if self._speculation and params.grammar is None and params.max_tokens > 1:
             sequence.drafter = Drafter(sequence.token_ids)
@@ -194,6 +203,21 @@ class Engine:
         """Forget a sequence and free what it holds; unknown and finished ones are left alone."""
         if live := self._live.pop(seq_id, None):
             self._scheduler.remove(live.sequence)
+
+    def hold(self, seq_id: str) -> None:
+        """Compute no more of a sequence that has begun to speak, until `release`; one that has
+        ended is left alone."""
+        if live := self._live.get(seq_id):
+            self._scheduler.hold(live.sequence)
+
+    def release(self, seq_id: str) -> None:
+        """Let a held sequence go on; any other is left alone."""
+        if live := self._live.get(seq_id):
+            self._scheduler.release(live.sequence)
+
+    def places(self) -> dict[str, int]:
+        """Of the sequences that have never run: their place among those who wait; 1 is next."""
+        return self._scheduler.places()
 
     def step(self) -> list[TokenEvent]:
         """Run one batch. Returns an event for each sequence that got a token, ended or failed.

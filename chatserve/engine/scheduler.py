@@ -1,21 +1,23 @@
 """Who runs in the next step: waiting and running sequences under a token budget. No tensors.
 
-Decode first, then prefill in chunks with what is left of the budget, first come first served. A
-sequence is admitted when its prompt fits the free blocks with some to spare. Where a running one
-finds no block, the youngest is preempted: it gives its blocks back, goes to the front of the queue
-and computes its tokens again. What is left of a small batch's budget goes to drafts.
+Decode first, then prefill in chunks with what is left of the budget, in the order of the waiting
+line. A sequence is admitted when its prompt fits the free blocks with some to spare. Where a
+running one finds no block, the youngest is preempted: it gives its blocks back, goes to the front
+of the line and computes its tokens again. One whose reader is slow is held: it keeps its blocks as
+long as nobody else needs them, and no place in the batch. What is left of a small batch's budget
+goes to drafts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from chatserve.engine.block_manager import BlockManager, Copy
-from chatserve.engine.sequence import NO_POSITIONS, SamplingParams, Sequence, Status
+from chatserve.engine.sequence import NO_POSITIONS, Phase, SamplingParams, Sequence, Status
+from chatserve.engine.waiting_line import WaitingLine
 from chatserve.errors import ContextLengthExceeded
 
 logger = logging.getLogger(__name__)
@@ -94,24 +96,33 @@ class Scheduler:
         self._max_num_drafting = max_num_drafting
         self._by_blocks = by_blocks
         self._watermark = blocks.num_blocks // _WATERMARK
-        # both in the order of arrival
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._line: WaitingLine[Sequence] = WaitingLine()
+        # in the order of admission
         self._running: dict[str, Sequence] = {}
+        self._held: dict[str, Sequence] = {}
         # per group, the sequence that computes the prompt for all
         self._leaders: dict[str, Sequence] = {}
         self.num_preempted = 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._line)
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
     @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._running or self._line)
+
+    def places(self) -> dict[str, int]:
+        """Of those that have never run, by id: how far they are from the front; 1 is next."""
+        return self._line.places()
 
     def check(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """Raises `ContextLengthExceeded` when such a sequence could never fit, even alone."""
@@ -128,17 +139,46 @@ class Scheduler:
         """Queue a sequence that passed `check`."""
         if self._by_blocks and sequence.table.num_shared is None:
             sequence.table.num_shared = sequence.num_prompt_tokens
-        self._waiting[sequence.seq_id] = sequence
+        self._line.add(sequence)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take a finished or aborted sequence out and free its blocks; also while it waits.
 
         `forget`: keep nothing in the prefix cache of what it alone has computed.
         """
-        if self._running.pop(sequence.seq_id, None) is None:
-            self._waiting.pop(sequence.seq_id, None)
+        seq_id = sequence.seq_id
+        if self._running.pop(seq_id, None) is None and self._held.pop(seq_id, None) is None:
+            self._line.remove(sequence)
         self._blocks.free(sequence.table, forget=forget)
         sequence.status = Status.FINISHED
+        self._lead_no_more(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Compute no more of a sequence that has been admitted, until it is released."""
+        if self._running.pop(sequence.seq_id, None) is None:
+            self._line.remove(sequence)
+        # those who wait for its prompt cannot wait for its reader
+        self._lead_no_more(sequence)
+        self._held[sequence.seq_id] = sequence
+
+    def release(self, sequence: Sequence) -> None:
+        """Let a held sequence go on, at once where the batch has a place and it has its blocks."""
+        del self._held[sequence.seq_id]
+        if sequence.status is Status.RUNNING and len(self._running) < self._max_num_seqs:
+            self._running[sequence.seq_id] = sequence
+            return
+        self._give_up_blocks(sequence)
+        self._line.give_back(sequence)
+
+    def phase(self, sequence: Sequence) -> Phase:
+        """What it is at. Who waits for the prompt that another computes for it is at its prompt."""
+        if sequence.seq_id in self._running:
+            return "prefill" if sequence.num_uncomputed > 1 else "decode"
+        leader = self._leaders.get(sequence.group) if sequence.group is not None else None
+        is_led = sequence.status is Status.WAITING and leader is not None
+        return "prefill" if is_led and leader.seq_id in self._running else "waiting"
+
+    def _lead_no_more(self, sequence: Sequence) -> None:
         if sequence.group is not None and self._leaders.get(sequence.group) is sequence:
             del self._leaders[sequence.group]
 
@@ -182,6 +222,8 @@ class Scheduler:
         """Find a slot for the next token, if need be by preempting; false if by its own."""
         first = sequence.num_computed
         while not self._blocks.can_append(sequence.table, first, first + 1):
+            if self._take_from_held():
+                continue
             youngest = next(reversed(self._running.values()))
             self._preempt(youngest)
             if youngest is sequence:
@@ -191,13 +233,23 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.seq_id]
+        self._give_up_blocks(sequence)
+        self._line.give_back(sequence)
+        self.num_preempted += 1
+        logger.debug("preempted %s: no block is free", sequence.seq_id)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
         self._blocks.free(sequence.table)
         sequence.num_computed = 0
         sequence.status = Status.PREEMPTED
-        self._waiting[sequence.seq_id] = sequence
-        self._waiting.move_to_end(sequence.seq_id, last=False)
-        self.num_preempted += 1
-        logger.debug("preempted %s: no block is free", sequence.seq_id)
+
+    def _take_from_held(self) -> bool:
+        """Free the blocks of one that is held; false when none of them has any."""
+        for sequence in reversed(self._held.values()):
+            if sequence.status is Status.RUNNING:
+                self._give_up_blocks(sequence)
+                return True
+        return False
 
     def _prefill(self, sequence: Sequence, plan: Plan) -> None:
         budget = self._max_num_batched_tokens - plan.num_tokens
@@ -230,11 +282,11 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         while (
-            self._waiting
+            self._line
             and len(self._running) < self._max_num_seqs
             and plan.num_tokens < self._max_num_batched_tokens
         ):
-            sequence = next(iter(self._waiting.values()))
+            sequence = self._line.first()
             leader = self._find_leader(sequence)
             is_new = sequence.status is Status.WAITING
             if leader is sequence or not is_new:
@@ -244,7 +296,7 @@ class Scheduler:
                 return
             if is_new:
                 sequence.num_cached_tokens = sequence.num_computed
-            del self._waiting[sequence.seq_id]
+            self._line.take()
             sequence.status = Status.RUNNING
             self._running[sequence.seq_id] = sequence
             self._prefill(sequence, plan)
@@ -262,8 +314,9 @@ class Scheduler:
     def _allocate(self, sequence: Sequence, plan: Plan) -> bool:
         # who is alone is admitted in any case: `check` has seen that it fits
         num_spare = 1 + self._watermark if self._running else 0
-        if not self._blocks.can_allocate(sequence.table, sequence.token_ids, num_spare):
-            return False
+        while not self._blocks.can_allocate(sequence.table, sequence.token_ids, num_spare):
+            if not self._take_from_held():
+                return False
         sequence.num_computed, copies = self._blocks.allocate(sequence.table, sequence.token_ids)
         plan.copies += copies
         return True
@@ -271,8 +324,11 @@ class Scheduler:
     def _fork(self, leader: Sequence, sequence: Sequence, plan: Plan) -> bool:
         """Share the leader's prompt once it is computed; the last token is computed again."""
         num_prompt = sequence.num_prompt_tokens
-        if leader.num_computed < num_prompt or self._blocks.num_free_blocks < 2 + self._watermark:
+        if leader.num_computed < num_prompt:
             return False
+        while self._blocks.num_free_blocks < 2 + self._watermark:
+            if not self._take_from_held():
+                return False
         self._blocks.fork(leader.table, sequence.table, num_prompt)
         sequence.num_computed = num_prompt - 1
         plan.copies += self._blocks.append(sequence.table, num_prompt - 1, num_prompt)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from chatserve.engine.block_manager import BlockTable
 from chatserve.engine.grammar import Grammar
 from chatserve.engine.speculation import Drafter
+from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ class Sequence:
     """What changes the base for this sequence; no other may share its keys and values."""
     drafter: Drafter | None = None
     """Guesses how `token_ids` goes on, where speculation is wanted."""
+    share: bytes = b""
+    """Whose it is: those who wait take turns by it."""
+    priority: Priority = "interactive"
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

@@ -149,3 +149,13 @@ def test_refused(
 def test_the_longest_text_is_not(engine: EncoderEngine) -> None:
     engine.add("a", [99] * 8, MEAN)
     assert [event.error for event in engine.step()] == [None]
+
+
+def test_keys_take_turns_and_batch_comes_later(engine: EncoderEngine) -> None:
+    for index in range(4):
+        engine.add(f"a{index}", [1], MEAN, salt=b"a")
+    engine.add("x", [1], MEAN, salt=b"x", priority="batch")
+    engine.add("b", [1], MEAN, salt=b"b")
+    assert engine.places() == {"a0": 1, "b": 2, "a1": 3, "a2": 4, "a3": 5, "x": 6}
+    engine.abort("a1")
+    assert list(drain(engine)) == ["a0", "b", "a2", "a3", "x"]

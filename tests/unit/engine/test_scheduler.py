@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from chatserve.engine.block_manager import BlockManager, BlockTable
 from chatserve.engine.scheduler import Plan, Scheduler
 from chatserve.engine.sequence import SamplingParams, Sequence, Status
+from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ContextLengthExceeded
 
 BLOCK_SIZE = 4
@@ -21,13 +22,23 @@ def build(num_blocks: int = 100, seqs: int = 4, budget: int = 16) -> tuple[Sched
 
 
 def sequence(
-    name: str, num_prompt: int = 5, max_tokens: int = 3, *, group: str | None = None, salt: str = ""
+    name: str,
+    num_prompt: int = 5,
+    max_tokens: int = 3,
+    *,
+    group: str | None = None,
+    salt: str = "",
+    share: bytes = b"",
+    priority: Priority = "interactive",
 ) -> Sequence:
     """Prompts of different names differ from their first token on, unless they share a group."""
     first = ord((group or name)[0]) * 1000
     prompt = tuple(range(first, first + num_prompt))
     params = SamplingParams(max_tokens=max_tokens)
-    return Sequence(name, prompt, params, 0, group=group, table=BlockTable(salt.encode()))
+    return Sequence(
+        name, prompt, params, 0, group=group, table=BlockTable(salt.encode()), share=share,
+        priority=priority,
+    )  # fmt: skip
 
 
 def advance(scheduler: Scheduler, plan: Plan) -> dict[str, int]:
@@ -134,7 +145,7 @@ def test_the_youngest_is_preempted_waits_in_front_and_computes_again() -> None:
         assert run(scheduler) == {"a": 1, "b": 1}
     assert run(scheduler) == {"a": 1}
     assert (young.status, young.num_computed) == (Status.PREEMPTED, 0)
-    assert list(scheduler._waiting) == ["b", "c"]
+    assert scheduler.num_waiting == 2 and scheduler._line.first().seq_id == "b"
     scheduler.remove(old)
     # its first block is still in the cache
     assert run(scheduler) == {"b": 4, "c": 5}
@@ -271,3 +282,114 @@ def test_blocks_add_up_after_any_sequence_of_operations(
     for item in live:
         scheduler.remove(item)
     assert blocks.num_free_blocks == blocks.num_blocks
+
+
+def test_a_held_sequence_takes_no_place_in_the_batch_and_keeps_its_blocks() -> None:
+    scheduler, blocks = build(seqs=1)
+    slow, quick = sequence("a", 6, 9), sequence("b", 5, 9)
+    for item in (slow, quick):
+        scheduler.add(item)
+    assert run(scheduler) == {"a": 6}
+    scheduler.hold(slow)
+    assert (scheduler.num_running, scheduler.num_held) == (0, 1)
+    num_free = blocks.num_free_blocks
+    assert run(scheduler) == {"b": 5}
+    assert blocks.num_free_blocks == num_free - 2
+    scheduler.remove(quick)
+    assert not scheduler.has_work and run(scheduler) == {}
+    scheduler.release(slow)
+    # nothing is computed again
+    assert run(scheduler) == {"a": 1}
+    scheduler.remove(slow)
+    assert blocks.num_free_blocks == 100 and scheduler.num_held == 0
+
+
+def test_a_released_sequence_waits_in_front_where_the_batch_is_full() -> None:
+    scheduler, _ = build(seqs=1)
+    slow, quick = sequence("a", 6, 9), sequence("b", 5, 9)
+    for item in (slow, quick, sequence("c", 5, 9)):
+        scheduler.add(item)
+    run(scheduler)
+    scheduler.hold(slow)
+    assert run(scheduler) == {"b": 5}
+    scheduler.release(slow)
+    assert run(scheduler) == {"b": 1}
+    assert (slow.status, scheduler.num_waiting) == (Status.PREEMPTED, 2)
+    scheduler.remove(quick)
+    # a full block of it is still in the cache
+    assert run(scheduler) == {"a": 3}
+
+
+def test_blocks_of_held_sequences_are_taken_before_anyone_is_preempted() -> None:
+    scheduler, blocks = build(num_blocks=4)
+    slow, quick = sequence("a", 8, 8), sequence("b", 3, 13)
+    scheduler.add(slow)
+    run(scheduler)
+    scheduler.hold(slow)
+    scheduler.add(quick)
+    for _ in range(8):
+        run(scheduler)
+    assert (slow.status, scheduler.num_preempted) == (Status.PREEMPTED, 0)
+    assert quick.num_generated_tokens == 8
+    scheduler.remove(quick)
+    scheduler.release(slow)
+    # its first block has not been needed
+    assert run(scheduler) == {"a": 5}
+    scheduler.remove(slow)
+    assert blocks.num_free_blocks == 4
+
+
+def test_a_prompt_that_needs_the_blocks_of_held_sequences_is_admitted() -> None:
+    scheduler, _ = build(num_blocks=4)
+    slow = sequence("a", 12, 3)
+    scheduler.add(slow)
+    run(scheduler)
+    scheduler.hold(slow)
+    scheduler.add(sequence("b", 12, 3))
+    assert run(scheduler) == {"b": 12}
+    assert slow.status is Status.PREEMPTED
+
+
+def test_choices_do_not_wait_for_the_prompt_of_one_that_is_held() -> None:
+    scheduler, _ = build(budget=4)
+    first, second = (sequence(name, 9, group="g") for name in "ab")
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run(scheduler) == {"a": 4}
+    scheduler.hold(first)
+    # its first block is in the cache, and the rest computed by the one that leads now
+    assert [run(scheduler), run(scheduler)] == [{"b": 4}, {"b": 1}]
+    scheduler.release(first)
+    assert run(scheduler) == {"a": 3, "b": 1}
+
+
+def test_who_is_held_while_preempted_comes_back_to_the_front() -> None:
+    scheduler, _ = build(num_blocks=5)
+    old, young = sequence("a", 8, 9), sequence("b", 3, 9)
+    for item in (old, young, sequence("c", 5, 9)):
+        scheduler.add(item)
+    while young.status is not Status.PREEMPTED:
+        run(scheduler)
+    scheduler.hold(young)
+    scheduler.remove(old)
+    assert "b" not in run(scheduler)
+    scheduler.release(young)
+    assert "b" in run(scheduler)
+
+
+def test_keys_take_turns_and_batch_comes_later() -> None:
+    scheduler, _ = build(seqs=1, budget=64)
+    waiting = [
+        *(sequence(f"{index}", share=b"a") for index in range(3)),
+        sequence("x", share=b"x", priority="batch"),
+        sequence("b", share=b"b"),
+    ]
+    for item in waiting:
+        scheduler.add(item)
+    assert scheduler.places() == {"0": 1, "b": 2, "1": 3, "2": 4, "x": 5}
+    order = []
+    while scheduler.has_work:
+        [name] = run(scheduler)
+        order.append(name)
+        scheduler.remove(next(item for item in waiting if item.seq_id == name))
+    assert order == ["0", "b", "1", "2", "x"]
