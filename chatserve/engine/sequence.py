@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort"]
 """`stop` and `length` go over the wire, `abort` stays in logs."""
 
+Phase = Literal["waiting", "prefill", "decode"]
+"""What a sequence is at: waiting for its turn, also again, then its prompt, then token by token."""
+
 Pooling = Literal["mean", "last", "cls"]
 """How the hidden states of a prompt's tokens become one vector: their mean, the last one or, of an
 encoder, the first."""
