@@ -175,8 +175,9 @@ class Scheduler:
         if sequence.seq_id in self._running:
             return "prefill" if sequence.num_uncomputed > 1 else "decode"
         leader = self._leaders.get(sequence.group) if sequence.group is not None else None
-        is_led = sequence.status is Status.WAITING and leader is not None
-        return "prefill" if is_led and leader.seq_id in self._running else "waiting"
+        if leader is not None and sequence.status is Status.WAITING:
+            return "prefill" if leader.seq_id in self._running else "waiting"
+        return "waiting"
 
     def _lead_no_more(self, sequence: Sequence) -> None:
         if sequence.group is not None and self._leaders.get(sequence.group) is sequence:
