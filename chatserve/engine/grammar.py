@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class GrammarOrigin:
+    """What a grammar is compiled from, of the spec of a request; again, it gives the same masks.
+
+    `after_space`: answers begin with a space that is taken away before anybody sees it.
+    """
+
+    kind: str
+    source: str
+    after_space: bool = False
 
 
 class Matcher(Protocol):
@@ -32,6 +45,8 @@ class Matcher(Protocol):
 class Grammar(Protocol):
     """Compiled, and shared by all answers that must match it. Safe to use from any thread."""
 
+    @property
+    def origin(self) -> GrammarOrigin: ...
     def matcher(self) -> Matcher:
         """One at the beginning of an answer."""
         ...

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from chatserve.engine.grammar import GrammarSpec
+from chatserve.engine.grammar import GrammarOrigin, GrammarSpec
 from chatserve.errors import InvalidRequest, Overloaded
 from chatserve.grammar.limits import (
     LATE_S,
@@ -28,7 +28,6 @@ from chatserve.grammar.limits import (
     MAX_WAITING_OF_ONE,
 )
 from chatserve.grammar.matcher import Grammar, Rejected, short_reason
-from chatserve.grammar.source import KINDS_OF_JSON
 from chatserve.grammar.trial_process import Failed, TrialProcess
 from chatserve.grammar.vocabulary import Tokenizer, Vocabulary
 
@@ -222,7 +221,7 @@ class GrammarCompiler:
         built = self._build()
         assert built is not None, "it has an end token"
         try:
-            grammar = Grammar.compile(built, found.text, is_json=kind in KINDS_OF_JSON)
+            grammar = Grammar.compile(built, found.text, GrammarOrigin(*key))
         except Rejected as error:
             return Refused(_way_out(short_reason(str(error))))
         logger.info(

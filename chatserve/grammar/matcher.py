@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from chatserve.errors import GenerationFailed
 from chatserve.grammar.limits import parser_limits
+from chatserve.grammar.source import KINDS_OF_JSON
 
 if TYPE_CHECKING:
     import numpy as np
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
+
+    from chatserve.engine.grammar import GrammarOrigin
 
 MAX_REASON_CHARS = 200
 
@@ -43,13 +46,15 @@ class Matcher:
 class Grammar:
     """Compiled; see `chatserve.engine.grammar.Grammar`."""
 
-    def __init__(self, pristine: LLMatcher) -> None:
+    def __init__(self, origin: GrammarOrigin, pristine: LLMatcher) -> None:
+        self.origin = origin
         self._pristine = pristine
 
     @staticmethod
-    def compile(tokenizer: LLTokenizer, text: str, *, is_json: bool) -> Grammar:
-        """Raises `Rejected`."""
-        return Grammar(pristine_matcher(tokenizer, text, is_json=is_json))
+    def compile(tokenizer: LLTokenizer, text: str, origin: GrammarOrigin) -> Grammar:
+        """`text` is what `origin` is to llguidance. Raises `Rejected`."""
+        is_json = origin.kind in KINDS_OF_JSON
+        return Grammar(origin, pristine_matcher(tokenizer, text, is_json=is_json))
 
     def matcher(self) -> Matcher:
         # a copy has the first mask ready

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
+from chatserve.protocol.replay import REPLAY_SCHEMA, Replay, read_replay
+from chatserve.protocol.response_format import GrammarSpec, only_one
 from chatserve.protocol.sampling_request import (
     MAX_CHOICES,
     MAX_SEQUENCES,
@@ -68,6 +70,14 @@ class CompletionRequest(SamplingRequest):
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    replay: Annotated[
+        Replay | None, BeforeValidator(read_replay), WithJsonSchema(REPLAY_SCHEMA)
+    ] = None
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        logged = None if self.replay is None else self.replay.grammar
+        return only_one((super().grammar, logged))
 
     @property
     def num_tries(self) -> int:

@@ -55,6 +55,7 @@ class Prepared:
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
     `rolled` says what gave way to the prompt, where that was asked for.
     `compile_grammar` gives what its answers must match, `tool_format` says how they call tools.
+    `is_replay`: it repeats an answer, for whoever compares the two.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Prepared:
     returns_token_ids: bool = False
     compile_grammar: CompileGrammar | None = None
     tool_format: ToolFormat | None = None
+    is_replay: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -194,7 +196,10 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
         shows_logprobs=request.logprobs is not None,
         num_dropped=request.num_tries - request.num_choices,
         is_echo=bool(request.echo),
-        compile_grammar=_compiling(request.grammar, model),
+        compile_grammar=_compiling(
+            request.grammar, model, after_space=bool(request.replay and request.replay.after_space)
+        ),
+        is_replay=request.replay is not None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
@@ -65,7 +65,8 @@ class RecordingEngine:
             request_id, choice, int(time.time()), self._model.names[0],
             adapter.name if adapter is not None else None,
             fingerprint_of(self._model, adapter), tuple(prompt_ids), sampling_of(params),
-            has_grammar=params.grammar is not None, token_ids=(), finish_reason=None,
+            grammar=None if params.grammar is None else asdict(params.grammar.origin),
+            token_ids=(), finish_reason=None,
         )  # fmt: skip
         return _RecordedStream(stream, answer, self._log)
 

@@ -53,8 +53,9 @@ class LoggedAnswer:
     `id` of the answer; behind it, where a request has several prompts, `-` and the prompt's number.
     `created` in seconds since 1970. `model` is the base, `adapter` the name of one beside it.
     `sampling`: the fields of `SamplingParams` that decide which token comes next, with the seed
-    that was drawn where the request brought none. `has_grammar`: it had to match one, which is not
-    kept. `token_ids`: what was said. `finish_reason` None: the client left, or the engine failed.
+    that was drawn where the request brought none. `grammar`: the fields of `GrammarOrigin`, where
+    it had to match one. `token_ids`: what was said. `finish_reason` None: the client left, or the
+    engine failed.
     """
 
     id: str
@@ -65,7 +66,7 @@ class LoggedAnswer:
     fingerprint: str
     prompt_ids: Sequence[int]
     sampling: Mapping[str, Any]
-    has_grammar: bool
+    grammar: Mapping[str, Any] | None
     token_ids: Sequence[int]
     finish_reason: str | None
 

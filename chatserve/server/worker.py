@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from chatserve.errors import ModelNotFound
 from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
+from chatserve.protocol.replay import ID_PREFIX
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_tell
 from chatserve.server.cache_salt import salt_of
@@ -192,7 +193,7 @@ class WorkerRoutes:
         engine, model = self._slot.served()
         body = await request.body()
         prepared = await self._pool.run(prepare, body, model)
-        request_id = prefix + uuid.uuid4().hex
+        request_id = (ID_PREFIX if prepared.is_replay else prefix) + uuid.uuid4().hex
         head = ReplyHead(
             request_id, int(time.time()), prepared.model,
             fingerprint_of(model, prepared.adapter), prepared.is_chat,

@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 from chatserve.cli.commands import replay
 from chatserve.config import WorkerConfig
 from chatserve.engine.serving import load
-from chatserve.errors import NoWorkerAvailable, UsageError
+from chatserve.errors import BadStream, NoWorkerAvailable, UsageError
+from chatserve.grammar.compiler import GrammarCompiler
 from chatserve.server import replay_log
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.recording import RecordingEngine
@@ -34,12 +36,40 @@ CHAT: dict[str, Any] = {
 }  # fmt: skip
 
 
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "on": {"format": "date"}},
+    "required": ["name", "on"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": PERSON}} for name in "ab"]
+CONSTRAINED: dict[str, dict[str, Any]] = {
+    "json_object": {"response_format": {"type": "json_object"}},
+    "json_schema": {
+        "response_format": {
+            "type": "json_schema", "json_schema": {"name": "person", "schema": PERSON},
+        }
+    },
+    "regex": {"guided_regex": "[a-f]{5,9}"},
+    "choice": {"guided_choice": ["a bc", "a bd", "zz"]},
+    "gbnf": {"guided_grammar": 'root ::= "a" [0-9]+'},
+    "lark": {"guided_grammar": "start: /[g-p]{5,9}/"},
+    "tools": {"tools": TOOLS, "tool_choice": "required"},
+    "one tool": {
+        "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "b"}},
+    },
+    "tools or text": {"tools": TOOLS},
+}  # fmt: skip
+
+
 @contextmanager
-def worker(folder: Path, log: ReplayLog) -> Iterator[RunningServer]:
+def worker(folder: Path, log: ReplayLog, *, after_space: bool = False) -> Iterator[RunningServer]:
     config = WorkerConfig(
         weights=str(folder), device="cpu", dtype="float32", model_names=("tiny",), self_check=False
     )
     engine, model = load(config)
+    grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
+    model = replace(model, strip_leading_space=after_space, grammars=grammars)
     recording = RecordingEngine(engine, model, log)
 
     def build() -> Edge:
@@ -47,7 +77,7 @@ def worker(folder: Path, log: ReplayLog) -> Iterator[RunningServer]:
         policy = AccessPolicy.build("127.0.0.1", api_keys=[KEY])
         return create_worker_app(recording, model, policy=policy)
 
-    with serving(build) as server:
+    with closing(grammars), serving(build) as server:
         yield server
         server.call(recording.stop())
 
@@ -55,9 +85,21 @@ def worker(folder: Path, log: ReplayLog) -> Iterator[RunningServer]:
 class House:
     """A server with a log, and one of other weights."""
 
-    def __init__(self, path: Path, log: ReplayLog, url: str, other_url: str) -> None:
-        self.path, self.log, self.url, self.other_url = path, log, url, other_url
+    def __init__(
+        self, path: Path, log: ReplayLog, url: str, other_url: str, spaced_url: str
+    ) -> None:
+        self.path, self.log = path, log
+        self.url, self.other_url, self.spaced_url = url, other_url, spaced_url
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+    def ask(self, url: str, **fields: Any) -> dict[str, Any]:
+        answer = httpx.post(
+            f"{url}/v1/chat/completions", json=fields, trust_env=False, timeout=60,
+            headers={"Authorization": f"Bearer {KEY}"},
+        )  # fmt: skip
+        assert answer.status_code == 200, answer.text
+        reply: dict[str, Any] = answer.json()
+        return reply
 
     def logged(self, answer_id: str) -> list[LoggedAnswer]:
         """What the log has of an answer, once it is written."""
@@ -68,15 +110,16 @@ class House:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     root = tmp_path_factory.mktemp("replay")
-    tiny.save_model(root / "tiny")
-    tiny.save_model(root / "other", seed=1)
+    tiny.save_model(root / "tiny", max_position_embeddings=2048)
+    tiny.save_model(root / "other", seed=1, max_position_embeddings=2048)
     path = root / "replay.db"
     with ExitStack() as stack:
         log = stack.enter_context(closing(ReplayLog(path)))
         unread = stack.enter_context(closing(ReplayLog(root / "unread.db")))
         server = stack.enter_context(worker(root / "tiny", log))
         other = stack.enter_context(worker(root / "other", unread))
-        yield House(path, log, server.url, other.url)
+        spaced = stack.enter_context(worker(root / "tiny", log, after_space=True))
+        yield House(path, log, server.url, other.url, spaced.url)
 
 
 @pytest.fixture(autouse=True)
@@ -183,10 +226,80 @@ def test_the_newest_are_listed(house: House, capsys: pytest.CaptureFixture[str])
     assert first.endswith(f"{len(logged.prompt_ids)} + 12 tokens  length  {logged.fingerprint}")
 
 
+def of_grammar(house: House, url: str, fields: dict[str, Any]) -> tuple[str, LoggedAnswer]:
+    """An answer that has to match one: its id, and what the log has of it."""
+    common = {
+        "model": "tiny", "messages": CHAT["messages"], "max_tokens": 40, "temperature": 1.5,
+        "seed": 11,
+    }  # fmt: skip
+    answer_id = house.ask(url, **common, **fields)["id"]
+    [logged] = house.logged(answer_id)
+    assert logged.grammar is not None
+    return answer_id, logged
+
+
+@pytest.mark.parametrize("after_space", [False, True])
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_an_answer_that_had_to_match_something(
+    house: House, name: str, after_space: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = house.spaced_url if after_space else house.url
+    answer_id, logged = of_grammar(house, url, CONSTRAINED[name])
+    assert logged.grammar is not None
+    kind = "tools" if "tool" in name else name
+    # tools' own grammar has the space in it
+    told = after_space and kind != "tools"
+    assert (logged.grammar["kind"], logged.grammar["after_space"]) == (kind, told)
+    # repeated by a server that would not add a space itself
+    assert replay.main([answer_id, "--base-url", house.url]) == 0
+    number = len(logged.token_ids)
+    assert f"choice 0: all {number} tokens are the same" in capsys.readouterr().out
+    # without it the model says something else
+    house.log.add(replace(logged, id="free", grammar=None))
+    house.log.flush()
+    if name != "tools or text":
+        assert replay.main(["free", "--base-url", house.url]) == 1
+        assert "choice 0: token " in capsys.readouterr().out
+
+
+def test_another_grammar_differs_at_a_named_token(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, logged = of_grammar(house, house.url, {"guided_regex": "ab[cd]e+f{3}"})
+    assert logged.grammar is not None
+    narrower = {**logged.grammar, "source": "abx"}
+    house.log.add(replace(logged, id="odd", grammar=narrower))
+    house.log.flush()
+    assert replay.main(["odd", "--base-url", house.url, "--json"]) == 1
+    [found] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["position"], found["token_now"]["text"]) == (2, "x")
+
+
+def test_a_replay_is_known_by_its_id(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_id, logged = of_grammar(house, house.url, CONSTRAINED["choice"])
+    assert replay.main([answer_id, "--base-url", house.url]) == 0
+    house.log.flush()
+    [again] = newest(house.path, 1)
+    assert again.id.startswith("replay-")
+    assert (again.grammar, again.token_ids) == (logged.grammar, logged.token_ids)
+    assert replay.main([again.id, "--base-url", house.url]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("replay-")
+
+
+def test_a_server_that_knows_no_replays(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_id, logged = of_grammar(house, house.url, CONSTRAINED["choice"])
+    reply = {
+        "id": "cmpl-1", "system_fingerprint": "x",
+        "choices": [{"index": 0, "token_ids": logged.token_ids}],
+    }  # fmt: skip
+    monkeypatch.setattr("chatserve.cli.client.ChatClient.post", lambda *_, **__: reply)
+    with pytest.raises(BadStream, match="to which the server has not held its answer"):
+        replay.main([answer_id])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"has_grammar": True}, "had to match a grammar"),
         ({"token_ids": []}, "ended before its first token"),
     ],
 )

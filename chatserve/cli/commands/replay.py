@@ -150,12 +150,9 @@ def _replay(
     client: ChatClient, choices: Sequence[LoggedAnswer], model: str | None
 ) -> list[_Outcome]:
     """Ask for all choices of one prompt at once: they have their seed in common."""
+    from chatserve.protocol.replay import ID_PREFIX
+
     first = choices[0]
-    if any(answer.has_grammar for answer in choices):
-        raise UsageError(
-            f"{first.id} had to match a grammar (response_format, tools, …), which the log does "
-            "not keep; it cannot be repeated"
-        )
     num_tokens = max(len(answer.token_ids) for answer in choices)
     if num_tokens == 0:
         raise UsageError(f"{first.id} ended before its first token; there is nothing to repeat")
@@ -169,9 +166,15 @@ def _replay(
             "model": model or served, "prompt": first.prompt_ids, **sampling,
             "n": max(answer.choice for answer in choices) + 1, "max_tokens": num_tokens,
             "min_tokens": min(sampling["min_tokens"], num_tokens), "return_token_ids": True,
+            "replay": {"grammar": first.grammar},
         },
     )  # fmt: skip
     said, fingerprint = _read(reply)
+    if first.grammar is not None and not str(reply.get("id")).startswith(ID_PREFIX):
+        raise BadStream(
+            f"{first.id} had to match a grammar (response_format, tools, …), to which the server "
+            "has not held its answer; ask chatserve"
+        )
     return [
         _compare(client, answer, said.get(answer.choice, []), fingerprint, model or served)
         for answer in choices

@@ -34,6 +34,8 @@ NOTES: Mapping[str, str] = {
     "numbers",
     "echo": "give the prompt back before the answer; with `logprobs` it is scored, and with "
     "`max_tokens` 0 only that",
+    "replay": "repeat an answer of the replay log, as `chatserve replay` does: `grammar` is what "
+    "it had to match, in the log's words",
     "temperature": "0 takes the likeliest token; default 1",
     "top_p": "only the likeliest tokens, up to this share; default 1",
     "top_k": "only so many of the likeliest tokens; 0 or -1: all",

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from chatserve.engine.grammar import GrammarOrigin
 from chatserve.errors import GenerationFailed
 from chatserve.grammar import limits
 from chatserve.grammar.matcher import Grammar
@@ -87,9 +88,13 @@ def test_a_space_that_is_taken_away_comes_first(kind: str, source: str, answer: 
     assert " " + answer in answers and answer not in answers
 
 
+def compiled(kind: str, source: str) -> Grammar:
+    text = to_llguidance(kind, source, after_space=False)
+    return Grammar.compile(byte_tokenizer(), text, GrammarOrigin(kind, source))
+
+
 def test_is_finished_when_only_the_end_is_left() -> None:
-    text = to_llguidance("regex", "ab?", after_space=False)
-    matcher = Grammar.compile(byte_tokenizer(), text, is_json=False).matcher()
+    matcher = compiled("regex", "ab?").matcher()
     assert allowed_ids(matcher, 257) == {ord("a")} and not matcher.is_finished
     matcher.accept(ord("a"))
     assert allowed_ids(matcher, 257) == {ord("b"), END_ID} and not matcher.is_finished
@@ -99,16 +104,14 @@ def test_is_finished_when_only_the_end_is_left() -> None:
 
 
 def test_matchers_of_a_grammar_know_nothing_of_each_other() -> None:
-    text = to_llguidance("regex", "ab", after_space=False)
-    grammar = Grammar.compile(byte_tokenizer(), text, is_json=False)
+    grammar = compiled("regex", "ab")
     first, second = grammar.matcher(), grammar.matcher()
     first.accept(ord("a"))
     assert allowed_ids(first, 257) == {ord("b")} and allowed_ids(second, 257) == {ord("a")}
 
 
 def test_a_token_that_was_ruled_out_fails_the_answer() -> None:
-    text = to_llguidance("regex", "ab", after_space=False)
-    matcher = Grammar.compile(byte_tokenizer(), text, is_json=False).matcher()
+    matcher = compiled("regex", "ab").matcher()
     with pytest.raises(GenerationFailed, match="can no longer be held"):
         matcher.accept(ord("x"))
     with pytest.raises(GenerationFailed):
@@ -116,10 +119,8 @@ def test_a_token_that_was_ruled_out_fails_the_answer() -> None:
 
 
 def test_a_mask_that_costs_too_much_fails_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = to_llguidance("regex", "(a|b)*a(a|b){14}", after_space=False)
-
     def say(count: int) -> None:
-        matcher = Grammar.compile(byte_tokenizer(), text, is_json=False).matcher()
+        matcher = compiled("regex", "(a|b)*a(a|b){14}").matcher()
         for letter in ("ab" * count)[:count]:
             allowed_ids(matcher, 257)
             matcher.accept(ord(letter))
@@ -161,8 +162,7 @@ SCHEMAS: list[dict[str, Any]] = [
 def say_anything(kind: str, source: str, seed: int) -> str | None:
     """An answer of random bytes that the grammar allows; None if it does not come to an end."""
     draw = random.Random(seed)
-    text = to_llguidance(kind, source, after_space=False)
-    matcher = Grammar.compile(byte_tokenizer(), text, is_json="json" in kind).matcher()
+    matcher = compiled(kind, source).matcher()
     answer = bytearray()
     for _ in range(600):
         if matcher.is_finished:

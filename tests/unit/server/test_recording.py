@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chatserve.engine.grammar import GrammarOrigin
 from chatserve.engine.sequence import SamplingParams
 from chatserve.errors import GenerationFailed, Overloaded
 from chatserve.server.recording import RecordingEngine
@@ -40,7 +41,7 @@ def test_what_is_asked_and_said(tmp_path: Path) -> None:
     [answer] = logged(tmp_path / "log.db", engine, ("id-1", params, {"salt": b"s"}))
     assert engine.submitted[0].params == params and engine.submitted[0].salt == b"s"
     assert (answer.id, answer.choice, answer.model) == ("id-1", 0, "fake")
-    assert (answer.adapter, answer.fingerprint, answer.has_grammar) == (None, "fp_fake", False)
+    assert (answer.adapter, answer.fingerprint, answer.grammar) == (None, "fp_fake", None)
     assert (answer.prompt_ids, answer.token_ids) == ([1, 2], [0, 1, 2, 3])
     assert answer.finish_reason == "length"
     assert answer.sampling == {
@@ -67,6 +68,19 @@ def test_an_adapter_and_its_fingerprint(tmp_path: Path) -> None:
     answers = logged(path, FakeEngine(), ("a", params, {"adapter": adapter}), ("b", params, {}))
     assert [answer.adapter for answer in answers] == ["law", None]
     assert answers[0].fingerprint != answers[1].fingerprint
+
+
+class Yes:
+    origin = GrammarOrigin("choice", '["yes"]', after_space=True)
+
+    def matcher(self) -> Any:
+        raise AssertionError("the engine's own")
+
+
+def test_what_it_had_to_match(tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=2, grammar=Yes())
+    [answer] = logged(tmp_path / "log.db", FakeEngine(), ("a", params, {}))
+    assert answer.grammar == {"kind": "choice", "source": '["yes"]', "after_space": True}
 
 
 def test_an_engine_that_fails(tmp_path: Path) -> None:

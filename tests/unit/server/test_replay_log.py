@@ -18,7 +18,7 @@ from chatserve.server.replay_log import LoggedAnswer, ReplayLog, find, newest
 def answer(name: str, num_ids: int = 3, choice: int = 0) -> LoggedAnswer:
     return LoggedAnswer(
         name, choice, 1_700_000_000, "tiny", None, "fp_1", prompt_ids=[1, 2, 3],
-        sampling={"seed": -5, "logit_bias": {7: -100.0}}, has_grammar=False,
+        sampling={"seed": -5, "logit_bias": {7: -100.0}}, grammar=None,
         token_ids=[4] * num_ids, finish_reason="stop",
     )  # fmt: skip
 
