@@ -134,6 +134,38 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TimeLimits:
+    """How long requests may wait and take; 0 is without a limit."""
+
+    queue_timeout_s: float = setting(
+        600.0, "seconds a request may wait for its turn; 0: without limit", group="limits",
+        metavar="S", ge=0, le=86400,
+    )  # fmt: skip
+    first_token_timeout_s: float = setting(
+        0.0, "seconds from a request's arrival to its first token; 0: without limit",
+        group="limits", metavar="S", ge=0, le=86400,
+    )  # fmt: skip
+    token_gap_timeout_s: float = setting(
+        30.0, "seconds between two tokens, or between two steps of the engine, after which it "
+        "counts as stalled; 0: without limit", group="limits", metavar="S", ge=0, le=86400,
+    )  # fmt: skip
+    request_timeout_s: float = setting(
+        0.0, "seconds a whole answer may take; 0: without limit", group="limits", metavar="S",
+        ge=0, le=86400,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DrainOptions:
+    """How a server ends."""
+
+    drain_timeout_s: float = setting(
+        30.0, "seconds that answers under way may take to finish once the server is told to stop",
+        group="limits", metavar="S", ge=0, le=3600,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ApiOptions:
     """What requests may hold."""
 
@@ -156,7 +188,9 @@ class KeepingOptions:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(ModelOptions, EngineConfig, ApiOptions, KeepingOptions):
+class WorkerConfig(
+    ModelOptions, EngineConfig, TimeLimits, DrainOptions, ApiOptions, KeepingOptions
+):
     """One worker process: one model, one engine."""
 
     weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
@@ -180,7 +214,7 @@ class WorkerConfig(ModelOptions, EngineConfig, ApiOptions, KeepingOptions):
 
 
 @dataclass(frozen=True)
-class ControllerConfig(KeepingOptions):
+class ControllerConfig(KeepingOptions, DrainOptions):
     """The controller: registry, relay, public API."""
 
     host: str = setting("127.0.0.1", "address to listen on", group="network")
@@ -209,7 +243,7 @@ class ControllerConfig(KeepingOptions):
 
 
 @dataclass(frozen=True)
-class ServeConfig(ControllerConfig, ModelOptions, EngineConfig, ApiOptions):
+class ServeConfig(ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions):
     """`chatserve serve`: a controller and one supervised worker per WEIGHTS."""
 
     model_names: tuple[str, ...] = setting(

@@ -14,13 +14,23 @@
     ├─ MethodNotAllowed
     ├─ BodyTooLarge
     ├─ BodyTooSlow
+    ├─ HeadersTooLarge
+    ├─ HeadersTooSlow
     ├─ UnsupportedMediaType
     ├─ Overloaded
     ├─ OutOfMemory
     ├─ GenerationFailed
+    │  └─ EngineStopped
+    ├─ DeadlineExceeded
+    │  ├─ QueueTimeout
+    │  ├─ FirstTokenTimeout
+    │  ├─ TokenGapTimeout
+    │  └─ RequestTimeout
     ├─ StorageFailed
     ├─ NoWorkerAvailable
     ├─ WorkerLost
+    │  └─ WorkerStalled
+    ├─ CannotResume
     ├─ RegistrationRefused
     ├─ HostNotAllowed
     ├─ ShuttingDown
@@ -135,6 +145,18 @@ class BodyTooSlow(ChatserveError):
     code = "body_too_slow"
 
 
+class HeadersTooLarge(ChatserveError):
+    """The request's headers are too many or too long."""
+
+    code = "headers_too_large"
+
+
+class HeadersTooSlow(ChatserveError):
+    """The request's headers did not come in time."""
+
+    code = "headers_too_slow"
+
+
 class UnsupportedMediaType(ChatserveError):
     """The request body is not JSON."""
 
@@ -163,6 +185,42 @@ class GenerationFailed(ChatserveError):
     code = "generation_failed"
 
 
+class EngineStopped(GenerationFailed):
+    """The worker's engine is gone or about to go; another worker could generate this sequence."""
+
+    code = "engine_stopped"
+
+
+class DeadlineExceeded(ChatserveError):
+    """A request has waited or taken longer than a limit allows; its sequences are aborted."""
+
+    code = "deadline_exceeded"
+
+
+class QueueTimeout(DeadlineExceeded):
+    """Its turn did not come in time."""
+
+    code = "queue_timeout"
+
+
+class FirstTokenTimeout(DeadlineExceeded):
+    """No token came in time after its arrival."""
+
+    code = "first_token_timeout"
+
+
+class TokenGapTimeout(DeadlineExceeded):
+    """No further token came in time after the last one."""
+
+    code = "token_gap_timeout"
+
+
+class RequestTimeout(DeadlineExceeded):
+    """The whole answer took too long."""
+
+    code = "request_timeout"
+
+
 class StorageFailed(ChatserveError):
     """What is kept on disk for later requests cannot be read or written."""
 
@@ -183,6 +241,18 @@ class WorkerLost(ChatserveError):
     """The worker died or went away in the middle of an answer."""
 
     code = "worker_died"
+
+
+class CannotResume(ChatserveError):
+    """This worker would go on with an answer in other words than the one that began it."""
+
+    code = "cannot_resume"
+
+
+class WorkerStalled(WorkerLost):
+    """The worker is there and has work, but makes no step."""
+
+    code = "worker_stalled"
 
 
 class RegistrationRefused(ChatserveError):

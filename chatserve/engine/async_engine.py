@@ -17,13 +17,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVarTuple
 
+from chatserve.config import TimeLimits
+from chatserve.engine.deadlines import NO_LIMITS, Deadline, Watchdog, first_deadline
 from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
-from chatserve.errors import ChatserveError, GenerationFailed, Overloaded
+from chatserve.errors import ChatserveError, EngineStopped, Overloaded
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")
+THREAD_NAME = "engine"
+STOP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class EngineStats:
     """Progress of the engine, for heartbeats.
 
     `tick` counts steps; `last_token_age_s` is the time since the last one, which made tokens or
-    took a chunk of a prompt, 0 while idle. `is_alive` is False once the engine thread has died: the
-    process should be replaced.
+    took a chunk of a prompt, 0 while idle: it grows while a step hangs, even if nobody waits for it
+    any more. `is_alive` is False once the engine thread has died: the process should be replaced.
     """
 
     tick: int
@@ -47,6 +51,8 @@ class TokenStream:
     """The events of one sequence, in order; ends after the last one. Closing it early aborts."""
 
     def __init__(self, on_close: Callable[[], None]) -> None:
+        self.arrived_at = time.monotonic()
+        self.spoke_at: float | None = None
         self._events: deque[TokenEvent] = deque()
         self._arrived = asyncio.Event()
         self._is_done = False
@@ -92,9 +98,17 @@ class AsyncEngine:
     """`submit` from the event loop; one thread steps the engine."""
 
     def __init__(
-        self, engine: Engine | EncoderEngine, *, max_num_seqs: int = 16, max_num_waiting: int = 64
+        self,
+        engine: Engine | EncoderEngine,
+        *,
+        max_num_seqs: int = 16,
+        max_num_waiting: int = 64,
+        limits: TimeLimits = NO_LIMITS,
     ) -> None:
-        """`max_num_seqs` run at once, as in the engine; `max_num_waiting` more may wait."""
+        """`max_num_seqs` run at once, as in the engine; `max_num_waiting` more may wait.
+
+        A stream that is over one of the `limits` ends with an error, and its sequence is aborted.
+        """
         self._engine = engine
         self._max_num_seqs = max_num_seqs
         self._max_num_waiting = max_num_waiting
@@ -105,8 +119,11 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = False
         self._is_alive = True
+        self._is_asleep = True
         self._tick = 0
         self._last_progress = time.monotonic()
+        self._limits = limits
+        self._watchdog = Watchdog(limits, self._streams, self._first_deadline, self._expire)
 
     @property
     def engine(self) -> Engine:
@@ -117,17 +134,19 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the thread; call it inside the event loop that will consume the events."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        """Abort everything and end the thread after its current step."""
+        """Abort everything and end the thread after its current step, if that ends soon."""
+        is_first = not self._is_stopping
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._fail_all(GenerationFailed("the server is shutting down; try again later"))
+        self._fail_all(EngineStopped("the server is shutting down; try again later"))
+        if self._thread is not None and is_first:
+            # a step that hangs must not keep the process
+            await asyncio.to_thread(self._thread.join, STOP_S)
 
     def draw_seed(self) -> int:
         """For a request that brings none."""
@@ -135,10 +154,9 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         engine = self._engine
-        is_idle = not self._streams
         return EngineStats(
             tick=self._tick,
-            last_token_age_s=0.0 if is_idle else time.monotonic() - self._last_progress,
+            last_token_age_s=max(0.0, time.monotonic() - self._moved_at()),
             num_running=engine.num_running,
             num_waiting=max(0, len(self._streams) - engine.num_running),
             free_kv_tokens=engine.num_free_kv_tokens,
@@ -161,10 +179,10 @@ class AsyncEngine:
         The choices of one request share their prompt, requests of the same `salt` its beginning.
 
         Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit,
-        `GenerationFailed` when the engine thread is gone.
+        `EngineStopped` when the engine thread is gone.
         """
         if not self._is_alive or self._is_stopping:
-            raise GenerationFailed("the engine has stopped; the server restarts it")
+            raise EngineStopped("the engine has stopped; the server restarts it")
         self._engine.check(prompt_ids, params)
         num_waiting = len(self._streams) - self._max_num_seqs
         if num_waiting >= self._max_num_waiting:
@@ -174,9 +192,8 @@ class AsyncEngine:
             )
         seq_id = f"{request_id}-{choice}"
         stream = TokenStream(lambda: self._close(seq_id))
-        if not self._streams:
-            self._last_progress = time.monotonic()
         self._streams[seq_id] = stream
+        self._watchdog.expect()
         prompt_ids = tuple(prompt_ids)
 
         def add() -> None:
@@ -197,12 +214,28 @@ class AsyncEngine:
         self._command(add)
         return stream
 
+    def _moved_at(self) -> float:
+        """When the engine made its last step; now, while it has nothing to do."""
+        is_idle = self._is_asleep and not self._commands
+        return time.monotonic() if is_idle else self._last_progress
+
+    def _first_deadline(self, seq_id: str, stream: TokenStream) -> Deadline:
+        phase = self._engine.phase(seq_id)
+        return first_deadline(self._limits, stream, phase, self._moved_at())
+
+    def _expire(self, seq_id: str, error: ChatserveError) -> None:
+        logger.warning("%s: %s", seq_id, error.message)
+        self._streams[seq_id].put(TokenEvent(seq_id, error=error))
+        self._close(seq_id)
+
     def _close(self, seq_id: str) -> None:
         if self._streams.pop(seq_id, None) is not None:
             self._command(lambda: self._engine.abort(seq_id))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
+            if self._is_asleep and not self._commands:
+                self._last_progress = time.monotonic()  # what it had no work for is no gap
             self._commands.append(command)
             self._wake.notify()
 
@@ -219,14 +252,16 @@ class AsyncEngine:
         except BaseException as error:  # a bug: tell every stream, then let the process be replaced
             logger.critical("the engine thread died: %s", error, exc_info=error)
             self._is_alive = False
-            self._call(self._fail_all, GenerationFailed("the engine died; the server restarts it"))
+            self._call(self._fail_all, EngineStopped("the engine died; the server restarts it"))
 
     def _wait_for_work(self) -> bool:
         """Run the queued commands; sleep while idle. False when it is time to stop."""
         while True:
             with self._wake:
                 while not (self._commands or self._is_stopping or self._engine.has_work):
+                    self._is_asleep = True
                     self._wake.wait()
+                self._is_asleep = False
                 commands = list(self._commands)
                 self._commands.clear()
             if self._is_stopping:
@@ -247,10 +282,13 @@ class AsyncEngine:
     # Below: the event loop.
 
     def _dispatch(self, events: list[TokenEvent]) -> None:
+        now = time.monotonic()
         for event in events:
             stream = self._streams.get(event.seq_id)
             if stream is None:
                 continue
+            if event.token_ids:
+                stream.spoke_at = now
             if event.is_last:
                 del self._streams[event.seq_id]
             stream.put(event)
@@ -259,3 +297,4 @@ class AsyncEngine:
         for seq_id, stream in list(self._streams.items()):
             stream.put(TokenEvent(seq_id, error=error))
         self._streams.clear()
+        self._watchdog.stop()

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from chatserve.engine.pooling import Pooler
-from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.sequence import LoadedAdapter, Phase, Pooling, SamplingParams, TokenEvent
 from chatserve.engine.waiting_line import Priority, WaitingLine
 from chatserve.errors import (
     ChatserveError,
@@ -146,6 +146,10 @@ class EncoderEngine:
     def places(self) -> dict[str, int]:
         """Of the texts that wait; 1 is next."""
         return self._line.places()
+
+    def phase(self, seq_id: str) -> Phase:
+        """Whether a text waits, or is in the step that is running. From any thread."""
+        return "waiting" if seq_id in self._waiting else "prefill"
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch. Returns an event with its embedding, or an error, for each text.

@@ -111,8 +111,9 @@ def load_encoder(
         names[0], time.perf_counter() - start, pooling, context_length,
     )  # fmt: skip
     async_engine = AsyncEngine(
-        engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
-    )
+        engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting,
+        limits=config,
+    )  # fmt: skip
     return async_engine, served
 
 

@@ -21,6 +21,7 @@ from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import (
     FinishReason,
     LoadedAdapter,
+    Phase,
     SamplingParams,
     Sequence,
     TokenEvent,
@@ -121,6 +122,12 @@ class Engine:
     @property
     def num_free_kv_tokens(self) -> int:
         return self._blocks.num_free_blocks * self._blocks.block_size
+
+    def phase(self, seq_id: str) -> Phase:
+        """What a sequence is at, for its deadlines; one that is not known yet waits. From any
+        thread: it may be a step ahead or behind."""
+        live = self._live.get(seq_id)
+        return "waiting" if live is None else self._scheduler.phase(live.sequence)
 
     def read(self, token_ids: Rows[int]) -> torch.Tensor:
         """Logits (N, V) after each token of a text; only before the first sequence is added.

@@ -219,8 +219,9 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     elapsed = time.perf_counter() - start
     logger.info("%s loaded in %.1f s, context %d tokens", names[0], elapsed, served.context_length)
     async_engine = AsyncEngine(
-        engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting
-    )
+        engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting,
+        limits=config,
+    )  # fmt: skip
     return async_engine, served
 
 

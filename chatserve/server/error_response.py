@@ -29,6 +29,7 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.UnsupportedParameter: (400, "invalid_request_error"),
     errors.AdapterRefused: (400, "invalid_request_error"),
     errors.AdapterConflict: (409, "invalid_request_error"),
+    errors.CannotResume: (409, "invalid_request_error"),
     errors.InvalidAPIKey: (401, "invalid_request_error"),
     errors.HostNotAllowed: (403, "invalid_request_error"),
     errors.RegistrationRefused: (403, "invalid_request_error"),
@@ -38,9 +39,11 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.RouteNotFound: (404, "invalid_request_error"),
     errors.MethodNotAllowed: (405, "invalid_request_error"),
     errors.BodyTooSlow: (408, "invalid_request_error"),
+    errors.HeadersTooSlow: (408, "invalid_request_error"),
     errors.BodyTooLarge: (413, "invalid_request_error"),
     errors.UnsupportedMediaType: (415, "invalid_request_error"),
     errors.Overloaded: (429, "rate_limit_error"),
+    errors.HeadersTooLarge: (431, "invalid_request_error"),
     errors.GenerationFailed: (500, "server_error"),
     errors.StorageFailed: (500, "server_error"),
     errors.WorkerLost: (502, "server_error"),
@@ -48,6 +51,13 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.OutOfMemory: (503, "server_error"),
     errors.NoWorkerAvailable: (503, "server_error"),
     errors.ShuttingDown: (503, "server_error"),
+    errors.DeadlineExceeded: (504, "server_error"),
+    errors.QueueTimeout: (504, "server_error"),
+    errors.FirstTokenTimeout: (504, "server_error"),
+    errors.TokenGapTimeout: (504, "server_error"),
+    errors.RequestTimeout: (504, "server_error"),
+    errors.WorkerStalled: (504, "server_error"),
+    errors.EngineStopped: (503, "server_error"),
 }
 INTERNAL: tuple[int, ErrorType] = (500, "server_error")
 INTERNAL_MESSAGE = "internal error; the server's log says more"

@@ -15,7 +15,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from chatserve import environment
-from chatserve.config import ApiOptions, EngineConfig, ModelOptions, ServeConfig, served_names
+from chatserve.config import (
+    ApiOptions,
+    EngineConfig,
+    ModelOptions,
+    ServeConfig,
+    TimeLimits,
+    served_names,
+)
 from chatserve.errors import UsageError
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
@@ -169,7 +176,7 @@ class _Server:
 
         command = [
             *self._worker_command,
-            *flags_of(self._config, ModelOptions, EngineConfig, ApiOptions),
+            *flags_of(self._config, ModelOptions, EngineConfig, TimeLimits, ApiOptions),
             *("--host=127.0.0.1", "--port=0", f"--controller={control_url}"),
             f"--model-names={name}",
             *(["--debug"] if self._config.debug else []),
