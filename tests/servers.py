@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+from chatserve.server.connection import Connections
 from chatserve.server.edge import Edge
 from chatserve.server.listener import Listener, bind
 
@@ -22,8 +23,15 @@ Script = Sequence[bytes | threading.Event | None]
 class RunningServer:
     """One server; `call` runs a coroutine on its loop and waits for the result."""
 
-    def __init__(self, edge: Edge, loop: asyncio.AbstractEventLoop, port: int) -> None:
+    def __init__(
+        self,
+        edge: Edge,
+        loop: asyncio.AbstractEventLoop,
+        port: int,
+        connections: Connections,
+    ) -> None:
         self.edge = edge
+        self.connections = connections
         self.loop = loop
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -33,7 +41,7 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def serving(build: Callable[[], Edge]) -> Iterator[RunningServer]:
+def serving(build: Callable[[], Edge], **options: Any) -> Iterator[RunningServer]:
     """Serve what `build` returns; stops at once at the end, cutting what still runs."""
     started: threading.Event = threading.Event()
     stop: list[Callable[[], object]] = []
@@ -46,9 +54,9 @@ def serving(build: Callable[[], Edge]) -> Iterator[RunningServer]:
         stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
         sock = bind("127.0.0.1", 0)
         edge = build()
-        listener = Listener(edge, sock)
+        listener = Listener(edge, sock, **options)
         await listener.start()
-        servers.append(RunningServer(edge, loop, sock.getsockname()[1]))
+        servers.append(RunningServer(edge, loop, sock.getsockname()[1], listener.connections))
         started.set()
         await stopped.wait()
         await listener.drain(seconds=0, hurry=stopped)

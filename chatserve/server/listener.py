@@ -11,17 +11,20 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+import ssl
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import uvicorn
 
 from chatserve.errors import CannotBind
+from chatserve.server.connection import DEFAULT_CONNECTIONS, Connection, Connections
 from chatserve.server.edge import Edge
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEPALIVE_S = 5
+HANDSHAKE_TIMEOUT_S = 10.0
 ABORT_S = 2
 
 
@@ -70,23 +73,59 @@ def _reason(error: OSError) -> str:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    """uvicorn's server with our own connections, some of them over TLS."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        connections: Connections,
+        tls: Mapping[socket.socket, ssl.SSLContext],
+    ) -> None:
         super().__init__(config)
         self.is_up = asyncio.Event()
+        self._connections = connections
+        self._tls = tls
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise RuntimeError("the app did not start; its traceback is in the log")
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                self._connect,
+                sock=sock,
+                backlog=BACKLOG,
+                ssl=self._tls.get(sock),
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if sock in self._tls else None,
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
         self.is_up.set()
+
+    def _connect(self) -> Connection:
+        state = self.lifespan.state
+        return Connection(self.config, self.server_state, state, self._connections)
 
 
 class Listener:
-    """Serves `edge` on `socks` from `start` to `close`; `drain` in between, to end gently."""
+    """Serves `edge` on `socks` from `start` to `close`; `drain` in between, to end gently.
 
-    def __init__(self, edge: Edge, *socks: socket.socket) -> None:
+    `tls` holds the sockets that speak it. At most `max_connections` are served at once.
+    """
+
+    def __init__(
+        self,
+        edge: Edge,
+        *socks: socket.socket,
+        tls: Mapping[socket.socket, ssl.SSLContext] | None = None,
+        max_connections: int = DEFAULT_CONNECTIONS,
+    ) -> None:
         self._edge = edge
         self._socks = list(socks)
         config = uvicorn.Config(
@@ -94,12 +133,15 @@ class Listener:
             log_config=None,
             access_log=False,
             server_header=False,
+            # who calls is told by the socket: a registering worker cannot name another host
+            proxy_headers=False,
             ws="none",
             lifespan="on",
             timeout_keep_alive=KEEPALIVE_S,
             timeout_graceful_shutdown=ABORT_S,
         )
-        self._server = _Server(config)
+        self.connections = Connections(max_connections)
+        self._server = _Server(config, self.connections, tls or {})
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from chatserve.protocol.fields import LABELS
 from chatserve.protocol.replies import ErrorReply
 
-ANY_REQUEST = (401, 403, 408, 500)
+ANY_REQUEST = (401, 403, 408, 431, 500)
 WITH_BODY = (400, 413, 415)
 WITH_MODEL = (404, 429, 502, 503)
 
