@@ -21,7 +21,7 @@ KERNELS := chatserve/kernels/lib/libchatserve_kernels.so
 export CHAT_PROMPT := $(value PROMPT)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev format check chat test unit integration e2e weights judges \
+.PHONY: help install install-dev format check chat test unit integration e2e soak weights judges \
 	bench sanitize gpu-check docs build lock audit sbom clean
 
 help: ## list the targets
@@ -81,6 +81,9 @@ integration: $(VENV)/.dev $(KERNELS) weights judges ## tests against real server
 
 e2e: $(VENV)/.dev $(KERNELS) weights ## whole programs: processes, terminals
 	$(PY) -m pytest tests/e2e
+
+soak: $(VENV)/.dev $(KERNELS) ## random faults, 50,000 requests, hostile files: for the night, 45 minutes
+	$(PY) -m pytest -m soak tests
 
 sanitize: $(VENV)/.dev ## the CPU kernels under sanitizers, and on an emulated ARM processor
 	$(PY) -m pytest tests/integration/test_kernels_driver.py
