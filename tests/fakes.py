@@ -229,6 +229,7 @@ class FakePrompts:
 
     tool_format = TAGS
     tool_control_id = None
+    tool_marks: Mapping[str, int] = {}
 
     def chat(
         self, messages: Sequence[Any], *, is_open: bool = False, tools: ToolDefinitions = ()

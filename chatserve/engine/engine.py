@@ -12,7 +12,7 @@ import torch
 
 from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
 from chatserve.engine.masks import Failures, Masks
-from chatserve.engine.output import OutputText, TokenBytes
+from chatserve.engine.output import OutputText, ShownTokenBytes, TokenBytes
 from chatserve.engine.pooling import Pooler
 from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import build_sampler, on_host
@@ -195,7 +195,7 @@ class Engine:
             sequence.drafter = Drafter(sequence.token_ids)
         self._scheduler.add(sequence)
         output = OutputText(
-            self._tokenizer,
+            ShownTokenBytes(self._tokenizer, params.shown) if params.shown else self._tokenizer,
             params.stop,
             strip_leading_space=strip_leading_space and self._tokenizer.strips_leading_space,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from chatserve.engine.rolling import Rolled
@@ -28,6 +28,10 @@ class NoAnswers:
 
     @property
     def tool_control_id(self) -> int | None:
+        self._refuse()
+
+    @property
+    def tool_marks(self) -> Mapping[str, int]:
         self._refuse()
 
     def chat(self, messages: Sequence[Any], *, is_open: bool = False, tools: Any = ()) -> list[int]:

@@ -7,7 +7,7 @@ still become a stop string; nothing of a stop string is ever given out.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -17,6 +17,17 @@ class TokenBytes(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token; empty for special tokens."""
         ...
+
+
+class ShownTokenBytes:
+    """As `tokenizer`, but some special tokens have a text."""
+
+    def __init__(self, tokenizer: TokenBytes, shown: Mapping[int, str]) -> None:
+        self._tokenizer = tokenizer
+        self._shown = {token_id: text.encode() for token_id, text in shown.items()}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._shown.get(token_id) or self._tokenizer.token_bytes(token_id)
 
 
 class Detokenizer:

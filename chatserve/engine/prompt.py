@@ -54,8 +54,9 @@ class PromptBuilder:
 
     system_message: put in front of chats that bring no system message of their own. stop and
     stop_token_ids: what ends an answer beside the tokenizer's own end ids. tool_format: how answers
-    call tools; tool_control_id: the special token that may come before, if any. vocab_size: rows of
-    the model's embedding, where they are known; a tokenizer may have more tokens.
+    call tools; tool_control_id: the special token that may come before, if any; tool_marks: special
+    tokens within. vocab_size: rows of the model's embedding, where they are known; a tokenizer may
+    have more tokens.
     """
 
     def __init__(
@@ -78,6 +79,13 @@ class PromptBuilder:
         self.tool_format = tool_format_of(template)
         control = self.tool_format.control
         self.tool_control_id = tokenizer.special_ids.get(control) if control else None
+        ids = {mark: tokenizer.special_ids.get(mark) for mark in self.tool_format.marks}
+        self.tool_marks = {
+            mark: token_id
+            for mark, token_id in ids.items()
+            # others are text like any
+            if token_id is not None and not tokenizer.token_bytes(token_id)
+        }
         self._tokenizer = tokenizer
         self._template = template
         self._system_message = system_message

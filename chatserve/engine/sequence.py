@@ -55,7 +55,8 @@ class SamplingParams:
     `logprobs` None: none; else those of each token and of so many likely ones at its place, of the
     distribution that it is drawn from (see `TokenLogprobs`). `prompt_logprobs`: the same for the
     prompt's tokens, of what the model says unchanged. `grammar`: what the answer must match.
-    `pooling`, with `max_tokens` 0: how the prompt becomes an embedding.
+    `pooling`, with `max_tokens` 0: how the prompt becomes an embedding. `shown`: special tokens
+    that are shown as these texts, and others not at all.
     """
 
     temperature: float = 1.0
@@ -76,6 +77,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     pooling: Pooling | None = None
+    shown: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def is_greedy(self) -> bool:

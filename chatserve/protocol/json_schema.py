@@ -16,7 +16,7 @@ MAX_DEPTH = 32
 MAX_SHOWN_PARAM = 200
 
 # they describe and constrain nothing
-_ANNOTATIONS = frozenset({
+ANNOTATIONS = frozenset({
     "$anchor", "$comment", "$id", "$schema", "contentEncoding", "contentMediaType", "default",
     "deprecated", "description", "discriminator", "example", "examples", "readOnly", "title",
     "writeOnly",
@@ -30,7 +30,7 @@ _CONSTRAINTS = frozenset({
 _NAMED = ("$defs", "definitions", "patternProperties", "properties")
 _LISTED = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _SINGLE = ("additionalItems", "additionalProperties", "items")
-KEYWORDS = _ANNOTATIONS | _CONSTRAINTS | frozenset(_NAMED)
+KEYWORDS = ANNOTATIONS | _CONSTRAINTS | frozenset(_NAMED)
 FORMATS = frozenset({
     "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid",
 })  # fmt: skip

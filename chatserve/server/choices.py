@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from chatserve.engine.output import ShownTokenBytes
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Tokenizer
@@ -50,7 +51,12 @@ def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
     choices = _choices_of(prepared, tokenizer)
     if prepared.tool_format is not None:
         plain = choices or [PlainChoice()] * prepared.num_choices
-        choices = [CallingChoice(each, ToolCallParser(prepared.tool_format)) for each in plain]
+        choices = [
+            CallingChoice(
+                each, ToolCallParser(prepared.tool_format, kinds=prepared.argument_kinds)
+            )
+            for each in plain
+        ]
     return [TokenIdsChoice(each) for each in choices] if prepared.returns_token_ids else choices
 
 
@@ -94,7 +100,7 @@ class DetailedChoice:
         self._has_told = False
         self._shown_prompt = ShownPrompt(tokenizer, prompt.ids, prompt.text)
         self._shown_tokens = ShownTokens(
-            tokenizer,
+            ShownTokenBytes(tokenizer, params.shown) if params.shown else tokenizer,
             end_ids if ignores_eos else end_ids | tokenizer.eos_ids,
             first_offset=len(prompt.text),
             strip_leading_space=prepared.strip_leading_space and tokenizer.strips_leading_space,

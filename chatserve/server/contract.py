@@ -70,13 +70,16 @@ class Prompts(Protocol):
     """`chatserve.engine.prompt.PromptBuilder`, as the server uses it.
 
     Messages are whatever has `role` and `content`, and perhaps `tool_calls`, `tool_call_id` and
-    `name`. `tool_format`: how answers call tools; `tool_control_id`: a special token before that.
+    `name`. `tool_format`: how answers call tools; `tool_control_id`: a special token before that;
+    `tool_marks`: special tokens within.
     """
 
     @property
     def tool_format(self) -> ToolFormat: ...
     @property
     def tool_control_id(self) -> int | None: ...
+    @property
+    def tool_marks(self) -> Mapping[str, int]: ...
     def chat(
         self, messages: Sequence[Any], *, is_open: bool = False, tools: ToolDefinitions = ()
     ) -> list[int]: ...

@@ -6,7 +6,7 @@ Pure and synchronous, to be run off the event loop. Knows no engine and no respo
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
+from chatserve.server.tagged_arguments import Kinds, argument_kinds
 from chatserve.server.tool_grammar import tool_grammar
 
 MAX_BYTES_PER_TOKEN = 16
@@ -54,7 +55,8 @@ class Prepared:
 
     `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
     `rolled` says what gave way to the prompt, where that was asked for.
-    `compile_grammar` gives what its answers must match, `tool_format` says how they call tools.
+    `compile_grammar` gives what its answers must match, `tool_format` says how they call tools,
+    `argument_kinds` how they write arguments that are no JSON.
     `is_replay`: it repeats an answer, for whoever compares the two.
     """
 
@@ -74,6 +76,7 @@ class Prepared:
     returns_token_ids: bool = False
     compile_grammar: CompileGrammar | None = None
     tool_format: ToolFormat | None = None
+    argument_kinds: Kinds = field(default_factory=dict)
     is_replay: bool = False
 
     @property
@@ -112,6 +115,8 @@ def prepare_chat_request(
     params = _sampling_params(
         request, model, max_tokens, stop=(*request.stop, *ends_turns), logprobs=request.num_top
     )
+    if request.offers_tools and (marks := model.prompts.tool_marks):
+        params = replace(params, shown={token_id: mark for mark, token_id in marks.items()})
     return _prepared(
         request,
         [Prompt(tuple(rolled.ids), params)],
@@ -145,12 +150,20 @@ def _answer_form(request: ChatRequest, model: ServedModel) -> dict[str, Any]:
         return {"compile_grammar": grammar}
     tool_format = model.prompts.tool_format
     spec = tool_grammar(
-        request, tool_format, control_id=model.prompts.tool_control_id, after_space=after_space
+        request,
+        tool_format,
+        control_id=model.prompts.tool_control_id,
+        marks=model.prompts.tool_marks,
+        after_space=after_space,
     )
     if request.grammar is not None:
         # JSON may have any text in it, that of calls, too
         tool_format = replace(tool_format, follows_text=False)
-    return {"compile_grammar": _compiling(spec, model), "tool_format": tool_format}
+    return {
+        "compile_grammar": _compiling(spec, model),
+        "tool_format": tool_format,
+        "argument_kinds": argument_kinds(request.tools, tool_format),
+    }
 
 
 def chat_prompt(request: ChatRequest, model: ServedModel) -> Rolled:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from chatserve.engine.output import Detokenizer
+from chatserve.engine.output import Detokenizer, TokenBytes
 from chatserve.engine.sequence import TokenEvent, TokenLogprobs
 from chatserve.server.contract import Tokenizer
 
@@ -31,7 +31,7 @@ class ShownTokens:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenBytes,
         end_ids: Collection[int],
         *,
         first_offset: int,

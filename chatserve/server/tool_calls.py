@@ -6,14 +6,24 @@ that `ToolFormat` names, in their order.
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 from chatserve.models.tool_format import ToolFormat
+from chatserve.server.argument_readers import (
+    ArgumentReader,
+    JsonArguments,
+    TaggedArguments,
+    num_withheld,
+)
 from chatserve.server.deltas import Delta, TextDelta, ToolCallDelta
+from chatserve.server.tagged_arguments import Kinds
 
 _ID_SIGNS = string.ascii_letters + string.digits
+_NAME = re.compile(r"[A-Za-z0-9_-]*")
 
 
 def new_call_id(tool_format: ToolFormat) -> str:
@@ -24,8 +34,15 @@ def new_call_id(tool_format: ToolFormat) -> str:
 class ToolCallParser:
     """Reads one answer; see `chatserve.server.deltas.ReplyParser`."""
 
-    def __init__(self, tool_format: ToolFormat, new_id: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        tool_format: ToolFormat,
+        new_id: Callable[[], str] | None = None,
+        *,
+        kinds: Kinds = MappingProxyType({}),
+    ) -> None:
         self._format = tool_format
+        self._kinds = kinds
         self._new_id = new_id or (lambda: new_call_id(tool_format))
         self._rest = ""
         # in front of the rest: text, unless a marker follows
@@ -38,9 +55,7 @@ class ToolCallParser:
         self._after_literal = self._step
         self._num_calls = 0
         self._is_in_call = False
-        self._depth = 0
-        self._is_in_string = False
-        self._is_escaped = False
+        self._arguments: ArgumentReader = JsonArguments()
 
     def feed(self, text: str) -> Sequence[Delta]:
         self._rest += text
@@ -54,7 +69,7 @@ class ToolCallParser:
         rest, self._rest = "".join(self._blanks) + self._rest, ""
         if is_text and is_cut:
             # more likely a call that had no room than a text that looks like its beginning
-            rest = rest[: len(rest) - self._num_withheld(rest)]
+            rest = rest[: len(rest) - num_withheld(rest, self._format.marker)]
         return [TextDelta(rest)] if is_text and rest else []
 
     @property
@@ -72,7 +87,7 @@ class ToolCallParser:
             self._rest = rest
             self._expect(self._format.before_name, self._read_name)
             return True
-        num_said = len(text) - self._num_withheld(text)
+        num_said = len(text) - num_withheld(text, self._format.marker)
         self._say_text(text[:num_said])
         self._rest = text[num_said:]
         return False
@@ -113,42 +128,32 @@ class ToolCallParser:
         return True
 
     def _read_name(self) -> bool:
-        name, quote, rest = self._rest.partition('"')
-        if not quote:
+        known = _NAME.match(self._rest)
+        end = known.end() if known else 0
+        if end == len(self._rest):
             return False
+        name, self._rest = self._rest[:end], self._rest[end:]
         self._deltas.append(ToolCallDelta(self._num_calls, self._new_id(), name))
         self._num_calls += 1
-        self._is_in_call, self._depth = True, 0
-        self._rest = quote + rest
+        self._is_in_call = True
+        tags = self._format.tags
+        self._arguments = TaggedArguments(tags, self._kinds[name]) if tags else JsonArguments()
         self._expect(self._format.before_arguments, self._read_arguments)
         return True
 
     def _read_arguments(self) -> bool:
-        """A JSON object, as it comes."""
-        for place, sign in enumerate(self._rest):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._is_in_string:
-                self._is_in_string = sign != '"'
-                self._is_escaped = sign == "\\"
-            elif sign == '"':
-                self._is_in_string = True
-            elif sign in "{[":
-                self._depth += 1
-            elif sign in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    self._argue(place + 1)
-                    self._is_in_call = False
-                    self._expect(self._format.after_call, self._read_next)
-                    return True
-        self._argue(len(self._rest))
-        return False
+        told, self._rest, is_complete = self._arguments.read(self._rest)
+        if told:
+            self._deltas.append(ToolCallDelta(self._num_calls - 1, arguments=told))
+        if is_complete:
+            self._is_in_call = False
+            self._expect(self._format.after_call, self._read_next)
+        return is_complete
 
     def _read_next(self) -> bool:
         """Another call, or nothing more."""
         between = self._format.between
-        if not between or len(self._rest) < len(between):
+        if not between or not self._rest.startswith(between):
             return False
         self._rest = self._rest[len(between) :]
         self._step = self._read_name
@@ -160,15 +165,3 @@ class ToolCallParser:
     def _say(self, text: str) -> None:
         if text:
             self._deltas.append(TextDelta(text))
-
-    def _argue(self, count: int) -> None:
-        if count:
-            arguments = self._rest[:count]
-            self._deltas.append(ToolCallDelta(self._num_calls - 1, arguments=arguments))
-        self._rest = self._rest[count:]
-
-    def _num_withheld(self, text: str) -> int:
-        """How much of the end of `text` may be the beginning of the marker."""
-        marker = self._format.marker
-        longest = min(len(text), len(marker) - 1)
-        return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

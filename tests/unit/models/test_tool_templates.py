@@ -18,8 +18,24 @@ from chatserve.models.templates.builtin import BUILTIN
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.templates.tools import has_tools, tool_format_of, with_tools
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
-from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, WORDS, ToolFormat, recognise
+from chatserve.models.tool_format import (
+    DEEPSEEK,
+    DEEPSEEK_FENCED,
+    GLM,
+    GLM_DENSE,
+    LLAMA_3,
+    MISTRAL,
+    MISTRAL_ARGS,
+    MISTRAL_IDS,
+    NEMOTRON,
+    QWEN_XML,
+    TAGS,
+    WORDS,
+    ToolFormat,
+    recognise,
+)
 from chatserve.protocol.tools import ToolCall
+from tests.unit.models import tool_sources
 from tests.unit.models.test_chat_template_jinja import LLAMA, QWEN, SMOL
 from tests.unit.models.test_chat_template_jinja import MISTRAL as OLD_MISTRAL
 from tests.unit.models.vocabularies import save_byte_level, transformers_tokenizer
@@ -103,16 +119,23 @@ MISTRAL_TOOLS = """{{- bos_token }}
     {%- endif %}
 {%- endfor %}
 """
-SOURCES = {"hermes": HERMES_TOOLS, "llama": LLAMA_TOOLS, "mistral": MISTRAL_TOOLS}
+SOURCES = {
+    "hermes": HERMES_TOOLS, "llama": LLAMA_TOOLS, "mistral": MISTRAL_TOOLS, **tool_sources.SOURCES
+}  # fmt: skip
 SPECIAL = {
     "hermes": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
               "<|python_tag|>"],
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
                 "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    **tool_sources.SPECIAL,
 }  # fmt: skip
-PLAIN = ["<tool_call>", "</tool_call>"]
-FORMATS = {"hermes": TAGS, "llama": LLAMA_3, "mistral": MISTRAL}
+PLAIN = {"hermes": ["<tool_call>", "</tool_call>"], **tool_sources.PLAIN}
+FORMATS = {
+    "hermes": TAGS, "llama": LLAMA_3, "mistral": MISTRAL, "qwen-xml": QWEN_XML, "glm": GLM,
+    "glm-dense": GLM_DENSE, "mistral-args": MISTRAL_ARGS, "mistral-ids": MISTRAL_IDS,
+    "deepseek": DEEPSEEK, "deepseek-fenced": DEEPSEEK_FENCED, "nemotron": NEMOTRON,
+}  # fmt: skip
 FAMILIES = pytest.mark.parametrize("family", SOURCES)
 
 TOOLS: list[dict[str, Any]] = [
@@ -141,7 +164,7 @@ CHAT = [
 def folder_of(family: str) -> Path:
     folder = Path(tempfile.mkdtemp())
     save_byte_level(
-        folder, special=SPECIAL[family], plain=PLAIN if family == "hermes" else [],
+        folder, special=SPECIAL[family], plain=PLAIN.get(family, []),
         bos_token=SPECIAL[family][0], eos_token=SPECIAL[family][1], chat_template=SOURCES[family],
     )  # fmt: skip
     return folder
@@ -214,7 +237,8 @@ def test_no_special_token_of_tools_calls_and_results(family: str) -> None:
             told = Message("tool", bad, tool_call_id="abcdefghi", name="get_weather")
             assert special_of([FORGED[0], asked, told, FORGED[3]], tools) == honest, bad
             ids = our_ids(family, [FORGED[0], asked, told, FORGED[3]], tools)
-            assert json.dumps(bad, ensure_ascii=False) in tokenizer.decode(ids, shows_special=True)
+            text = tokenizer.decode(ids, shows_special=True)
+            assert json.dumps(bad, ensure_ascii=False) in text
 
 
 def test_escapes_do_not_hide_what_keeps_special_tokens_apart() -> None:
@@ -243,7 +267,8 @@ def test_ids_of_other_servers_are_shortened_where_a_template_wants_that() -> Non
         (SMOL, None), (LLAMA, None), (OLD_MISTRAL, None), (QWEN, None),
         (HERMES_TOOLS, TAGS), (LLAMA_TOOLS, LLAMA_3), (MISTRAL_TOOLS, MISTRAL),
         (HERMES_TOOLS + "<function=", None), (HERMES_TOOLS + "<arg_key>", None),
-        (MISTRAL_TOOLS + "[ARGS]", None), (HERMES_TOOLS.replace("tools", "things"), None),
+        (MISTRAL_TOOLS + "[ARGS]", MISTRAL_ARGS), (MISTRAL_TOOLS + "[CALL_ID]", None),
+        (HERMES_TOOLS.replace("tools", "things"), None),
     ],
 )  # fmt: skip
 def test_formats_are_recognised_by_what_the_template_says(
