@@ -114,6 +114,10 @@ class EngineConfig:
         64, "requests that may wait before new ones get 429", group="engine", metavar="N",
         ge=1, le=65536,
     )  # fmt: skip
+    max_num_seqs_per_key: int | None = setting(
+        None, "answers of one API key at once, running and waiting; default: all that there is "
+        "room for, but no flood keeps another key out", group="engine", metavar="N", ge=1, le=65536,
+    )  # fmt: skip
     speculation: bool = setting(
         True, "guess tokens from what a text has said before; it comes sooner and stays the same "
         "(where a batch does not change the rounding: on the CPU kernels, and in float32)",

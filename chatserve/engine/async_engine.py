@@ -18,14 +18,19 @@ from types import TracebackType
 from typing import TypeVarTuple
 
 from chatserve.config import TimeLimits
+from chatserve.engine.admission import Admission
 from chatserve.engine.deadlines import NO_LIMITS, Deadline, Watchdog, first_deadline
 from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
-from chatserve.errors import ChatserveError, EngineStopped, Overloaded
+from chatserve.engine.waiting_line import Priority
+from chatserve.errors import ChatserveError, EngineStopped
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")
+PLACES_S = 1.0
+# of one sequence, until whoever reads them has caught up: 256 KiB at most, with 20 logprobs each
+MAX_PENDING, MAX_PENDING_LOGPROBS, MAX_PENDING_SCORES = 512, 64, 2
 THREAD_NAME = "engine"
 STOP_S = 1.0
 
@@ -48,9 +53,25 @@ class EngineStats:
 
 
 class TokenStream:
-    """The events of one sequence, in order; ends after the last one. Closing it early aborts."""
+    """The events of one sequence, in order; ends after the last one. Closing it early aborts.
 
-    def __init__(self, on_close: Callable[[], None]) -> None:
+    Where more than `max_pending` have not been read, the sequence is held until half of them are.
+    """
+
+    def __init__(
+        self,
+        on_close: Callable[[], None],
+        on_pressure: Callable[[bool], None],
+        place: Callable[[], int | None],
+        *,
+        share: bytes = b"",
+        max_pending: int = MAX_PENDING,
+    ) -> None:
+        self.share = share
+        self.is_held = False
+        self._on_pressure = on_pressure
+        self._place = place
+        self._max_pending = max_pending
         self.arrived_at = time.monotonic()
         self.spoke_at: float | None = None
         self._events: deque[TokenEvent] = deque()
@@ -58,9 +79,17 @@ class TokenStream:
         self._is_done = False
         self._on_close = on_close
 
+    @property
+    def place(self) -> int | None:
+        """In the queue, 1 is next; None: it is not there, or not known yet."""
+        return self._place()
+
     def put(self, event: TokenEvent) -> None:
         self._events.append(event)
         self._arrived.set()
+        if len(self._events) > self._max_pending and not (self.is_held or event.is_last):
+            self.is_held = True
+            self._on_pressure(True)
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -72,6 +101,9 @@ class TokenStream:
             self._arrived.clear()
             await self._arrived.wait()
         event = self._events.popleft()
+        if self.is_held and len(self._events) <= self._max_pending // 2:
+            self.is_held = False
+            self._on_pressure(False)
         self._is_done = event.is_last
         return event
 
@@ -103,6 +135,7 @@ class AsyncEngine:
         *,
         max_num_seqs: int = 16,
         max_num_waiting: int = 64,
+        max_num_seqs_per_key: int | None = None,
         limits: TimeLimits = NO_LIMITS,
     ) -> None:
         """`max_num_seqs` run at once, as in the engine; `max_num_waiting` more may wait.
@@ -110,8 +143,9 @@ class AsyncEngine:
         A stream that is over one of the `limits` ends with an error, and its sequence is aborted.
         """
         self._engine = engine
-        self._max_num_seqs = max_num_seqs
-        self._max_num_waiting = max_num_waiting
+        self.admission = Admission(max_num_seqs, max_num_waiting, max_num_seqs_per_key)
+        self._places: dict[str, int] = {}
+        self._places_at = 0.0
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: dict[str, TokenStream] = {}
@@ -158,7 +192,7 @@ class AsyncEngine:
             tick=self._tick,
             last_token_age_s=max(0.0, time.monotonic() - self._moved_at()),
             num_running=engine.num_running,
-            num_waiting=max(0, len(self._streams) - engine.num_running),
+            num_waiting=max(0, len(self._streams) - engine.num_running - engine.num_held),
             free_kv_tokens=engine.num_free_kv_tokens,
             is_alive=self._is_alive,
         )
@@ -173,6 +207,7 @@ class AsyncEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
     ) -> TokenStream:
         """Start a sequence; iterate over its events and `aclose` the stream in a `finally`.
 
@@ -184,14 +219,16 @@ class AsyncEngine:
         if not self._is_alive or self._is_stopping:
             raise EngineStopped("the engine has stopped; the server restarts it")
         self._engine.check(prompt_ids, params)
-        num_waiting = len(self._streams) - self._max_num_seqs
-        if num_waiting >= self._max_num_waiting:
-            raise Overloaded(
-                f"{num_waiting} requests are waiting already, the limit is "
-                f"{self._max_num_waiting}; try again in a moment"
-            )
+        self.admission.check(salt, priority)
         seq_id = f"{request_id}-{choice}"
-        stream = TokenStream(lambda: self._close(seq_id))
+        stream = TokenStream(
+            lambda: self._close(seq_id),
+            lambda is_held: self._hold(seq_id, is_held),
+            lambda: self._places.get(seq_id),
+            share=salt,
+            max_pending=_max_pending(params),
+        )
+        self.admission.add(salt)
         self._streams[seq_id] = stream
         self._watchdog.expect()
         prompt_ids = tuple(prompt_ids)
@@ -207,6 +244,7 @@ class AsyncEngine:
                     salt=salt,
                     adapter=adapter,
                     strip_leading_space=strip_leading_space,
+                    priority=priority,
                 )
             except ChatserveError as error:
                 self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
@@ -229,8 +267,14 @@ class AsyncEngine:
         self._close(seq_id)
 
     def _close(self, seq_id: str) -> None:
-        if self._streams.pop(seq_id, None) is not None:
+        if (stream := self._streams.pop(seq_id, None)) is not None:
+            self.admission.remove(stream.share)
             self._command(lambda: self._engine.abort(seq_id))
+
+    def _hold(self, seq_id: str, is_held: bool) -> None:
+        engine = self._engine
+        if seq_id in self._streams:
+            self._command(lambda: engine.hold(seq_id) if is_held else engine.release(seq_id))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -244,11 +288,17 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                started_at = time.monotonic()
                 events = self._engine.step()
                 self._tick += 1
-                self._last_progress = time.monotonic()  # a chunk of prefill is progress, too
+                now = self._last_progress = time.monotonic()  # a chunk of prefill is progress, too
+                self.admission.pace.note_step(len(events), now - started_at)
                 if events:
                     self._deliver(events)
+                if self._engine.num_waiting:
+                    self._note_places(now)
+                elif self._places:
+                    self._places = {}
         except BaseException as error:  # a bug: tell every stream, then let the process be replaced
             logger.critical("the engine thread died: %s", error, exc_info=error)
             self._is_alive = False
@@ -271,6 +321,11 @@ class AsyncEngine:
             if self._engine.has_work:
                 return True
 
+    def _note_places(self, now: float) -> None:
+        if now >= self._places_at:
+            self._places_at = now + PLACES_S
+            self._places = self._engine.places()
+
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._call(self._dispatch, events)
 
@@ -291,10 +346,20 @@ class AsyncEngine:
                 stream.spoke_at = now
             if event.is_last:
                 del self._streams[event.seq_id]
+                self.admission.remove(stream.share)
+                if event.finish_reason:
+                    self.admission.pace.note_answer(event.num_generated_tokens)
             stream.put(event)
 
     def _fail_all(self, error: ChatserveError) -> None:
         for seq_id, stream in list(self._streams.items()):
             stream.put(TokenEvent(seq_id, error=error))
+            self.admission.remove(stream.share)
         self._streams.clear()
         self._watchdog.stop()
+
+
+def _max_pending(params: SamplingParams) -> int:
+    if params.prompt_logprobs is not None:
+        return MAX_PENDING_SCORES
+    return MAX_PENDING_LOGPROBS if params.logprobs else MAX_PENDING

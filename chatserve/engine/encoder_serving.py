@@ -112,6 +112,7 @@ def load_encoder(
     )  # fmt: skip
     async_engine = AsyncEngine(
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting,
+        max_num_seqs_per_key=config.max_num_seqs_per_key,
         limits=config,
     )  # fmt: skip
     return async_engine, served

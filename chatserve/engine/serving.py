@@ -220,6 +220,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
     logger.info("%s loaded in %.1f s, context %d tokens", names[0], elapsed, served.context_length)
     async_engine = AsyncEngine(
         engine, max_num_seqs=config.max_num_seqs, max_num_waiting=config.max_num_waiting,
+        max_num_seqs_per_key=config.max_num_seqs_per_key,
         limits=config,
     )  # fmt: skip
     return async_engine, served

@@ -89,6 +89,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "max_num_seqs": ([1, 4096], [0, 4097]),
     "max_num_batched_tokens": ([1, 65536], [0, 65537]),
     "max_num_waiting": ([1, 65536], [0, 65537]),
+    "max_num_seqs_per_key": ([1, 65536], [0, 65537]),
     "context_length": ([1], [0, -1]),
     "seed": ([-INT64, INT64 - 1], [-INT64 - 1, INT64]),
     "heartbeat_interval_s": ([0.05, 3600.0], [0.04, 3601.0, -1.0, "nan", "inf"]),

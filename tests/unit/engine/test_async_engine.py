@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from chatserve.engine.async_engine import AsyncEngine, TokenStream
+from chatserve.engine.async_engine import MAX_PENDING, AsyncEngine, TokenStream
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
@@ -48,7 +48,9 @@ def test_many_requests_at_once_get_their_own_text() -> None:
         assert {text(answer) for answer in answers} == {"Hello"}
         stats = events.stats()
         assert (stats.num_running, stats.num_waiting, stats.free_kv_tokens) == (0, 0, NUM_KV_TOKENS)
-        assert stats.tick >= 6 and stats.last_token_age_s == 0
+        assert stats.tick >= 6
+        while events.stats().last_token_age_s:
+            await asyncio.sleep(0)  # the thread is about to fall asleep
 
     run(check)
 
@@ -200,5 +202,89 @@ def test_choices_share_their_prompt_and_salts_keep_beginnings_apart() -> None:
         assert await cached("c", salt=b"key") == 0
         assert await cached("d", salt=b"key") == 96
         assert model.num_computed_tokens < 3 * 100 + 300
+
+    run(check)
+
+
+def test_places_in_the_queue_are_known_while_a_step_runs() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        async with events.submit("a", PROMPT, ENDLESS) as first:
+            await anext(first)
+            waiting = [events.submit(name, PROMPT, ENDLESS) for name in "bc"]
+            while waiting[1].place is None:
+                await anext(first)
+            assert [each.place for each in (first, *waiting)] == [None, 1, 2]
+            for each in waiting:
+                await each.aclose()
+            while waiting[1].place is not None:
+                await anext(first)
+
+    run(check, max_num_seqs=1)
+
+
+def test_keys_are_told_apart_when_the_queue_is_full() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        streams = [events.submit(f"a{n}", PROMPT, ENDLESS, salt=b"a") for n in range(6)]
+        with pytest.raises(Overloaded):
+            events.submit("a6", PROMPT, ENDLESS, salt=b"a")
+        streams.append(events.submit("b", PROMPT, ENDLESS, salt=b"b"))
+        for stream in streams:
+            await stream.aclose()
+        # every place is free again
+        again = [events.submit(f"c{n}", PROMPT, GREEDY) for n in range(6)]
+        for stream in again:
+            assert text([event async for event in stream]) == "Hello"
+        assert not events.admission.num_waiting and not events.admission._total
+
+    run(check, max_num_seqs=2, max_num_waiting=4)
+
+
+def test_places_come_back_however_a_sequence_ends() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        model.failures[9] = RuntimeError("planted")
+        await collect(events, "a")
+        failing = [9, 1, 2, 3]
+        assert [e async for e in events.submit("b", failing, GREEDY)][-1].error is not None
+        await events.submit("c", PROMPT, ENDLESS).aclose()
+        left = events.submit("d", PROMPT, ENDLESS)
+        await events.stop()
+        await left.aclose()
+        assert events.admission._total == 0 and not events.admission._counts
+
+    run(check)
+
+
+def test_a_reader_who_falls_behind_is_waited_for_and_nothing_is_lost() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        slow = events.submit("slow", PROMPT, ENDLESS)
+        quick = events.submit("quick", PROMPT, replace(ENDLESS, max_tokens=4000))
+        texts = []
+        async for event in quick:
+            texts.append(event.text)
+        # it has had all the time it takes to say its 5,000 tokens
+        assert slow.is_held and len(slow._events) <= MAX_PENDING + 2
+        # nothing runs and nothing is late
+        while events.stats().last_token_age_s:
+            await asyncio.sleep(0)
+        stats = events.stats()
+        assert (stats.num_running, stats.num_waiting, engine.num_held) == (0, 0, 1)
+        said = [event async for event in slow]
+        assert said[-1].num_generated_tokens == 5000 and not slow.is_held
+        assert text(said).startswith("".join(texts)) and len(text(said)) > 4000
+        assert engine.num_free_kv_tokens == NUM_KV_TOKENS
+
+    run(check)
+
+
+def test_closing_a_held_stream_frees_all_of_it() -> None:
+    async def check(events: AsyncEngine, engine: Engine, model: Scripted) -> None:
+        slow = events.submit("slow", PROMPT, ENDLESS)
+        async with events.submit("quick", PROMPT, ENDLESS) as quick:
+            while not slow.is_held:
+                await anext(quick)
+        await slow.aclose()
+        await collect(events, "b")
+        assert engine.num_free_kv_tokens == NUM_KV_TOKENS and engine.num_held == 0
+        assert events.admission._total == 0
 
     run(check)
