@@ -143,9 +143,11 @@ class ToolCall(TypedDict):
 
 
 class AnswerMessage(TypedDict):
+    """`content` is null where tools were offered and there is no text."""
+
     role: Literal["assistant"]
     content: str | None
-    refusal: NotRequired[None]
+    refusal: None
     tool_calls: NotRequired[list[ToolCall]]
 
 
@@ -185,6 +187,7 @@ class ToolCallDelta(TypedDict):
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
+    refusal: NotRequired[None]
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
@@ -197,7 +200,10 @@ class ChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """`usage` only where `stream_options.include_usage` asks for it: null but in the last chunk."""
+    """`usage` only where `stream_options.include_usage` asks for it: null but in the last chunk.
+
+    `prompt_token_ids` with the role of each choice, where `return_token_ids` asks for them.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -206,6 +212,7 @@ class ChatCompletionChunk(TypedDict):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class TextLogprobs(TypedDict):
@@ -227,7 +234,10 @@ class TextChoice(TypedDict):
 
 
 class TextCompletion(TypedDict):
-    """An answer, or one chunk of it: `finish_reason` is null until a choice ends."""
+    """An answer, or one chunk of it: `finish_reason` is null until a choice ends.
+
+    `prompt_token_ids` of a choice are in the first of its chunks.
+    """
 
     id: str
     object: Literal["text_completion"]

@@ -28,6 +28,7 @@ class Piece:
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     token_ids: Sequence[int] | None = None
+    prompt_token_ids: Sequence[int] | None = None
     tool_calls: Sequence[ToolCallDelta] = ()
 
 
@@ -57,7 +58,16 @@ def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
             )
             for each in plain
         ]
-    return [TokenIdsChoice(each) for each in choices] if prepared.returns_token_ids else choices
+    if not prepared.returns_token_ids:
+        return choices
+    return [
+        TokenIdsChoice(each, _prompt_ids(prepared, index)) for index, each in enumerate(choices)
+    ]
+
+
+def _prompt_ids(prepared: Prepared, index: int) -> Sequence[int] | None:
+    """None for a chat: it has one prompt, which is told beside its choices."""
+    return None if prepared.is_chat else prepared.prompts[index // prepared.num_choices].ids
 
 
 def _choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
@@ -76,13 +86,20 @@ class PlainChoice:
 
 
 class TokenIdsChoice:
-    """The pieces of `choice` with the ids that were generated, also those that are no text."""
+    """The pieces of `choice` with the ids that were generated, also those that are no text.
 
-    def __init__(self, choice: Choice) -> None:
+    The first one has those of the prompt, if they are given.
+    """
+
+    def __init__(self, choice: Choice, prompt_ids: Sequence[int] | None) -> None:
         self._choice = choice
+        self._prompt_ids = prompt_ids
 
     def feed(self, event: TokenEvent) -> Piece:
-        return replace(self._choice.feed(event), token_ids=event.token_ids)
+        prompt_ids, self._prompt_ids = self._prompt_ids, None
+        return replace(
+            self._choice.feed(event), token_ids=event.token_ids, prompt_token_ids=prompt_ids
+        )
 
 
 class DetailedChoice:

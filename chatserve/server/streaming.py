@@ -62,11 +62,17 @@ def chunk_encoder(generation: Generation, head: ReplyHead) -> ChunkEncoder:
         generation.num_sequences,
         includes_usage=prepared.includes_usage,
         usage_now=partial(usage_of, generation) if prepared.has_usage_in_chunks else None,
+        may_call=prepared.tool_format is not None,
+        prompt_ids=prepared.prompts[0].ids if prepared.returns_token_ids else None,
     )
 
 
 class ChunkEncoder:
-    """The SSE frames of one request. `usage_now`: what every chunk says of usage so far."""
+    """The SSE frames of one request. `usage_now`: what every chunk says of usage so far.
+
+    `may_call`: there may be calls in the place of text. `prompt_ids` of a chat go out with its
+    roles.
+    """
 
     def __init__(
         self,
@@ -75,17 +81,24 @@ class ChunkEncoder:
         *,
         includes_usage: bool,
         usage_now: UsageNow | None = None,
+        may_call: bool = False,
+        prompt_ids: Sequence[int] | None = None,
     ) -> None:
         self._head = head
         self._includes_usage = includes_usage
         self._usage_now = usage_now
+        self._may_call = may_call
+        self._prompt_ids = prompt_ids
         self._pieces = [self._split(index) for index in range(num_choices)]
 
     def first(self, index: int) -> bytes:
         """The role of choice `index`; text completions have none."""
         if not self._head.is_chat:
             return b""
-        return self._frame(self._choice(index, {"role": "assistant", "content": ""}))
+        # null and a text are together that text to clients that add up
+        content = None if self._may_call else ""
+        role = {"role": "assistant", "content": content, "refusal": None}
+        return self._frame(self._choice(index, role), **_prompt_token_ids(self._prompt_ids))
 
     def text(self, index: int, text: str) -> bytes:
         before, after = self._pieces[index]
@@ -97,7 +110,10 @@ class ChunkEncoder:
     def detailed(self, index: int, piece: Piece) -> bytes:
         """A chunk with all that `piece` has, and one more where it is the last."""
         frame = b""
-        if piece.text or piece.logprobs or piece.token_ids or piece.tool_calls:
+        if (
+            piece.text or piece.logprobs or piece.token_ids or piece.tool_calls
+            or piece.prompt_token_ids
+        ):  # fmt: skip
             content = self._content(piece.text)
             if piece.tool_calls:
                 content = {
@@ -105,7 +121,8 @@ class ChunkEncoder:
                     "tool_calls": [_call_delta(each) for each in piece.tool_calls],
                 }
             choice = self._choice(index, content, None, piece.logprobs)
-            frame = self._frame(choice | _token_ids(piece.token_ids))
+            more = _token_ids(piece.token_ids) | _prompt_token_ids(piece.prompt_token_ids)
+            frame = self._frame(choice | more)
         return frame + self.finish(index, piece.finish_reason) if piece.finish_reason else frame
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -132,9 +149,9 @@ class ChunkEncoder:
             "finish_reason": reason,
         }
 
-    def _frame(self, choice: dict[str, Any]) -> bytes:
+    def _frame(self, choice: dict[str, Any], **more: Any) -> bytes:
         usage = self._usage_now() if self._usage_now else None
-        return b"data: " + orjson.dumps(self._chunk([choice], usage)) + b"\n\n"
+        return b"data: " + orjson.dumps(self._chunk([choice], usage) | more) + b"\n\n"
 
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head.to_dict(is_chunk=True), "choices": choices}
@@ -152,6 +169,10 @@ def _call_delta(delta: ToolCallDelta) -> dict[str, Any]:
 def _token_ids(ids: Sequence[int] | None) -> dict[str, Any]:
     """Nothing where they were not asked for."""
     return {} if ids is None else {"token_ids": ids}
+
+
+def _prompt_token_ids(ids: Sequence[int] | None) -> dict[str, Any]:
+    return {} if ids is None else {"prompt_token_ids": ids}
 
 
 async def stream_frames(
@@ -208,7 +229,10 @@ async def fold(
         for start in range(0, len(answers), prepared.num_choices)
         for answer in _best(answers[start : start + prepared.num_choices], num_kept)
     ]
-    answered = [answer.to_choice(head, index) for index, answer in enumerate(chosen)]
+    may_call = prepared.tool_format is not None
+    answered = [
+        answer.to_choice(head, index, may_call=may_call) for index, answer in enumerate(chosen)
+    ]
     reply = {**head.to_dict(is_chunk=False), "choices": answered, "usage": usage_of(generation)}
     if prepared.returns_token_ids:
         # vLLM's places: a chat has one prompt, a completion may have several
@@ -256,13 +280,14 @@ class _Answer:
     def mean_logprob(self) -> float:
         return self.sum_logprobs / max(1, self.num_tokens)
 
-    def to_choice(self, head: ReplyHead, index: int) -> dict[str, Any]:
+    def to_choice(self, head: ReplyHead, index: int, *, may_call: bool) -> dict[str, Any]:
         text = "".join(self.texts)
         content: dict[str, Any] = {"text": text}
         if head.is_chat:
-            content = {"message": {"role": "assistant", "content": text}}
+            said = text or None if may_call else text
+            content = {"message": {"role": "assistant", "content": said, "refusal": None}}
         if self.calls:
-            content["message"] |= {"content": text or None, "tool_calls": self._whole_calls()}
+            content["message"]["tool_calls"] = self._whole_calls()
         return {
             "index": index, **content, "logprobs": self.logprobs, "finish_reason": self.reason,
             **_token_ids(self.token_ids),

@@ -341,13 +341,17 @@ def test_ids_that_were_generated_are_returned_where_they_are_asked_for(house: Ho
     assert ids(whole) == [each.token_ids for each in logged]
     assert whole.prompt_token_ids == logged[0].prompt_ids
     streamed: list[list[int]] = [[], []]
+    prompts = []
     for chunk in house.client.chat.completions.create(**options, stream=True):
+        prompts.append(getattr(chunk, "prompt_token_ids", None))
         for choice in chunk.choices:
             streamed[choice.index] += getattr(choice, "token_ids", [])
     assert streamed == ids(whole)
+    assert prompts[:2] == [whole.prompt_token_ids] * 2 and not any(prompts[2:])
     text: Any = house.client.completions.create(
-        model="tiny", prompt=[[1, 2], [3]], max_tokens=4, n=2, **asked
-    )
+        model="tiny", prompt=[[1, 2], [3]], max_tokens=4, n=2,
+        logit_bias={str(tiny.EOS_ID): -100}, **asked,
+    )  # fmt: skip
     assert [choice.prompt_token_ids for choice in text.choices] == [[1, 2], [1, 2], [3], [3]]
     assert [len(each) for each in ids(text)] == [4, 4, 4, 4]
     plain = house.client.chat.completions.create(**CHAT).model_dump()

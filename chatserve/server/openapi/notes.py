@@ -28,7 +28,7 @@ NOTES: Mapping[str, str] = {
     "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
     "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
     "return_token_ids": "the ids that were generated, also those that are no text, as `token_ids` "
-    "of each choice; in a whole answer `prompt_token_ids`, too",
+    "of each choice, and those of the prompt, `prompt_token_ids`, in a stream once",
     "truncation": "`rolling`: where the context is too short, the oldest turns are dropped, never "
     "the system message or the last question, and `usage` says which; default: refuse with the "
     "numbers",

@@ -9,9 +9,12 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import GenerationFailed, OutOfMemory, Overloaded
+from chatserve.models.tool_format import TAGS
 from chatserve.protocol.sse import DONE, SSEDecoder
 from chatserve.server.choices import Piece, choices_of
 from chatserve.server.generation import Generation
@@ -81,12 +84,12 @@ def test_chat_chunks() -> None:
         "system_fingerprint": "fp",
     }  # fmt: skip
 
-    def chunk(delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return {**shared, "choices": [choice]}
 
     assert events(frames_of(FakeEngine(["a", "b"]))) == [
-        chunk({"role": "assistant", "content": ""}),
+        chunk({"role": "assistant", "content": "", "refusal": None}),
         chunk({"content": "a"}),
         chunk({"content": "b"}),
         chunk({}, "stop"),
@@ -178,11 +181,76 @@ def test_whole_chat() -> None:
         "id": "id-1", "object": "chat.completion", "created": 123, "model": "m",
         "system_fingerprint": "fp",
         "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": "a"}, "logprobs": None,
-             "finish_reason": "stop"}
+            {"index": 0, "message": {"role": "assistant", "content": "a", "refusal": None},
+             "logprobs": None, "finish_reason": "stop"}
         ],
         "usage": usage_with(prompt_tokens=3, completion_tokens=1, total_tokens=4),
     }  # fmt: skip
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [(CALL, None), (f"so {CALL}", "so"), ("just text", "just text"), ("", None)],
+)
+@pytest.mark.parametrize("num_pieces", [1, 7])
+def test_where_tools_are_offered_a_stream_adds_up_to_the_whole(
+    text: str, content: str | None, num_pieces: int
+) -> None:
+    step = max(1, len(text) // num_pieces)
+    pieces = [text[i : i + step] for i in range(0, len(text), step)]
+    whole = folded(FakeEngine(pieces), tool_format=TAGS)["choices"][0]
+    state: ChatCompletionStreamState[Any] = ChatCompletionStreamState()
+    chunks = [
+        each for each in events(frames_of(FakeEngine(pieces), tool_format=TAGS)) if each != DONE
+    ]
+    for chunk in chunks:
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    assert chunks[0]["choices"][0]["delta"] == {
+        "role": "assistant", "content": None, "refusal": None,
+    }  # fmt: skip
+    streamed = state.get_final_completion().choices[0]
+    assert (streamed.message.content, whole["message"]["content"]) == (content, content)
+    assert (streamed.finish_reason, streamed.message.refusal) == (whole["finish_reason"], None)
+    calls = [
+        (each.function.name, each.function.arguments) for each in streamed.message.tool_calls or []
+    ]
+    assert calls == [
+        (each["function"]["name"], each["function"]["arguments"])
+        for each in whole["message"].get("tool_calls", [])
+    ]
+
+
+def prompt_ids_of(chunks: Sequence[Any], is_chat: bool) -> list[tuple[int, Any]]:
+    """Of which choice, and what; by chunk, in their order."""
+    told = []
+    for chunk in chunks:
+        for choice in [] if chunk == DONE else chunk["choices"]:
+            place = chunk if is_chat else choice
+            told.append((choice["index"], place.get("prompt_token_ids")))
+    return told
+
+
+@pytest.mark.parametrize("pieces", [["a", "b"], ["", "", "a"], [""]])
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_choices": 2}, {"num_choices": 2, "num_prompts": 2, "is_chat": False}]
+)
+def test_the_ids_of_the_prompt_come_once_with_the_first_chunk(
+    pieces: list[str], shape: dict[str, Any]
+) -> None:
+    is_chat = shape.get("is_chat", True)
+    chunks = events(frames_of(FakeEngine(pieces), returns_token_ids=True, **shape))
+    told = prompt_ids_of(chunks, is_chat)
+    num_sequences = shape.get("num_choices", 1) * shape.get("num_prompts", 1)
+    for index in range(num_sequences):
+        first, *rest = [ids for each, ids in told if each == index]
+        assert first == [1, 2, 3] and rest and not any(rest)
+    # and nowhere else
+    assert not any(ids for _, ids in prompt_ids_of(chunks, not is_chat))
+    silent = prompt_ids_of(events(frames_of(FakeEngine(pieces), **shape)), is_chat)
+    assert not any(ids for _, ids in silent)
 
 
 def test_prompt_is_counted_once_for_all_choices() -> None:
