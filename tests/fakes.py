@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.rolling import Rolled
-from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.sequence import Begun, LoadedAdapter, Pooling, SamplingParams, TokenEvent
 from chatserve.errors import (
     ChatserveError,
     ContextLengthExceeded,
-    GenerationFailed,
+    EngineStopped,
     ModelNotFound,
 )
 from chatserve.models.tool_format import TAGS
@@ -37,6 +37,7 @@ class Submitted:
     strip_leading_space: bool
     salt: bytes
     adapter: LoadedAdapter | None = None
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class FakeStream:
             await self._engine.stopped.wait()
         if self._engine.stopped.is_set():
             self._finish(self._engine.finished)
-            return TokenEvent(self._seq_id, error=GenerationFailed("the engine has stopped"))
+            return TokenEvent(self._seq_id, error=EngineStopped("the engine has stopped"))
         if not self._events:
             raise StopAsyncIteration
         if self._engine.step_s is not None:
@@ -158,6 +159,7 @@ class FakeEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        begun: Begun | None = None,
     ) -> FakeStream:
         if self.refusal is not None:
             raise self.refusal
@@ -165,14 +167,22 @@ class FakeEngine:
         with self._changed:
             self.submitted.append(
                 Submitted(
-                    seq_id, tuple(prompt_ids), params, choice, strip_leading_space, salt, adapter
+                    seq_id,
+                    tuple(prompt_ids),
+                    params,
+                    choice,
+                    strip_leading_space,
+                    salt,
+                    adapter,
+                    begun,
                 )
             )
             self.running.add(seq_id)
             self._changed.notify_all()
         if params.pooling is not None and self.error is None and not self.hangs:
             return FakeStream(self, seq_id, [_embedded(seq_id, prompt_ids, params.pooling)])
-        return FakeStream(self, seq_id, self._script(seq_id, len(prompt_ids), params))
+        script = self._script(seq_id, len(prompt_ids), params)
+        return FakeStream(self, seq_id, self._again(begun, script) if begun else script)
 
     def _script(self, seq_id: str, num_prompt: int, params: SamplingParams) -> list[TokenEvent]:
         events = [
@@ -194,6 +204,20 @@ class FakeEngine:
                 num_cached_tokens=self.num_cached, finish_reason=reason,
             )  # fmt: skip
         return [*events, last]
+
+    def _again(self, begun: Begun, script: list[TokenEvent]) -> list[TokenEvent]:
+        """What has been said, in the units it came in, and the rest."""
+        said = []
+        for unit in begun.units:
+            here = script[: len(unit)] or script[:1]
+            script = script[len(here) :]
+            said.append(
+                replace(
+                    here[-1], text="".join(each.text for each in here), token_ids=unit,
+                    num_cached_tokens=begun.num_cached_tokens,
+                )
+            )  # fmt: skip
+        return [*said, *(replace(e, num_cached_tokens=begun.num_cached_tokens) for e in script)]
 
     def note_event(self, seq_id: str) -> None:
         with self._changed:

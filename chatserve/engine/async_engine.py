@@ -22,7 +22,7 @@ from chatserve.engine.admission import Admission
 from chatserve.engine.deadlines import NO_LIMITS, Deadline, Watchdog, first_deadline
 from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.engine import Engine
-from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError, EngineStopped
 
@@ -155,6 +155,7 @@ class AsyncEngine:
         self._is_alive = True
         self._is_asleep = True
         self._tick = 0
+        self._num_resumed = 0
         self._last_progress = time.monotonic()
         self._limits = limits
         self._watchdog = Watchdog(limits, self._streams, self._first_deadline, self._expire)
@@ -208,10 +209,12 @@ class AsyncEngine:
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
         priority: Priority = "interactive",
+        begun: Begun | None = None,
     ) -> TokenStream:
         """Start a sequence; iterate over its events and `aclose` the stream in a `finally`.
 
         The choices of one request share their prompt, requests of the same `salt` its beginning.
+        What has `begun` elsewhere says that again first, and did its waiting there.
 
         Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit,
         `EngineStopped` when the engine thread is gone.
@@ -219,8 +222,13 @@ class AsyncEngine:
         if not self._is_alive or self._is_stopping:
             raise EngineStopped("the engine has stopped; the server restarts it")
         self._engine.check(prompt_ids, params)
-        self.admission.check(salt, priority)
         seq_id = f"{request_id}-{choice}"
+        if begun is None:
+            self.admission.check(salt, priority)
+        else:
+            # what began it may be here, too, and not have ended yet
+            self._num_resumed += 1
+            seq_id += f"~{self._num_resumed}"
         stream = TokenStream(
             lambda: self._close(seq_id),
             lambda is_held: self._hold(seq_id, is_held),
@@ -235,7 +243,7 @@ class AsyncEngine:
 
         def add() -> None:
             try:
-                self._engine.add(
+                said = self._engine.add(
                     seq_id,
                     prompt_ids,
                     params,
@@ -245,7 +253,10 @@ class AsyncEngine:
                     adapter=adapter,
                     strip_leading_space=strip_leading_space,
                     priority=priority,
+                    begun=begun,
                 )
+                if said:
+                    self._deliver(said)
             except ChatserveError as error:
                 self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
 
@@ -326,7 +337,7 @@ class AsyncEngine:
             self._places_at = now + PLACES_S
             self._places = self._engine.places()
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
+    def _deliver(self, events: Rows[TokenEvent]) -> None:
         self._call(self._dispatch, events)
 
     def _call(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
@@ -336,7 +347,7 @@ class AsyncEngine:
 
     # Below: the event loop.
 
-    def _dispatch(self, events: list[TokenEvent]) -> None:
+    def _dispatch(self, events: Rows[TokenEvent]) -> None:
         now = time.monotonic()
         for event in events:
             stream = self._streams.get(event.seq_id)

@@ -15,7 +15,14 @@ from typing import Protocol
 import torch
 
 from chatserve.engine.pooling import Pooler
-from chatserve.engine.sequence import LoadedAdapter, Phase, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.sequence import (
+    Begun,
+    LoadedAdapter,
+    Phase,
+    Pooling,
+    SamplingParams,
+    TokenEvent,
+)
 from chatserve.engine.waiting_line import Priority, WaitingLine
 from chatserve.errors import (
     ChatserveError,
@@ -119,7 +126,8 @@ class EncoderEngine:
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
         priority: Priority = "interactive",
-    ) -> None:
+        begun: Begun | None = None,
+    ) -> Sequence[TokenEvent]:
         """Queue a text; salts take turns. What tells sequences apart that share a cache has no
         meaning here.
 
@@ -127,10 +135,11 @@ class EncoderEngine:
         """
         assert seq_id not in self._waiting, f"sequence {seq_id} exists already"
         self.check(prompt_ids, params)
-        assert params.pooling is not None and adapter is None
+        assert params.pooling is not None and adapter is None and begun is None
         text = _Text(seq_id, tuple(prompt_ids), params.pooling, salt, priority)
         self._waiting[seq_id] = text
         self._line.add(text)
+        return ()
 
     def abort(self, seq_id: str) -> None:
         """Forget a text; unknown and finished ones are left alone."""

@@ -17,8 +17,10 @@ from chatserve.engine.pooling import Pooler
 from chatserve.engine.runner import Runner
 from chatserve.engine.sampler import build_sampler, on_host
 from chatserve.engine.sampler_state import SamplerState
+from chatserve.engine.say_again import say_again
 from chatserve.engine.scheduler import Scheduled, Scheduler
 from chatserve.engine.sequence import (
+    Begun,
     FinishReason,
     LoadedAdapter,
     Phase,
@@ -167,7 +169,8 @@ class Engine:
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
         priority: Priority = "interactive",
-    ) -> None:
+        begun: Begun | None = None,
+    ) -> Rows[TokenEvent]:
         """Queue a sequence. `choice` tells the n answers of one request apart.
 
         The prompt is computed once for all of a `group` that have the same; prompts that begin
@@ -175,7 +178,9 @@ class Engine:
         `strip_leading_space` drops the space that a word-start mark puts before an answer.
         Where sequences have to wait, salts take turns, and those of priority `batch` come later.
 
-        Raises what `check` raises.
+        Returns the events of what it has `begun` with elsewhere; it may have ended with them.
+
+        Raises what `check` raises, and `InvalidRequest` where it cannot have begun so.
         """
         assert seq_id not in self._live, f"sequence {seq_id} exists already"
         self.check(prompt_ids, params)
@@ -193,7 +198,6 @@ class Engine:
         # a grammar's mask is known for the next token only
         if self._speculation and params.grammar is None and params.max_tokens > 1:
             sequence.drafter = Drafter(sequence.token_ids)
-        self._scheduler.add(sequence)
         output = OutputText(
             ShownTokenBytes(self._tokenizer, params.shown) if params.shown else self._tokenizer,
             params.stop,
@@ -204,7 +208,16 @@ class Engine:
             vocab_size=self._vocab_size,
         )  # fmt: skip
         pooler = Pooler(params.pooling, len(prompt_ids)) if params.pooling else None
-        self._live[seq_id] = Live(sequence, output, state, pooler)
+        live = Live(sequence, output, state, pooler)
+        said: list[TokenEvent] = []
+        if begun is not None:
+            said = say_again(
+                live, begun, end_ids=self._tokenizer.eos_ids, vocab_size=self._vocab_size
+            )
+        if not (said and said[-1].is_last):
+            self._live[seq_id] = live
+            self._scheduler.add(sequence)
+        return said
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free what it holds; unknown and finished ones are left alone."""

@@ -136,10 +136,13 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that passed `check`."""
+        """Queue a sequence that passed `check`; one that was preempted elsewhere comes first."""
         if self._by_blocks and sequence.table.num_shared is None:
             sequence.table.num_shared = sequence.num_prompt_tokens
-        self._line.add(sequence)
+        if sequence.status is Status.PREEMPTED:
+            self._line.give_back(sequence)
+        else:
+            self._line.add(sequence)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take a finished or aborted sequence out and free its blocks; also while it waits.

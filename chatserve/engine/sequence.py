@@ -166,6 +166,20 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What another engine has said of a sequence that is to go on here.
+
+    `units`: the token ids of its events, one after the other; `logprobs` of each, empty where they
+    are not asked for. `num_cached_tokens` is what they told. `has_ended`: the last was its last.
+    """
+
+    units: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+    num_cached_tokens: int = 0
+    has_ended: bool = False
+
+
 @dataclass(slots=True)  # not frozen: that takes three times as long to make, at each token
 class TokenEvent:
     """What one step did for one sequence: it may have got several tokens.

@@ -19,6 +19,11 @@ from chatserve.errors import InvalidRequest
 REGISTER_PATH = "/control/register"
 HEARTBEAT_PATH = "/control/heartbeat"
 LEAVE_PATH = "/control/leave"
+RESUME_PATH = "/control/resume"
+MAX_RESUME_BYTES = 24 * 1024 * 1024
+"""A request of the largest size and a journal, both as text in JSON."""
+JOURNAL_HEADER = "X-Chatserve-Journal"
+"""Of a request: the controller keeps a journal of its stream. Of the answer: there is one."""
 NONCE_HEADER = "X-Chatserve-Nonce"
 MAX_NONCE_LEN = 64
 ADAPTER_KEY = "adapter"
@@ -111,6 +116,28 @@ class HeartbeatReply(ControlMessage):
 
 class Leave(ControlMessage):
     worker_id: WorkerId
+
+
+class JournalStart(ControlMessage):
+    """How a stream began: all that its request does not say of what comes next.
+
+    Lists have an entry for each prompt. `prompts` are digests of their token ids.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
+    created: Count
+    fingerprint: Text
+    prompts: list[str]
+    seeds: list[Annotated[int, Field(ge=-(2**63), lt=2**64)]]
+    max_tokens: list[Count]
+
+
+class ResumeRequest(ControlMessage):
+    """A stream to go on with: the request as the client sent it, and the blocks of the journal."""
+
+    path: Annotated[str, Field(max_length=100)]
+    body: str
+    journal: str
 
 
 Message = TypeVar("Message", bound=ControlMessage)

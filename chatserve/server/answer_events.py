@@ -19,6 +19,7 @@ from chatserve.server.choices import Choice, Piece, PlainChoice, choices_of
 from chatserve.server.contract import Tokenizer
 from chatserve.server.deltas import Delta, TextDelta
 from chatserve.server.generation import Generation
+from chatserve.server.journal import NO_JOURNAL, Journal
 
 logger = logging.getLogger(__name__)
 
@@ -48,41 +49,55 @@ def deltas_of(piece: Piece) -> Sequence[Delta]:
 
 def choice_of(generation: Generation, tokenizer: Tokenizer) -> Choice:
     """The only choice of a request."""
-    return next(iter(choices_of(generation.prepared, tokenizer)), PlainChoice())
+    return next(
+        iter(choices_of(generation.prepared, tokenizer, generation.request_id)), PlainChoice()
+    )
 
 
-async def events_of(
-    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation[Event]
-) -> AsyncGenerator[Iterable[Event]]:
-    """What each step of the engine adds, and the end. Raises what ended the answer otherwise."""
+async def _events_of(
+    generation: Generation, cancellation: Cancellation[Event]
+) -> AsyncGenerator[TokenEvent]:
+    """What the engine says, to its end or the one asked for. Raises what ended it otherwise."""
     async with aclosing(generation.events()) as events:
         while (item := await cancellation.wait_for(events)) is not None:
-            yield encoder.feed(choice.feed(item[1]), item[1])
-    yield cancellation.last if cancellation.is_asked else list(encoder.finish())
+            yield item[1]
 
 
 async def stream_answer(
-    generation: Generation, choice: Choice, encoder: Encoder, cancellation: Cancellation[Event]
+    generation: Generation,
+    choice: Choice,
+    encoder: Encoder,
+    cancellation: Cancellation[Event],
+    journal: Journal = NO_JOURNAL,
 ) -> AsyncGenerator[bytes]:
-    """The answer as frames, one write for each step; an error is its last event."""
-    yield frames(encoder.start())
+    """The answer as frames, one write for each step; an error is its last event.
+
+    What was said before is in `encoder` already, with a `journal` that goes on.
+    """
+    frames_of = journal.behind(lambda _, event: frames(encoder.feed(choice.feed(event), event)))
+    yield journal.begun(b"" if journal.is_resumed else frames(encoder.start()))
     try:
-        async with aclosing(events_of(generation, choice, encoder, cancellation)) as steps:
-            async for step in steps:
-                if data := frames(step):
+        async with aclosing(_events_of(generation, cancellation)) as events:
+            async for event in events:
+                if data := frames_of(0, event):
                     yield data
+        yield journal.ended(
+            frames(cancellation.last if cancellation.is_asked else encoder.finish())
+        )
     except ChatserveError as error:
-        yield frames(encoder.fail(error))
+        yield journal.failed(error, frames(encoder.fail(error)))
     except Exception as error:  # the status is out: the error can only be told inside the stream
         logger.exception("%s failed", generation.request_id)
-        yield frames(encoder.fail(error))
+        yield journal.failed(error, frames(encoder.fail(error)))
 
 
 async def fold_answer(generation: Generation, choice: Choice, encoder: Encoder) -> None:
     """The same without frames: what the answer has become is in `encoder`. Raises its error."""
-    async with aclosing(events_of(generation, choice, encoder, Cancellation())) as steps:
-        async for _ in steps:
-            pass
+    async with aclosing(generation.events()) as events:
+        async for _, event in events:
+            encoder.feed(choice.feed(event), event)
+    for _ in encoder.finish():
+        pass
 
 
 def frames(events: Iterable[Event]) -> bytes:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from chatserve.engine.output import ShownTokenBytes
 from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
+from chatserve.models.tool_format import ToolFormat
 from chatserve.server.contract import Tokenizer
 from chatserve.server.deltas import ReplyParser, TextDelta, ToolCallDelta
+from chatserve.server.derived_ids import call_ids
 from chatserve.server.logprobs import chat_logprobs, completion_logprobs
 from chatserve.server.preparation import Prepared, Prompt
 from chatserve.server.shown_tokens import Shown, ShownPrompt, ShownTokens
@@ -47,16 +50,14 @@ class Choice(Protocol):
     def feed(self, event: TokenEvent) -> Piece: ...
 
 
-def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
+def choices_of(prepared: Prepared, tokenizer: Tokenizer, answer_id: str) -> Sequence[Choice]:
     """One for each choice of a request; none at all where it wants nothing but text."""
     choices = _choices_of(prepared, tokenizer)
     if prepared.tool_format is not None:
         plain = choices or [PlainChoice()] * prepared.num_choices
         choices = [
-            CallingChoice(
-                each, ToolCallParser(prepared.tool_format, kinds=prepared.argument_kinds)
-            )
-            for each in plain
+            CallingChoice(each, _parser(prepared, prepared.tool_format, answer_id, choice))
+            for choice, each in enumerate(plain)
         ]
     if not prepared.returns_token_ids:
         return choices
@@ -68,6 +69,13 @@ def choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:
 def _prompt_ids(prepared: Prepared, index: int) -> Sequence[int] | None:
     """None for a chat: it has one prompt, which is told beside its choices."""
     return None if prepared.is_chat else prepared.prompts[index // prepared.num_choices].ids
+
+
+def _parser(
+    prepared: Prepared, tool_format: ToolFormat, answer_id: str, choice: int
+) -> ToolCallParser:
+    ids = call_ids(answer_id, choice, is_short=tool_format.short_ids)
+    return ToolCallParser(tool_format, partial(next, ids), kinds=prepared.argument_kinds)
 
 
 def _choices_of(prepared: Prepared, tokenizer: Tokenizer) -> Sequence[Choice]:

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.output import TokenBytes
 from chatserve.engine.rolling import Rolled
-from chatserve.engine.sequence import LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.sequence import Begun, LoadedAdapter, Pooling, SamplingParams, TokenEvent
 from chatserve.models.tool_format import ToolFormat
 
 ToolDefinitions = Sequence[Mapping[str, Any]]
@@ -63,7 +63,10 @@ class Engine(Protocol):
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
-    ) -> TokenStream: ...
+        begun: Begun | None = None,
+    ) -> TokenStream:
+        """With `begun`, the first events are those again: no queue refuses it."""
+        ...
 
 
 class Prompts(Protocol):

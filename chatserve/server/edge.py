@@ -29,6 +29,7 @@ from chatserve.errors import (
     UsageError,
 )
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
+from chatserve.protocol.control import MAX_RESUME_BYTES, RESUME_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
 from chatserve.server import request_id
 from chatserve.server.disconnect import log_left
@@ -244,7 +245,9 @@ class Edge:
             async with asyncio.timeout(BODY_TIMEOUT_S) as reading:
                 if is_counted:
                     self._readings.add(reading)
-                body = await self._read_body(headers, receive)
+                is_resumed = path == RESUME_PATH
+                limit = MAX_RESUME_BYTES if is_resumed else self._max_body_bytes
+                body = await self._read_body(headers, receive, limit)
         except TimeoutError:
             if self.is_draining:
                 raise _shutting_down() from None
@@ -272,10 +275,11 @@ class Edge:
 
     @staticmethod
     def _is_counted(path: str) -> bool:
-        return path not in OPEN_PATHS and not path.startswith(CONTROL_PREFIX)
+        return path == RESUME_PATH or not (path in OPEN_PATHS or path.startswith(CONTROL_PREFIX))
 
-    async def _read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
-        limit = self._max_body_bytes
+    async def _read_body(
+        self, headers: list[tuple[bytes, bytes]], receive: Receive, limit: int
+    ) -> bytes:
         declared = _values(headers, b"content-length")
         is_number = bool(declared) and declared[0].isascii() and declared[0].isdigit()
         if is_number and int(declared[0][:19]) > limit:

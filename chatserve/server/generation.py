@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from starlette.types import Receive
@@ -19,6 +19,7 @@ from chatserve.server.contract import Engine, TokenStream
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.preparation import Prepared
 from chatserve.server.request_id import current_request_id
+from chatserve.server.resumption import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,11 @@ class Generation:
         prepared: Prepared,
         salt: bytes = b"",
         receive: Receive | None = None,
+        resumption: Resumption | None = None,
     ) -> Generation:
         """`receive` tells when the client leaves: nothing is compiled for it then.
+
+        With a `resumption`, go through what was said before with `replay`.
 
         Raises `ClientDisconnect`.
         """
@@ -70,6 +74,7 @@ class Generation:
         try:
             for i, prompt in enumerate(prompts):
                 for choice in range(prepared.num_choices):
+                    index = i * prepared.num_choices + choice
                     stream = engine.submit(
                         request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         prompt.ids,
@@ -78,6 +83,7 @@ class Generation:
                         salt=salt,
                         adapter=prepared.adapter,
                         strip_leading_space=prepared.strip_leading_space,
+                        begun=resumption.begun.get(index) if resumption else None,
                     )
                     generation._streams.append(stream)
         except BaseException:
@@ -98,6 +104,24 @@ class Generation:
         """Prompt tokens from the prefix cache; the first choice of a prompt speaks for all."""
         first_choices = range(0, self.num_sequences, self.prepared.num_choices)
         return sum(self._num_cached_tokens.get(index, 0) for index in first_choices)
+
+    async def replay(
+        self, resumption: Resumption | None, feed: Callable[[int, TokenEvent], object]
+    ) -> None:
+        """Give `feed` the events of before, in their order; `events` has what comes next.
+
+        Raises `InvalidRequest` where they cannot have been; nothing is left running then.
+        """
+        try:
+            for index in resumption.order if resumption else ():
+                event = await anext(self._streams[index])
+                if event.error is not None:
+                    raise event.error
+                self._note(index, event)
+                feed(index, event)
+        except BaseException:
+            await self.aclose()
+            raise
 
     def events(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
         """All events in the order they come, each with the index of its choice.
@@ -146,6 +170,8 @@ class Generation:
             self._outcomes[index] = event.finish_reason or "error"
 
     async def _only(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
+        if self._outcomes:  # it had ended before it came here
+            return
         async for event in self._streams[0]:
             self._note(0, event)
             yield 0, event
@@ -156,9 +182,11 @@ class Generation:
     async def _merged(self) -> AsyncGenerator[tuple[int, TokenEvent]]:
         queue: asyncio.Queue[tuple[int, TokenEvent | Exception]] = asyncio.Queue(MAX_QUEUED_EVENTS)
         self._pumps = [
-            asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)
+            asyncio.create_task(_pump(i, stream, queue))
+            for i, stream in enumerate(self._streams)
+            if i not in self._outcomes
         ]
-        num_open = len(self._streams)
+        num_open = len(self._pumps)
         while num_open:
             index, event = await queue.get()
             if isinstance(event, Exception):

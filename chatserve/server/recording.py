@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from chatserve.engine.sequence import LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel, Stats, TokenStream
 from chatserve.server.replay_log import LoggedAnswer, ReplayLog
@@ -52,12 +52,13 @@ class RecordingEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        begun: Begun | None = None,
     ) -> TokenStream:
         if params.seed is None:
             params = replace(params, seed=self._seed_for(request_id))
         stream = self._engine.submit(
             request_id, prompt_ids, params, choice=choice, salt=salt, adapter=adapter,
-            strip_leading_space=strip_leading_space,
+            strip_leading_space=strip_leading_space, begun=begun,
         )  # fmt: skip
         if params.max_tokens == 0:
             return stream

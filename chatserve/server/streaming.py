@@ -22,6 +22,7 @@ from chatserve.server.choices import Choice, Piece, PlainChoice, finish_reason_o
 from chatserve.server.deltas import ToolCallDelta
 from chatserve.server.error_response import error_event
 from chatserve.server.generation import Generation
+from chatserve.server.journal import NO_JOURNAL, FrameOf, Journal
 from chatserve.server.truncation import dropped_usage
 
 logger = logging.getLogger(__name__)
@@ -176,32 +177,39 @@ def _prompt_token_ids(ids: Sequence[int] | None) -> dict[str, Any]:
 
 
 async def stream_frames(
-    generation: Generation, encoder: ChunkEncoder, choices: Sequence[Choice] = ()
+    generation: Generation,
+    encoder: ChunkEncoder,
+    choices: Sequence[Choice] = (),
+    journal: Journal = NO_JOURNAL,
 ) -> AsyncGenerator[bytes]:
     """The answer as SSE frames, one write per event; `choices` are for more than plain text.
 
     It ends with `[DONE]` when it is complete, with an error event when it is not.
     """
-    if first := b"".join(encoder.first(index) for index in range(generation.num_sequences)):
+    frame_of = journal.behind(_frame_maker(encoder, choices))
+    heads = range(0 if journal.is_resumed else generation.num_sequences)
+    if first := journal.begun(b"".join(map(encoder.first, heads))):
         yield first
     try:
         async with aclosing(generation.events()) as events:
             async for index, event in events:
-                if choices:
-                    frame = encoder.detailed(index, choices[index].feed(event))
-                else:
-                    frame = _text_frame(encoder, index, event)
-                if frame:
+                if frame := frame_of(index, event):
                     yield frame
     except ChatserveError as error:
-        yield error_event(error)
+        yield journal.failed(error, error_event(error))
         return
     except Exception as error:  # the status is out: the error can only be told inside the stream
         logger.exception("%s failed", generation.request_id)
-        yield error_event(error)
+        yield journal.failed(error, error_event(error))
         return
     tail = encoder.usage(usage_of(generation)) if generation.prepared.includes_usage else b""
-    yield tail + DONE_FRAME
+    yield journal.ended(tail + DONE_FRAME)
+
+
+def _frame_maker(encoder: ChunkEncoder, choices: Sequence[Choice]) -> FrameOf:
+    if choices:
+        return lambda index, event: encoder.detailed(index, choices[index].feed(event))
+    return partial(_text_frame, encoder)
 
 
 def _text_frame(encoder: ChunkEncoder, index: int, event: TokenEvent) -> bytes:

@@ -6,8 +6,6 @@ A complete server by itself. Knows no other worker and no dispatch; the process 
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
@@ -28,16 +26,20 @@ from chatserve.server.embedding_routes import EmbeddingRoutes
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.event_stream import EventStream
 from chatserve.server.generation import Generation
+from chatserve.server.journal import Journal
 from chatserve.server.json_response import json_response
 from chatserve.server.leniency import Lenient
 from chatserve.server.message_routes import MessageRoutes
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi import document
+from chatserve.server.opening import open_answer
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_routes import ResponseRoutes
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.resume_routes import GoOn, ResumeRoutes
+from chatserve.server.resumption import Resumption
 from chatserve.server.streaming import ReplyHead, chunk_encoder, fold, stream_frames
 from chatserve.server.token_routes import TokenRoutes
 from chatserve.server.truncation import dropped_headers
@@ -91,7 +93,8 @@ def create_slot_app(
         lifespan=lambda _app: pool.open(), redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    WorkerRoutes(slot, control_token, ping_interval_s, pool).add_to(app)
+    worker = WorkerRoutes(slot, control_token, ping_interval_s, pool)
+    worker.add_to(app)
     TokenRoutes(slot, pool).add_to(app)
     EmbeddingRoutes(slot, pool, control_token).add_to(app)
     MessageRoutes(slot, pool, control_token, ping_interval_s).add_to(app)
@@ -104,6 +107,11 @@ def create_slot_app(
     adapters.add_to(app)
     if control_token is not None:
         adapters.add_for_controller(app)
+        streams: dict[str, GoOn] = {
+            "/v1/chat/completions": worker.go_on_with_chat,
+            "/v1/completions": worker.go_on_with_completion,
+        }
+        ResumeRoutes(streams, pool).add_to(app)
     document.add_to(app)
     install_error_handlers(app)
     return Edge(Lenient(app) if is_lenient else app, policy or AccessPolicy())
@@ -134,10 +142,20 @@ class WorkerRoutes:
         app.add_api_route("/health/decode", self.decode)
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, prepare_chat, "chatcmpl-")
+        return await self.go_on_with_chat(request, await request.body())
 
     async def complete(self, request: Request) -> Response:
-        return await self._answer(request, prepare_completion, "cmpl-")
+        return await self.go_on_with_completion(request, await request.body())
+
+    async def go_on_with_chat(
+        self, request: Request, body: bytes, resumption: Resumption | None = None
+    ) -> Response:
+        return await self._answer(request, body, prepare_chat, "chatcmpl-", resumption)
+
+    async def go_on_with_completion(
+        self, request: Request, body: bytes, resumption: Resumption | None = None
+    ) -> Response:
+        return await self._answer(request, body, prepare_completion, "cmpl-", resumption)
 
     async def models(self) -> Response:
         cards = [card.to_openai() for card in self._slot.cards()]
@@ -189,24 +207,41 @@ class WorkerRoutes:
         }
         return json_response(reply, 200 if is_decoding else 503)
 
-    async def _answer(self, request: Request, prepare: Prepare, prefix: str) -> Response:
+    async def _answer(
+        self,
+        request: Request,
+        body: bytes,
+        prepare: Prepare,
+        prefix: str,
+        resumption: Resumption | None,
+    ) -> Response:
         engine, model = self._slot.served()
-        body = await request.body()
         prepared = await self._pool.run(prepare, body, model)
-        request_id = (ID_PREFIX if prepared.is_replay else prefix) + uuid.uuid4().hex
+        opening = open_answer(
+            ID_PREFIX if prepared.is_replay else prefix, prepared,
+            fingerprint_of(model, prepared.adapter), engine, request.headers,
+            self._control_token, resumption,
+        )  # fmt: skip
+        prepared = opening.prepared
         head = ReplyHead(
-            request_id, int(time.time()), prepared.model,
-            fingerprint_of(model, prepared.adapter), prepared.is_chat,
+            opening.request_id, opening.created, prepared.model, opening.fingerprint,
+            prepared.is_chat,
         )  # fmt: skip
         salt = salt_of(request.headers, self._control_token)
         headers = dropped_headers(prepared.rolled)
-        generation = await Generation.submit(engine, request_id, prepared, salt, request.receive)
+        generation = await Generation.submit(
+            engine, opening.request_id, prepared, salt, request.receive, resumption
+        )
+        choices = choices_of(prepared, model.tokenizer, opening.request_id)
         if prepared.is_stream:
-            stream = self._stream(generation, head, choices_of(prepared, model.tokenizer))
+            await generation.replay(
+                resumption, lambda index, event: choices and choices[index].feed(event)
+            )
+            stream = self._stream(generation, head, choices, opening.journal)
             stream.headers.update(headers)
             return stream
         try:
-            answer = fold(generation, head, choices_of(prepared, model.tokenizer))
+            answer = fold(generation, head, choices)
             response = json_response(await until_disconnect(request.receive, answer))
             response.headers.update(headers)
             return response
@@ -217,10 +252,12 @@ class WorkerRoutes:
             generation.log_summary()
 
     def _stream(
-        self, generation: Generation, head: ReplyHead, choices: Sequence[Choice]
+        self, generation: Generation, head: ReplyHead, choices: Sequence[Choice], journal: Journal
     ) -> EventStream:
-        frames = stream_frames(generation, chunk_encoder(generation, head), choices)
-        return EventStream(generation, frames, self._ping_interval_s)
+        frames = stream_frames(generation, chunk_encoder(generation, head), choices, journal)
+        stream = EventStream(generation, frames, self._ping_interval_s)
+        stream.headers.update(journal.headers)
+        return stream
 
 
 if __name__ == "__main__":

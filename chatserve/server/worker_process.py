@@ -138,7 +138,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
 def _policy(config: WorkerConfig, token: str | None) -> AccessPolicy:
     """Behind a controller only its token opens; alone, the rules of a controller hold."""
     if token is not None:
-        return AccessPolicy.build(config.host, api_keys=(token,))
+        return AccessPolicy.build(config.host, api_keys=(token,), control_token=token)
     keys = environment.api_keys(None)
     check_exposure(config.host, has_key=bool(keys))
     return AccessPolicy.build(config.host, api_keys=keys)

@@ -190,7 +190,7 @@ def told_as_bytes(tool_format: ToolFormat, text: str) -> list[dict[str, Any]]:
         "m", (Prompt((1,), params),), 1, True, True, False, False, shows_logprobs=True,
         tool_format=tool_format,
     )  # fmt: skip
-    [choice] = choices_of(prepared, FakeTokenizer())
+    [choice] = choices_of(prepared, FakeTokenizer(), "id")
     said = encoder(shows_logprobs=True)
     for number, byte in enumerate(text.encode(), 1):
         event = TokenEvent(

@@ -50,7 +50,7 @@ def frames_of(engine: FakeEngine, **shape: Any) -> list[bytes]:
         request = prepared(**shape)
         generation = await Generation.submit(engine, "id-1", request)
         encoder = chunk_encoder(generation, head(request.is_chat))
-        choices = choices_of(request, FakeTokenizer())
+        choices = choices_of(request, FakeTokenizer(), "id")
         try:
             return [frame async for frame in stream_frames(generation, encoder, choices)]
         finally:
@@ -64,7 +64,7 @@ def folded(engine: FakeEngine, **shape: Any) -> dict[str, Any]:
         request = prepared(**shape)
         generation = await Generation.submit(engine, "id-1", request)
         try:
-            choices = choices_of(request, FakeTokenizer())
+            choices = choices_of(request, FakeTokenizer(), "id")
             return await fold(generation, head(request.is_chat), choices)
         finally:
             await generation.aclose()

@@ -40,7 +40,7 @@ def spec_of(**fields: Any) -> tuple[str, str, bool]:
 def test_tools_are_shown_and_answers_are_read() -> None:
     prepared = chat(tools=TOOLS, n=3)
     assert prompt_of(prepared) == "<f><g><user>x" and prepared.tool_format is TAGS
-    choices = choices_of(prepared, FakeModel().tokenizer)
+    choices = choices_of(prepared, FakeModel().tokenizer, "id")
     assert len({id(choice) for choice in choices}) == 3
     assert all(isinstance(choice, CallingChoice) for choice in choices)
 
@@ -51,7 +51,7 @@ def test_tools_that_are_hidden_cost_nothing() -> None:
         prepared = chat(**fields)
         assert prompt_of(prepared) == "<user>x" and prepared.tool_format is None
         assert prepared.compile_grammar is None
-        assert not choices_of(prepared, FakeModel().tokenizer)
+        assert not choices_of(prepared, FakeModel().tokenizer, "id")
 
 
 def test_some_of_the_tools_are_allowed_all_are_shown() -> None:
