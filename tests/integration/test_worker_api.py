@@ -497,7 +497,7 @@ def test_a_drain_says_for_what_and_how_long_it_waits(
 
         server.call(drain())
         for sock in socks:
-            assert b"HTTP/1.1 500" in read_all(sock)
+            assert b"HTTP/1.1 503" in read_all(sock)
     told = [record.message for record in caplog.records if "waiting" in record.message]
     assert told == [f"waiting up to 30 s for {words} finish; Ctrl-C once more stops at once"]
 
