@@ -32,6 +32,7 @@ from chatserve.errors import (
     OutOfMemory,
     UnsupportedParameter,
 )
+from chatserve.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ def _event(text: _Text, states: torch.Tensor) -> TokenEvent:
 
 
 def _failure(text: _Text, error: Exception) -> TokenEvent:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         error = OutOfMemory("the device ran out of memory over this text; send a shorter one")
     elif not isinstance(error, ChatserveError):
         logger.error("text %s failed: %s", text.seq_id, error, exc_info=error)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from chatserve.engine.block_manager import BLOCK_SIZE, BlockManager, BlockTable
+from chatserve.engine.faults import Faults, told
 from chatserve.engine.masks import Failures, Masks
 from chatserve.engine.output import OutputText, ShownTokenBytes, TokenBytes
 from chatserve.engine.pooling import Pooler
@@ -33,7 +34,10 @@ from chatserve.engine.speaker import Scores, Speaker
 from chatserve.engine.speculation import Drafter
 from chatserve.engine.turn import Live, Turn
 from chatserve.engine.waiting_line import Priority
-from chatserve.errors import ChatserveError, GenerationFailed, InvalidRequest, OutOfMemory
+from chatserve.errors import (
+    GenerationFailed,
+    InvalidRequest,
+)
 from chatserve.models.batch import Model
 
 logger = logging.getLogger(__name__)
@@ -84,6 +88,7 @@ class Engine:
             num_warm_blocks=None if num_warm_tokens is None else num_warm_tokens // block_size,
         )
         self._runner = Runner(model, self._blocks.num_blocks, block_size)
+        self._faults = Faults(self._blocks, self._runner)
         self._vocab_size = model.vocab_size
         # a tokenizer may know padding that the model has no row for
         forbidden_ids = sorted(id_ for id_ in tokenizer.forbidden_ids if id_ < model.vocab_size)
@@ -243,8 +248,15 @@ class Engine:
         """Run one batch. Returns an event for each sequence that got a token, ended or failed.
 
         A fault in the model fails only the sequences whose own retry fails too. A device that is
-        lost raises: no retry can help, the process has to be replaced.
+        lost raises, and so do several faults in a row where the engine cannot do a thing by itself
+        either: no retry can help, the process has to be replaced.
         """
+        events = self._step()
+        if self._faults.num_in_a_row:
+            self._faults.judge(events)
+        return events
+
+    def _step(self) -> list[TokenEvent]:
         plan = self._scheduler.schedule()
         batch = plan.items
         if not batch:
@@ -370,17 +382,10 @@ class Engine:
         del self._live[sequence.seq_id]
         # whatever spoiled its numbers may be in what it has stored
         self._scheduler.remove(sequence, forget=True)
-        if isinstance(error, torch.OutOfMemoryError):
-            error = OutOfMemory(
-                "the device ran out of memory while it generated this answer; "
-                "shorten the conversation or ask for fewer max_tokens"
-            )
-        elif not isinstance(error, ChatserveError):
-            logger.error("sequence %s failed: %s", sequence.seq_id, error, exc_info=error)
-            error = GenerationFailed(f"the engine failed on this request: {type(error).__name__}")
+        self._faults.note(error)
         return TokenEvent(
             seq_id=sequence.seq_id,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_generated_tokens=sequence.num_generated_tokens,
-            error=error,
+            error=told(sequence.seq_id, error),
         )

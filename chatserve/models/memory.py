@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from typing import TYPE_CHECKING
+
+from chatserve.errors import DoesNotFit, OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +16,11 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
 _MOST = 1 << 60
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+    "out of memory", "bad_alloc", "Cannot allocate memory", "can't start new thread",
+    "failed to map segment",
+)  # fmt: skip
 
 
 def available_bytes(device: torch.device) -> int:
@@ -58,6 +66,23 @@ def _address_space_left() -> int:
     with open("/proc/self/statm", encoding="ascii") as line:
         used = int(line.read().split()[0]) * resource.getpagesize()
     return max(0, limit - used)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is how Python, PyTorch or the system says that there is no memory left.
+
+    PyTorch has a class for it on CUDA only; elsewhere it is in the words.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | DoesNotFit | OutOfMemory | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(
+        each in words for each in _OUT_OF_MEMORY
+    )
 
 
 def in_gb(num_bytes: int) -> str:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from chatserve.engine.engine import Engine
+from chatserve.engine.faults import Faults
 from chatserve.engine.sequence import SamplingParams, TokenEvent
-from chatserve.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, OutOfMemory
+from chatserve.errors import (
+    ContextLengthExceeded,
+    DoesNotFit,
+    EngineStopped,
+    GenerationFailed,
+    InvalidRequest,
+    OutOfMemory,
+)
 from tests import tiny
 from tests.unit.engine.scripted import (
     GREEDY,
@@ -168,3 +180,76 @@ def test_a_prompt_the_model_cannot_read_is_refused(prompt: list[int]) -> None:
     with pytest.raises(InvalidRequest):
         engine.add("a", prompt, GREEDY)
     assert not engine.has_work
+
+
+def fail(error: Exception) -> Callable[..., torch.Tensor]:
+    def forward(*_: object) -> torch.Tensor:
+        raise error
+
+    return forward
+
+
+NO_MEMORY = [
+    MemoryError(),
+    DoesNotFit("no memory for the kernels' buffers"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_whoever_finds_no_memory_is_told_so_and_its_neighbours_go_on(error: Exception) -> None:
+    engine, model = scripted_engine("Hello")
+    model.failures[0] = error
+    events = generate(engine, a=GREEDY, b=GREEDY)
+    assert isinstance(events["a"][-1].error, OutOfMemory)
+    assert text(events["b"]) == "Hello"
+
+
+def test_a_request_that_fails_each_time_it_comes_costs_nobody_the_engine() -> None:
+    """Three faults in a row, and more: the engine tries itself out and finds nothing wrong."""
+    engine, model = scripted_engine("Hello")
+    model.failures[1] = RuntimeError("a prompt that no network can read")
+    model.nan_first_ids.add(2)
+    for number in range(5):
+        for first_id in (1, 2):
+            engine.add(f"{first_id}.{number}", [first_id, 1, 2, 3], GREEDY)
+            [event] = engine.step()
+            assert isinstance(event.error, GenerationFailed)
+    assert engine.num_free_kv_tokens == NUM_KV_TOKENS
+    assert text(generate(engine, a=GREEDY)["a"]) == "Hello"
+
+
+@pytest.mark.parametrize("num_at_once", [1, 8])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        fail(RuntimeError("driver lost")),
+        fail(MemoryError()),
+        lambda batch, _: torch.full((len(batch.output_rows), tiny.VOCAB_SIZE), torch.nan),
+    ],
+    ids=["raises", "no memory", "NaN"],
+)
+def test_an_engine_that_fails_at_whatever_it_is_given_is_replaced(
+    forward: Callable[..., torch.Tensor], num_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = scripted_engine("Hello")
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(EngineStopped):
+        for number in range(3):
+            for each in range(num_at_once):
+                engine.add(f"{number}.{each}", [0, 1, 2, 3], GREEDY)
+            events = engine.step()
+            assert all(event.error is not None for event in events)
+    assert num_at_once == 1 or number == 0
+
+
+def test_a_token_between_faults_is_a_new_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, model = scripted_engine("Hello")
+    engine.add("good", [0, 1, 2, 3], replace(GREEDY, ignore_eos=True))
+    model.failures[1] = RuntimeError("boom")
+    monkeypatch.setattr(Faults, "_try_out", fail(AssertionError("nothing is wrong with it")))
+    for number in range(6):
+        engine.add(str(number), [1, 1, 2, 3], GREEDY)
+        assert len(engine.step()) == 2
