@@ -34,7 +34,11 @@ from chatserve.server.registry import Worker, WorkerRegistry
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 300.0  # a large adapter from a slow disk
+TIMEOUT_S = 300.0
+"""For a large adapter from a slow disk, of a worker that goes on beating; one that is lost, ejected
+or stalled is not waited for."""
+LOOK_S = 0.5
+"""How often that is looked at."""
 MAX_REPLY_BYTES = 1 << 20
 
 Replies = Mapping[str, Response]
@@ -139,17 +143,16 @@ class AdapterDispatch:
 
     async def _put_right(self, worker: Worker, key: Key, belief: Belief) -> Response:
         """What the worker says to its loading, replacing or unloading one adapter."""
-        url = worker.base_url
         if belief.asked is None:
             gone = UnloadAdapter(lora_name=adapted_name(*key))
-            return await self._tell(url, UNLOAD_PATH, gone.to_json())
+            return await self._ask_one(worker, UNLOAD_PATH, gone.to_json())
         asked = belief.asked.model_copy(update={"load_inplace": True})
-        staged = await self._tell(url, STAGE_PATH, asked.to_json())
+        staged = await self._ask_one(worker, STAGE_PATH, asked.to_json())
         if staged.status_code != 200:
             return staged
         if _fingerprint(staged) == belief.fingerprint:
-            return await self._tell(url, SETTLE_PATH, _settled(asked, True))
-        await self._tell(url, SETTLE_PATH, _settled(asked, False))
+            return await self._ask_one(worker, SETTLE_PATH, _settled(asked, True))
+        await self._ask_one(worker, SETTLE_PATH, _settled(asked, False))
         return error_response(
             AdapterRefused(
                 f"{asked.lora_path} has changed since the others loaded it; load it again"
@@ -186,8 +189,23 @@ class AdapterDispatch:
 
     async def _ask(self, workers: Iterable[Worker], path: str, body: bytes) -> Replies:
         workers = list(workers)
-        replies = await asyncio.gather(*(self._tell(each.base_url, path, body) for each in workers))
+        replies = await asyncio.gather(*(self._ask_one(each, path, body) for each in workers))
         return {each.worker_id: reply for each, reply in zip(workers, replies, strict=True)}
+
+    async def _ask_one(self, worker: Worker, path: str, body: bytes) -> Response:
+        """What `worker` says for as long as it is there: a silent one must hold up no others."""
+        telling = asyncio.create_task(self._tell(worker.base_url, path, body))
+        try:
+            while not telling.done():
+                await asyncio.wait({telling}, timeout=LOOK_S)
+                if not telling.done() and not self._is_there(worker):
+                    return _lost("it was lost meanwhile")
+            return await telling
+        finally:
+            telling.cancel()
+
+    def _is_there(self, worker: Worker) -> bool:
+        return worker in self._registry.ready(base_of(worker.status))
 
     async def _tell(self, url: str, path: str, body: bytes) -> Response:
         """What the worker at `url` says; that it says nothing is an answer, too."""
@@ -200,13 +218,12 @@ class AdapterDispatch:
             ):
                 content = await reply.content.read(MAX_REPLY_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return error_response(
-                WorkerLost(
-                    f"a worker did not answer ({str(error) or type(error).__name__}); send the "
-                    "request again"
-                )
-            )
+            return _lost(str(error) or type(error).__name__)
         return Response(content, reply.status, media_type=JSON_TYPE)
+
+
+def _lost(why: str) -> Response:
+    return error_response(WorkerLost(f"a worker did not answer ({why}); send the request again"))
 
 
 def _settled(asked: LoadAdapter, is_wanted: bool) -> bytes:

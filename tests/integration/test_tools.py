@@ -18,8 +18,10 @@ from openai.types.chat.chat_completion import Choice
 from tokenizers import AddedToken, Tokenizer
 
 from chatserve.config import WorkerConfig
+from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.serving import load
 from chatserve.grammar.compiler import GrammarCompiler
+from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.server.edge import Edge
 from chatserve.server.worker import create_worker_app
 from tests import tiny
@@ -52,11 +54,16 @@ JSON_OR_CALL: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema
 
 
 @contextmanager
-def worker(weights: Path) -> Iterator[str]:
+def worker(weights: Path, template: str | None = None) -> Iterator[str]:
+    """A worker; `template`: in the place of the weights' own."""
     config = WorkerConfig(
         weights=str(weights), device="cpu", model_names=("m",), max_num_seqs=8, context_length=4096
     )
     engine, model = load(config)
+    if template is not None:
+        own = JinjaTemplate("own", template, model.tokenizer.special_tokens, model.tokenizer.names)
+        prompts = PromptBuilder(model.tokenizer, own, model.context_length)
+        model = replace(model, prompts=prompts)
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
 
     def build() -> Edge:

@@ -14,7 +14,7 @@ from chatserve.protocol.adapters import SETTLE_PATH, STAGE_PATH, UNLOAD_PATH, Lo
 from chatserve.server import adapter_beliefs, adapter_dispatch
 from chatserve.server.adapter_beliefs import AdapterBeliefs
 from chatserve.server.adapter_dispatch import AdapterDispatch
-from chatserve.server.registry import WorkerRegistry
+from chatserve.server.registry import Worker, WorkerRegistry
 from tests.fakes import FakeClock
 from tests.unit.server.test_adapter_changes import (
     WAIT_S,
@@ -185,6 +185,110 @@ def test_a_worker_that_says_nothing_is_lost(
     assert reply.status_code == 502 and b"a worker did not answer" in bytes(reply.body)
     # the token goes nowhere else
     assert all(options["allow_redirects"] is False for options in session.asked)
+
+
+EXPIRY_S, STALL_S = 10.0, 30.0
+
+
+async def looked_at(dispatch: AdapterDispatch, count: int = 3) -> None:
+    """Until it has been seen `count` times whether a worker is still there."""
+    looks: asyncio.Queue[None] = asyncio.Queue()
+    look = AdapterDispatch._is_there
+
+    def noted(worker: Worker) -> bool:
+        looks.put_nowait(None)
+        return look(dispatch, worker)
+
+    dispatch._is_there = noted  # type: ignore[method-assign]
+    for _ in range(count):
+        await asyncio.wait_for(looks.get(), WAIT_S)
+
+
+@pytest.fixture
+def look_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_dispatch, "LOOK_S", 0.01)
+
+
+@pytest.mark.usefixtures("look_soon")
+@pytest.mark.parametrize("how", ["silent", "ejected", "stalled", "leaves"])
+@pytest.mark.parametrize("when", [STAGE_PATH, SETTLE_PATH])
+def test_a_worker_that_is_lost_holds_up_no_change(how: str, when: str) -> None:
+    """It is taken for lost by its heartbeats, long before a large adapter would be."""
+
+    async def main() -> None:
+        clock = FakeClock()
+        dispatch = dispatch_of(1, 2, clock=clock)
+        loading = asyncio.create_task(dispatch.load(asking(lora_name="sql", lora_path="x")))
+        if when == SETTLE_PATH:
+            await dispatch.answer(1, STAGE_PATH)
+            await dispatch.answer(2, STAGE_PATH)
+        await dispatch.answer(1, when)
+        told = await asyncio.wait_for(dispatch.told.get(), WAIT_S)
+        assert told.worker == "2"
+        await looked_at(dispatch)
+        assert not loading.done(), "it still beats"
+        if how == "silent":
+            clock.advance(EXPIRY_S - 1)
+            dispatch.beat(1)
+            clock.advance(2)
+        elif how == "ejected":
+            dispatch.registry.eject("w2")
+        elif how == "stalled":
+            for _ in range(5):
+                clock.advance(STALL_S / 4)
+                dispatch.beat(1)
+                busy = status_of({}).model_copy(update={"num_running": 1})
+                dispatch.registry.heartbeat("w2", busy)
+        else:
+            dispatch.registry.leave("w2")
+        if when == STAGE_PATH:
+            await dispatch.answer(1, SETTLE_PATH)  # w1 lets go of it
+            reply = await asyncio.wait_for(loading, WAIT_S)
+            assert reply.status_code == 502 and b"it was lost meanwhile" in bytes(reply.body)
+        else:
+            assert (await asyncio.wait_for(loading, WAIT_S)).status_code == 200
+        assert told.answer.cancelled(), "nobody listens any more"
+        # and the next change is one of w1 alone
+        dispatch.registry.leave("w2")
+        await dispatch.loaded(1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("look_soon")
+def test_a_worker_that_loads_for_long_and_beats_is_waited_for() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        dispatch = dispatch_of(1, clock=clock)
+        loading = asyncio.create_task(dispatch.load(asking(lora_name="sql", lora_path="x")))
+        told = await asyncio.wait_for(dispatch.told.get(), WAIT_S)
+        for _ in range(20):
+            clock.advance(EXPIRY_S - 1)
+            dispatch.beat(1)
+            await looked_at(dispatch, 1)
+        assert not loading.done()
+        told.answer.set_result((200, "ad_x"))
+        await dispatch.answer(1, SETTLE_PATH)
+        assert (await asyncio.wait_for(loading, WAIT_S)).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("look_soon")
+def test_a_new_worker_that_falls_silent_while_it_is_put_right_holds_up_no_change() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        dispatch = dispatch_of(1, clock=clock)
+        await dispatch.loaded(1)
+        dispatch.add(2)
+        told = await asyncio.wait_for(dispatch.told.get(), WAIT_S)
+        assert told.worker == "2"
+        clock.advance(EXPIRY_S - 1)
+        dispatch.beat(1, sql="ad_x")
+        clock.advance(2)
+        await dispatch.unloaded(1)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"[]", b"5", b'{"error": "x"}', b'{"error": []}'])
