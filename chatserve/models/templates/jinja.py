@@ -69,7 +69,22 @@ class JinjaTemplate:
     def render(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> Rendered:
-        turns = [self._turn(message) for message in messages]
+        try:
+            return self._render(messages, add_generation_prompt, has_text_arguments=False)
+        except InvalidRequest:
+            if not any(getattr(message, "tool_calls", ()) for message in messages):
+                raise
+            # DeepSeek's templates put arguments together as texts
+            return self._render(messages, add_generation_prompt, has_text_arguments=True)
+
+    def _render(
+        self,
+        messages: Sequence[ChatMessage],
+        add_generation_prompt: bool,
+        *,
+        has_text_arguments: bool,
+    ) -> Rendered:
+        turns = [self._turn(message, has_text_arguments) for message in messages]
         # all texts, those of tools and calls without escapes that could hide a character
         written = json.dumps([turns, self._tools], ensure_ascii=False)
         sentinel = self._absent_character(written)
@@ -87,7 +102,7 @@ class JinjaTemplate:
             if (clean := part.replace(sentinel, ""))
         ]
 
-    def _turn(self, message: ChatMessage) -> dict[str, Any]:
+    def _turn(self, message: ChatMessage, has_text_arguments: bool) -> dict[str, Any]:
         """A message as templates know it; fields of tools only where there are any."""
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
         if calls := getattr(message, "tool_calls", ()):
@@ -95,7 +110,12 @@ class JinjaTemplate:
                 {
                     "type": "function",
                     "id": self._call_id(call.call_id),
-                    "function": {"name": call.name, "arguments": call.arguments},
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(call.arguments, ensure_ascii=False)
+                        if has_text_arguments
+                        else call.arguments,
+                    },
                 }
                 for call in calls
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatserve.engine.output import Detokenizer, OutputText, StopMatcher
+from chatserve.engine.output import Detokenizer, OutputText, ShownTokenBytes, StopMatcher
 
 
 class Bytes:
@@ -37,6 +37,12 @@ def test_any_text_cut_anywhere_comes_out_whole_and_without_replacement(
     parts = [detokenizer.add(index) for index in range(len(pieces))]
     assert "".join(parts) == text
     assert all(text.count("\ufffd") >= part.count("\ufffd") for part in parts)
+
+
+def test_special_tokens_are_shown_where_that_is_wanted() -> None:
+    tokens = ShownTokenBytes(Bytes(b"a", b"", b""), {1: "[CALL]"})
+    output = OutputText(tokens, ("]b",))
+    assert [output.add(index)[0] for index in (0, 1, 2, 0)] == ["a", "[CALL", "", "]a"]
 
 
 def test_half_an_emoji_is_withheld_until_it_is_whole() -> None:
