@@ -1,6 +1,7 @@
 """A client's own items in an input that begins with those of an earlier response.
 
-What is wrong with the input is told by the places that the client knows. Knows no store.
+What is wrong with the input, and what of it gave way, is told by the places that the client knows.
+Knows no store.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import orjson
 from starlette.responses import Response
 
 from chatserve.protocol.field_names import errors_renamed
+from chatserve.server.truncation import MESSAGES_HEADER, in_ranges, out_of_ranges
 
 _ITEM = re.compile(r"input\[(\d+)\]")
 
@@ -38,6 +40,17 @@ class OwnItems:
     def in_errors(self) -> Iterator[None]:
         with errors_renamed(self.name_of):
             yield
+
+    def in_headers(self, answer: Response) -> None:
+        """Of items that gave way, the client's own; how many tokens all were is told beside it."""
+        told = answer.headers.get(MESSAGES_HEADER)
+        if told is None or not self.num_before:
+            return
+        own = [place - self.num_before for place in out_of_ranges(told) if place >= self.num_before]
+        if own:
+            answer.headers[MESSAGES_HEADER] = in_ranges(own)
+        else:
+            del answer.headers[MESSAGES_HEADER]
 
     def in_answer(self, answer: Response) -> Response:
         """The same, where the error has become an answer elsewhere."""

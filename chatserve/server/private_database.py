@@ -159,18 +159,32 @@ class PrivateDatabase:
         return connection
 
 
-def prune(connection: sqlite3.Connection, table: str, max_rows: int, max_bytes: int) -> None:
-    """Let the oldest rows of `table` go, by `place`, until `num_bytes` and number are in bounds."""
+def prune(
+    connection: sqlite3.Connection,
+    table: str,
+    max_rows: int,
+    max_bytes: int,
+    *,
+    owner: bytes | None = None,
+) -> None:
+    """Let the oldest rows of `table` go, by `place`, until `num_bytes` and number are in bounds.
+
+    `owner`: only those of one, who is named in the column of that name.
+    """
+    which, values = ("", ()) if owner is None else ("WHERE owner = ?", (owner,))
     num_rows, num_bytes = connection.execute(
-        f"SELECT count(*), total(num_bytes) FROM {table}"
+        f"SELECT count(*), total(num_bytes) FROM {table} {which}", values
     ).fetchone()
     last = None
-    for place, size in connection.execute(f"SELECT place, num_bytes FROM {table} ORDER BY place"):
+    for place, size in connection.execute(
+        f"SELECT place, num_bytes FROM {table} {which} ORDER BY place", values
+    ):
         if num_rows <= max_rows and num_bytes <= max_bytes:
             break
         num_rows, num_bytes, last = num_rows - 1, num_bytes - size, place
     if last is not None:
-        connection.execute(f"DELETE FROM {table} WHERE place <= ?", (last,))
+        which = f"{which} AND" if which else "WHERE"
+        connection.execute(f"DELETE FROM {table} {which} place <= ?", (*values, last))
 
 
 def _reason(error: sqlite3.Error | OSError) -> str:

@@ -37,7 +37,7 @@ from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.cache_salt import given_key
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.error_response import no_route
-from chatserve.server.json_response import json_response
+from chatserve.server.json_response import JSON_TYPE, json_response
 from chatserve.server.own_items import OwnItems
 from chatserve.server.response_store import KeptResponse, ResponseStore
 
@@ -78,13 +78,14 @@ class _Asked:
 
 
 class _Running:
-    """A stream on its way out: whose, the items that it answers, and how it began."""
+    """A stream on its way out: whose, the items that it answers, and how it began, as JSON."""
 
     def __init__(self, owner: bytes, items: list[Any] | None, stream: Response) -> None:
         self.owner = owner
         self.items = items
         self.stream = stream
-        self.response: dict[str, Any] = {}
+        self.id = ""
+        self.response = b""
 
 
 class ResponseDoor:
@@ -115,6 +116,7 @@ class ResponseDoor:
                 answered = await self._backend.respond(request, asked.body, asked.model)
         except ClientDisconnect:
             return nobody_listens(request)
+        asked.own.in_headers(answered)
         if answered.headers.get("content-type", "").startswith("text/event-stream"):
             return _WatchedStream(self, _Running(owner, asked.items, answered))
         if answered.status_code == 200:
@@ -130,7 +132,7 @@ class ResponseDoor:
         owner = owner_of(request.headers)
         running = self._running.get(response_id)
         if running is not None and running.owner == owner:
-            return json_response(running.response)
+            return Response(running.response, media_type=JSON_TYPE)
         return json_response((await self._find(owner, response_id)).response)
 
     async def delete(self, request: Request, response_id: str) -> Response:
@@ -234,19 +236,23 @@ class ResponseDoor:
         except StorageFailed as error:
             logger.warning("a response is not kept: %s", error)
 
-    def begin(self, running: _Running, body: bytes) -> None:
+    async def begin(self, running: _Running, body: bytes) -> None:
         with _cut_short():
-            running.response = orjson.loads(body)["response"]
-            self._running[running.response["id"]] = running
+            # it has the request's instructions and tools, which may be megabytes
+            is_short = len(body) <= MAX_INLINE_BODY_BYTES
+            running.id, running.response = (
+                _response_in(body) if is_short else await _in_thread(_response_in, body)
+            )
+            self._running[running.id] = running
 
     async def end(self, running: _Running, body: bytes) -> None:
         with _cut_short():
-            response = await _in_thread(_response_in, body)
+            _, response = await _in_thread(_response_in, body)
             await self._keep(running.owner, running.items, response)
         self.forget(running)
 
     def forget(self, running: _Running) -> None:
-        self._running.pop(running.response.get("id", ""), None)
+        self._running.pop(running.id, None)
 
 
 class _WatchedStream(Response):
@@ -266,7 +272,7 @@ class _WatchedStream(Response):
             data = message.get("body")
             if data:
                 if (first := self._first.feed(data)) is not None:
-                    self._door.begin(self._running, first)
+                    await self._door.begin(self._running, first)
                 if (last := self._last.feed(data)) is not None:
                     await self._door.end(self._running, last)
             await send(message)
@@ -314,8 +320,10 @@ def _cut_short() -> Iterator[None]:
         logger.warning("a response ended inside an event; it is not kept")
 
 
-def _response_in(event: bytes) -> bytes:
-    return orjson.dumps(orjson.loads(event)["response"])
+def _response_in(event: bytes) -> tuple[str, bytes]:
+    """Its id, and all of it as JSON."""
+    response = orjson.loads(event)["response"]
+    return response["id"], orjson.dumps(response)
 
 
 def _add(store: ResponseStore, owner: bytes, items: Iterable[Any], body: bytes) -> None:

@@ -1,13 +1,16 @@
 """Responses that are kept so that others can go on from them: one SQLite file, bounded, private.
 
 Whose a response is, is a hash of the API key; nobody sees another one's. The oldest go when there
-are too many, when they are too large together, or when they are too old. Knows no HTTP.
+are too many, when they are too large together, or when they are too old. There are bounds for each
+key and for all together; where all are too much, those go of the key that has the most, so that no
+key pushes out what others have kept. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 * 1024 * 1024
+# of one owner
+MAX_OWN_RESPONSES = 2_500
+MAX_OWN_BYTES = 64 * 1024 * 1024
 MAX_AGE_S = 30 * 24 * 3600.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -41,7 +47,9 @@ CREATE TABLE IF NOT EXISTS responses (
     items BLOB NOT NULL,
     UNIQUE (owner, id)
 );
-CREATE INDEX IF NOT EXISTS sizes ON responses (place, stored_at, num_bytes);
+CREATE INDEX IF NOT EXISTS sizes_by_owner ON responses (owner, place, num_bytes);
+DROP INDEX IF EXISTS sizes;
+CREATE INDEX IF NOT EXISTS ages ON responses (stored_at);
 """
 
 
@@ -66,6 +74,8 @@ class ResponseStore:
         *,
         max_responses: int = MAX_RESPONSES,
         max_bytes: int = MAX_BYTES,
+        max_own_responses: int = MAX_OWN_RESPONSES,
+        max_own_bytes: int = MAX_OWN_BYTES,
         max_age_s: float = MAX_AGE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -73,6 +83,8 @@ class ResponseStore:
         self._database = PrivateDatabase(path, _SCHEMA)
         self._max_responses = max_responses
         self._max_bytes = max_bytes
+        self._max_own_responses = max_own_responses
+        self._max_own_bytes = min(max_own_bytes, max_bytes)
         self._max_age_s = max_age_s
         self._clock = clock
 
@@ -85,10 +97,10 @@ class ResponseStore:
         """Keep it, also in the place of what it was before, and let go what is too much."""
         response, items = orjson.dumps(kept.response), orjson.dumps(kept.items)
         num_bytes = len(response) + len(items)
-        if num_bytes > self._max_bytes:
+        if num_bytes > self._max_own_bytes:
             raise StorageFailed(
-                f"the response has {num_bytes:,} bytes, all that are kept may have "
-                f"{self._max_bytes:,}"
+                f"the response has {num_bytes:,} bytes, all that are kept of a key may have "
+                f"{self._max_own_bytes:,}"
             )
         now = self._clock()
         with self._told(), self._database.writing() as connection:
@@ -100,7 +112,31 @@ class ResponseStore:
             connection.execute(
                 "DELETE FROM responses WHERE stored_at < ?", (now - self._max_age_s,)
             )
-            prune(connection, "responses", self._max_responses, self._max_bytes)
+            prune(
+                connection, "responses", self._max_own_responses, self._max_own_bytes, owner=owner
+            )
+            self._prune_all(connection)
+
+    def _prune_all(self, connection: sqlite3.Connection) -> None:
+        """Let the oldest go of whoever has the most, until all together are in bounds."""
+        by_owner = "SELECT owner, count(*), sum(num_bytes) FROM responses GROUP BY owner"
+        num_rows, num_bytes = {}, {}
+        for owner, count, size in connection.execute(by_owner):
+            num_rows[owner], num_bytes[owner] = count, size
+        while True:
+            if sum(num_bytes.values()) > self._max_bytes:
+                most = max(num_bytes, key=lambda owner: num_bytes[owner])
+            elif sum(num_rows.values()) > self._max_responses:
+                most = max(num_rows, key=lambda owner: num_rows[owner])
+            else:
+                return
+            place, size = connection.execute(
+                "SELECT place, num_bytes FROM responses WHERE owner = ? ORDER BY place LIMIT 1",
+                (most,),
+            ).fetchone()
+            connection.execute("DELETE FROM responses WHERE place = ?", (place,))
+            num_rows[most] -= 1
+            num_bytes[most] -= size
 
     def find(self, owner: bytes, response_id: str) -> KeptResponse | None:
         if not self._exists():

@@ -34,6 +34,12 @@ def dropped_headers(rolled: Rolled | None) -> Mapping[str, str]:
     }
 
 
+def out_of_ranges(text: str) -> list[int]:
+    """The numbers that `in_ranges` was given."""
+    ends = [part.partition("-")[::2] for part in text.split(",")]
+    return [each for start, end in ends for each in range(int(start), int(end or start) + 1)]
+
+
 def in_ranges(places: Sequence[int]) -> str:
     """Ascending numbers in short: `1-4,7`."""
     ends = [end for end, start in pairwise(places) if start != end + 1]

@@ -15,11 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.server import response_door
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
 from chatserve.server.response_door import ResponseDoor, owner_of
 from chatserve.server.response_store import KeptResponse, ResponseStore
+from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 from chatserve.server.worker import create_worker_app
 from tests.asgi import RunningApp, running
 from tests.fakes import FakeEngine, FakeModel
@@ -29,8 +31,9 @@ ME = (("authorization", "Bearer me"), ("content-type", "application/json"))
 YOU = (("authorization", "Bearer you"), ("content-type", "application/json"))
 
 
-def frame(name: str, status: str) -> bytes:
-    event = {"type": f"response.{name}", "response": {"id": ID, "status": status, "output": []}}
+def frame(name: str, status: str, **fields: Any) -> bytes:
+    response = {"id": ID, "status": status, "output": [], **fields}
+    event = {"type": f"response.{name}", "response": response}
     return f"event: response.{name}\ndata: {json.dumps(event)}\n\n".encode()
 
 
@@ -39,11 +42,12 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, last: bytes, piece_size: int) -> None:
-        super().__init__()
+    def __init__(self, first: bytes, last: bytes, piece_size: int, headers: dict[str, str]) -> None:
+        super().__init__(headers=headers)
         del self.headers["content-length"]
         self.begun = asyncio.Event()
         self.released = asyncio.Event()
+        self._first = first
         self._last = last
         self._piece_size = piece_size
 
@@ -54,7 +58,7 @@ class Stream(Response):
         start: MutableMapping[str, Any] = {"type": "http.response.start", "status": 200}
         await send({**start, "headers": self.raw_headers})
         await say(b": ping\n\n")
-        await say(frame("created", "in_progress"))
+        await say(self._first)
         self.begun.set()
         await self.released.wait()
         for place in range(0, len(self._last), self._piece_size):
@@ -66,7 +70,9 @@ class Backend:
     """Answers with `stream`; notes what it is asked."""
 
     def __init__(self) -> None:
+        self.first = frame("created", "in_progress")
         self.last = frame("completed", "completed")
+        self.headers: dict[str, str] = {}
         self.piece_size = 1 << 30
         self.is_asked = asyncio.Event()
         self.streams: list[Stream] = []
@@ -75,7 +81,7 @@ class Backend:
 
     async def respond(self, request: Request, body: bytes, model: object) -> Response:
         self.bodies.append(json.loads(body))
-        self.streams.append(Stream(self.last, self.piece_size))
+        self.streams.append(Stream(self.first, self.last, self.piece_size, self.headers))
         self.is_asked.set()
         return self.streams[-1]
 
@@ -238,6 +244,58 @@ def test_files_are_read_beside_the_loop(backend: Backend, store: ResponseStore) 
         assert api.request("POST", "/v1/responses", body, headers=ME).status == 400
     [thread] = threads
     assert thread is not threading.current_thread()
+
+
+@pytest.mark.parametrize(("num_bytes", "is_inline"), [(60_000, True), (70_000, False)])
+def test_a_large_first_event_is_read_beside_the_loop(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, monkeypatch: pytest.MonkeyPatch,
+    num_bytes: int, is_inline: bool,
+) -> None:  # fmt: skip
+    """It repeats the instructions and the tools of the request."""
+    threads: list[threading.Thread] = []
+    read = response_door._response_in
+
+    def noting(event: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return read(event)
+
+    monkeypatch.setattr(response_door, "_response_in", noting)
+    backend.first = frame("created", "in_progress", instructions="x" * num_bytes)
+    api, runner = app
+    task = stream_of(api, runner, backend)
+    assert (threads == [threading.current_thread()]) == is_inline and len(threads) == 1
+    told = json.loads(api.request("GET", f"/v1/responses/{ID}", headers=ME).body)
+    assert (told["status"], len(told["instructions"])) == ("in_progress", num_bytes)
+    answer = release(task, runner, backend)
+    assert backend.first + backend.last in answer.body
+    assert threads[1] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    ("dropped", "told"),
+    [("0-4,6", "0-1,3"), ("0-2", None), ("3", "0"), ("2-5", "0-2"), (None, None)],
+)
+def test_what_gave_way_is_told_by_the_client_s_own_places(
+    app: tuple[RunningApp, asyncio.Runner], backend: Backend, store: ResponseStore,
+    dropped: str | None, told: str | None,
+) -> None:  # fmt: skip
+    kept = KeptResponse({"id": "resp_0", "output": [{"type": "message"}]}, [{}, {}])
+    store.add(owner_of(dict(ME)), kept)
+    backend.headers = {} if dropped is None else {MESSAGES_HEADER: dropped, TOKENS_HEADER: "9"}
+    api, runner = app
+    for previous, expected in (("resp_0", told), (None, dropped)):
+        body = {"model": "fake", "input": "hi", "previous_response_id": previous}
+
+        async def ask(body: bytes) -> Any:
+            task = asyncio.ensure_future(api.call("POST", "/v1/responses", body, headers=ME))
+            await backend.is_asked.wait()
+            backend.streams[-1].released.set()
+            return await task
+
+        backend.is_asked.clear()
+        answer = runner.run(ask(json.dumps(body).encode()))
+        assert answer.headers.get(MESSAGES_HEADER) == expected
+        assert answer.headers.get(TOKENS_HEADER) == backend.headers.get(TOKENS_HEADER)
 
 
 def test_owners() -> None:

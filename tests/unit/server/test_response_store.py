@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -39,8 +41,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "home" / "responses.db"
 
 
-def numbers(store: ResponseStore, count: int = 10) -> list[int]:
-    return [number for number in range(count) if store.find(ME, f"resp_{number}")]
+def numbers(store: ResponseStore, count: int = 10, owner: bytes = ME) -> list[int]:
+    return [number for number in range(count) if store.find(owner, f"resp_{number}")]
 
 
 def test_what_is_kept_is_found_by_its_owner_alone(path: Path) -> None:
@@ -92,6 +94,59 @@ def test_one_that_is_too_large_costs_no_other(path: Path) -> None:
     with pytest.raises(StorageFailed, match=f"{size_of(0, 'x' * 51)} bytes"):
         store.add(ME, kept(1, "x" * 51))
     assert numbers(store) == [0]
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"max_own_responses": 3}, {"max_own_bytes": 3 * size_of(0, "x" * 50)}]
+)
+def test_bounded_for_each_owner(path: Path, bounds: dict[str, int]) -> None:
+    store = ResponseStore(path, **bounds)
+    for number in range(5):
+        store.add(ME, kept(number, "x" * 50))
+        store.add(YOU, kept(number % 2, "x" * 50))
+    assert numbers(store) == [2, 3, 4] and numbers(store, owner=YOU) == [0, 1]
+    ResponseStore(path).add(ME, kept(5, "x" * 50))
+    assert numbers(store) == [2, 3, 4, 5], "the file knows no bounds"
+
+
+@pytest.mark.parametrize("bounds", [{"max_responses": 6}, {"max_bytes": 6 * size_of(0, "x" * 50)}])
+def test_one_owner_pushes_out_nobody_else_s(path: Path, bounds: dict[str, int]) -> None:
+    """Whoever has the most lets the oldest go, although those of others are older."""
+    store = ResponseStore(path, **bounds)
+    for owner in (YOU, b"others"):
+        for number in range(2):
+            store.add(owner, kept(number, "x" * 50))
+    for number in range(10):
+        store.add(ME, kept(number, "x" * 50))
+    assert numbers(store) == [8, 9]
+    assert numbers(store, owner=YOU) == numbers(store, owner=b"others") == [0, 1]
+    # of equal shares one more is too much for whoever asks for it
+    store.add(YOU, kept(2, "x" * 50))
+    assert numbers(store, owner=YOU) == [1, 2] and numbers(store) == [8, 9]
+
+
+def test_many_small_ones_count_as_well(path: Path) -> None:
+    """By number and by bytes others may have the most."""
+    store = ResponseStore(path, max_responses=5, max_bytes=10_000)
+    store.add(YOU, kept(0, "x" * 5000))
+    for number in range(8):
+        store.add(ME, kept(number))
+    assert numbers(store) == [4, 5, 6, 7] and numbers(store, owner=YOU) == [0]
+    store.add(b"others", kept(0, "x" * 4900))
+    assert numbers(store) == [4, 5, 6, 7], "by bytes they have little"
+    assert numbers(store, owner=YOU) == [], "the largest goes"
+
+
+def test_a_file_of_before(path: Path) -> None:
+    """It has another index."""
+    store = ResponseStore(path)
+    store.add(ME, kept(0))
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("DROP INDEX sizes_by_owner")
+        database.execute("CREATE INDEX sizes ON responses (place, stored_at, num_bytes)")
+    store.add(ME, kept(1))
+    assert numbers(store) == [0, 1]
 
 
 def test_bounded_in_age(path: Path) -> None:
