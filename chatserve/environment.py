@@ -105,9 +105,26 @@ def limit_spinning() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def notify_socket() -> str | None:
+    """Where systemd wants to hear of this process (`Type=notify`)."""
+    return os.environ.get("NOTIFY_SOCKET") or None
+
+
+def watchdog_s() -> float | None:
+    """How long this process may be silent before systemd ends it (`WatchdogSec=`)."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(
+        os.getpid()
+    ):
+        return None
+    return int(microseconds) / 1e6 or None
+
+
 def child_environment(**overrides: str) -> dict[str, str]:
-    """This process's environment for a child, with `overrides`."""
-    return {**os.environ, **overrides}
+    """This process's environment for a child, with `overrides`; what systemd wants to hear of this
+    process, its child need not say."""
+    heard = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    return {**{name: os.environ[name] for name in os.environ if name not in heard}, **overrides}
 
 
 def without_secrets() -> dict[str, str]:

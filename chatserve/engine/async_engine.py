@@ -24,7 +24,7 @@ from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.engine.waiting_line import Priority
-from chatserve.errors import ChatserveError, EngineStopped
+from chatserve.errors import ChatserveError, EngineStopped, WorkerStalled
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")
@@ -217,10 +217,13 @@ class AsyncEngine:
         What has `begun` elsewhere says that again first, and did its waiting there.
 
         Raises `Overloaded` when the queue is full, `ContextLengthExceeded` when it can never fit,
-        `EngineStopped` when the engine thread is gone.
+        `EngineStopped` when the engine thread is gone, `WorkerStalled` when it hangs.
         """
         if not self._is_alive or self._is_stopping:
             raise EngineStopped("the engine has stopped; the server restarts it")
+        gap_s = self._limits.token_gap_timeout_s
+        if gap_s and time.monotonic() - self._moved_at() > gap_s:
+            raise WorkerStalled(f"the engine has made no step for {gap_s:g} s; try again later")
         self._engine.check(prompt_ids, params)
         seq_id = f"{request_id}-{choice}"
         if begun is None:

@@ -11,8 +11,10 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import math
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect
@@ -182,11 +184,13 @@ class Edge:
         self._readings: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._drained_at = 0.0
 
-    def drain(self) -> None:
+    def drain(self, seconds: float = 0.0) -> None:
         """Refuse new requests with 503; those under way go on. Health and control stay open.
 
-        A request is under way once its body is complete.
+        A request is under way once its body is complete. Those that are refused are told to come
+        back when the `seconds` are over in which others may finish.
         """
         self.is_draining = True
         for reading in self._readings:
@@ -196,6 +200,7 @@ class Edge:
         """Wait until no request is under way."""
         await self._is_idle.wait()
 
+        self._drained_at = time.monotonic() + seconds
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
@@ -235,7 +240,7 @@ class Edge:
         self._policy.check(path, headers)
         is_counted = self._is_counted(path)
         if self.is_draining and is_counted:
-            raise _shutting_down()
+            raise self._shutting_down()
         if scope["method"] not in METHODS_WITH_BODY:
             return receive
         has_media_type = bool(_values(headers, b"content-type"))
@@ -250,7 +255,7 @@ class Edge:
                 body = await self._read_body(headers, receive, limit)
         except TimeoutError:
             if self.is_draining:
-                raise _shutting_down() from None
+                raise self._shutting_down() from None
             raise BodyTooSlow(
                 f"the body was not complete after {BODY_TIMEOUT_S:g} s; send it without a pause"
             ) from None
@@ -269,6 +274,12 @@ class Edge:
         try:
             await self.app(scope, receive, send)
         finally:
+    def _shutting_down(self) -> ShuttingDown:
+        left_s = math.ceil(self._drained_at - time.monotonic())
+        return ShuttingDown(
+            "the server is shutting down; try again when it is back", retry_after_s=max(1, left_s)
+        )
+
             self.num_in_flight -= 1
             if not self.num_in_flight:
                 self._is_idle.set()
@@ -309,10 +320,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return first
 
     return replay
-
-
-def _shutting_down() -> ShuttingDown:
-    return ShuttingDown("the server is shutting down; try again when it is back")
 
 
 def _too_large(limit: int) -> BodyTooLarge:

@@ -165,7 +165,7 @@ class Listener:
         After `seconds`, or when `hurry` is set, `abort` is called to end what still runs with an
         error that its client can read.
         """
-        self._edge.drain()
+        self._edge.drain(seconds)
         if self._edge.num_in_flight and seconds and not hurry.is_set():
             logger.info(
                 "waiting up to %g s for %s to finish; Ctrl-C once more stops at once",

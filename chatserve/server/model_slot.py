@@ -13,17 +13,23 @@ from chatserve.protocol.control import ADAPTER_KEY, ModelCard, WorkerState, Work
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel
 
+STALL_S = 30.0
+
 
 class ModelSlot:
     """What this worker serves, and how far it is. Lives on the event loop; `progress` may be called
-    from the loading thread."""
+    from the loading thread.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    An engine that has work and makes no step for `stall_s` is stalled.
+    """
+
+    def __init__(self, names: Sequence[str], *, stall_s: float = STALL_S) -> None:
         self.is_draining = False
         self.created = int(time.time())
         self.loaded_bytes = 0
         self.total_bytes = 0
         self._names = tuple(names)
+        self._stall_s = stall_s
         self._served: tuple[Engine, ServedModel] | None = None
 
     @classmethod
@@ -41,6 +47,14 @@ class ModelSlot:
         if self.is_draining:
             return "draining"
         return "ready" if self._served else "loading"
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the engine, if there is one, has died or hangs."""
+        if self._served is None:
+            return False
+        stats = self._served[0].stats()
+        return not stats.is_alive or stats.last_token_age_s > self._stall_s
 
     def progress(self, loaded_bytes: int, total_bytes: int) -> None:
         """Note how much of the weights has been read."""
@@ -63,11 +77,15 @@ class ModelSlot:
     def served(self) -> tuple[Engine, ServedModel]:
         """Raises `NoWorkerAvailable` while the weights are still loading."""
         if self._served is None:
-            how_far = (
-                f" ({100 * self.loaded_bytes // self.total_bytes} %)" if self.total_bytes else ""
-            )
-            raise NoWorkerAvailable(f"{self.names[0]} is still loading{how_far}; try again soon")
+            raise NoWorkerAvailable(f"{self.describe_progress()}; try again soon")
         return self._served
+
+    def describe_progress(self) -> str:
+        """How far it is, in words."""
+        if self._served is not None:
+            return f"{self.names[0]} is {self.state}"
+        how_far = f" ({100 * self.loaded_bytes // self.total_bytes} %)" if self.total_bytes else ""
+        return f"{self.names[0]} is still loading{how_far}"
 
     def cards(self) -> list[ModelCard]:
         """The base under each of its names, then each with each adapter."""

@@ -25,6 +25,8 @@ from chatserve.server.lifeline import LastWords, Lifeline
 
 logger = logging.getLogger(__name__)
 
+HURRIED_STOP_S = 0.5
+
 # what these say does not change by trying again
 FINAL_ERRORS: Mapping[int, type[StartupError]] = {
     kind.exit_code: kind for kind in (UsageError, ModelLoadError, DoesNotFit, RegistrationFailed)
@@ -115,20 +117,30 @@ class Supervisor:
         """Let the child go on, but do not start it again."""
         self._is_retired.set()
 
-    async def stop(self, *, kill_after_s: float) -> None:
-        """Ask the child to end; kill it when it does not within `kill_after_s`."""
+    async def stop(self, *, kill_after_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Ask the child to end; kill it when it does not within `kill_after_s`, or soon after
+        `hurry` is set."""
         self.retire()
         async with self._start:  # a child that is just being born must be known before it is told
             process = self._process
         if process is None or process.returncode is not None:
             return
         _signal(process, signal.SIGTERM)
+        ended = asyncio.create_task(process.wait())
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         try:
-            await asyncio.wait_for(process.wait(), kill_after_s)
-        except TimeoutError:
-            logger.warning("worker %s does not stop; killing it", self.name)
-            _signal(process, signal.SIGKILL)
-            await process.wait()
+            await asyncio.wait(
+                {ended, hurried}, timeout=kill_after_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if hurried.done():
+                await asyncio.wait({ended}, timeout=min(kill_after_s, HURRIED_STOP_S))
+            if not ended.done():
+                logger.warning("worker %s does not stop; killing it", self.name)
+                _signal(process, signal.SIGKILL)
+            await ended
+        finally:
+            ended.cancel()
+            hurried.cancel()
 
     def hurry(self) -> None:
         """Tell the child to end its answers now, with an error each."""

@@ -45,7 +45,6 @@ from chatserve.server.token_routes import TokenRoutes
 from chatserve.server.truncation import dropped_headers
 
 PING_INTERVAL_S = 15
-STALL_S = 30.0
 
 Prepare = Callable[[bytes, ServedModel], Prepared]
 
@@ -179,7 +178,7 @@ class WorkerRoutes:
         return json_response(reply)
 
     async def ready(self) -> Response:
-        state = self._slot.state
+        state = "stalled" if self._slot.is_stalled else self._slot.state
         models = [
             {
                 "name": name,
@@ -197,15 +196,15 @@ class WorkerRoutes:
         if engine is None:
             return json_response({"status": "loading"}, 503)
         stats = engine.stats()
-        is_decoding = stats.is_alive and stats.last_token_age_s <= STALL_S
+        is_stalled = self._slot.is_stalled
         reply = {
-            "status": "decoding" if is_decoding else "stalled",
+            "status": "stalled" if is_stalled else "decoding",
             "tick": stats.tick,
             "last_token_age_s": round(stats.last_token_age_s, 3),
             "num_running": stats.num_running,
             "num_waiting": stats.num_waiting,
         }
-        return json_response(reply, 200 if is_decoding else 503)
+        return json_response(reply, 503 if is_stalled else 200)
 
     async def _answer(
         self,

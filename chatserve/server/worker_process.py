@@ -7,8 +7,10 @@ load progress can be asked for at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
+import math
 import os
 import sys
 import threading
@@ -28,7 +30,7 @@ from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
 from chatserve.server.heartbeat import HeartbeatSender
-from chatserve.server.lifeline import report_to_parent, tie_to_parent
+from chatserve.server.lifeline import LIFELINE_THREAD, report_to_parent, tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.process import (
@@ -43,11 +45,11 @@ from chatserve.server.process import (
 from chatserve.server.recording import RecordingEngine
 from chatserve.server.replay_log import ReplayLog, default_path
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.service_manager import ServiceManager
 from chatserve.server.worker import create_slot_app
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 30.0
 ENGINE_CHECK_S = 0.5
 IDLE_S = 1.0
 LOAD_THREAD = "load"
@@ -87,8 +89,8 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
         tie_to_parent(config.parent_pipe, by_kernel=True)
         report = partial(report_to_parent, config.parent_pipe)
     exit_code = run_process(partial(_serve, config, load), debug=config.debug, report=report)
-    if any(thread.name == LOAD_THREAD for thread in threading.enumerate()):
-        # told to stop in the middle of loading: native code must not outlive the interpreter
+    if any(each.daemon and each.name != LIFELINE_THREAD for each in threading.enumerate()):
+        # in the middle of loading, or of a step: native code must not outlive the interpreter
         sys.stderr.flush()
         os._exit(exit_code)
     return exit_code
@@ -96,7 +98,8 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
 
 async def _serve(config: WorkerConfig, load: Load) -> int:
     stop = StopSignals()
-    slot = ModelSlot(served_names(config.weights, config.model_names))
+    stall_s = config.token_gap_timeout_s or math.inf
+    slot = ModelSlot(served_names(config.weights, config.model_names), stall_s=stall_s)
     token = shared_token() if config.controller and not config.no_register else None
     policy = _policy(config, token)
     replay_log = ReplayLog(default_path()) if config.replay_log else None
@@ -110,20 +113,24 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         ),
     )  # fmt: skip
     listener = Listener(edge, sock)
-    with stop.installed():
+    manager = ServiceManager.of_environment()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(stop.installed())
+        await stack.enter_async_context(manager.told(slot.describe_progress))
         await listener.start()
         url = url_of(config.host, sock)
         logger.info("listening on %s", url)
-        on_ready = partial(_announce, heartbeat, slot, url)
+        on_ready = partial(_announce, heartbeat, slot, url, manager)
         jobs = [_fill(slot, config, load, replay_log, on_ready=on_ready)]
         if heartbeat is not None:
             jobs.append(heartbeat.run())
         drain_s = 0.0
         try:
-            await run_until(stop.asked, *jobs, _watch_engine(slot))
-            drain_s = DRAIN_S
+            await run_until(stop.asked, *jobs, _watch_engine(slot, 2 * stall_s))
+            drain_s = config.drain_timeout_s
         finally:
             slot.is_draining = True
+            manager.stopping()
             await listener.drain(
                 seconds=drain_s, hurry=stop.insisted, abort=partial(_stop_engine, slot)
             )
@@ -155,7 +162,10 @@ def _heartbeat(
     )
 
 
-def _announce(heartbeat: HeartbeatSender | None, slot: ModelSlot, url: str) -> None:
+def _announce(
+    heartbeat: HeartbeatSender | None, slot: ModelSlot, url: str, manager: ServiceManager
+) -> None:
+    manager.ready()
     if heartbeat is not None:
         heartbeat.announce()
     else:
@@ -229,11 +239,17 @@ async def _in_daemon_thread(
     return await future
 
 
-async def _watch_engine(slot: ModelSlot) -> None:
-    """Raises `GenerationFailed` when the engine thread has died: a new process is the only cure."""
-    while slot.engine is None or slot.engine.stats().is_alive:
+async def _watch_engine(slot: ModelSlot, patience_s: float) -> None:
+    """Raises `GenerationFailed` when the engine thread has died, or hangs for longer than
+    `patience_s`: a new process is the only cure."""
+    while True:
+        if slot.engine is not None:
+            stats = slot.engine.stats()
+            if not stats.is_alive:
+                raise GenerationFailed("the engine has died")
+            if stats.last_token_age_s > patience_s:
+                raise GenerationFailed(f"the engine has made no step for {patience_s:g} s")
         await asyncio.sleep(ENGINE_CHECK_S)
-    raise GenerationFailed("the engine has died")
 
 
 async def _stop_engine(slot: ModelSlot) -> None:

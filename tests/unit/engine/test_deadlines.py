@@ -187,6 +187,8 @@ def test_an_engine_that_hangs_is_known_also_when_nobody_is_left() -> None:
         assert isinstance(last.error, WorkerStalled)
         stats = events.stats()
         assert stats.last_token_age_s >= LIMIT_S and stats.num_running == 1
+        with pytest.raises(WorkerStalled):
+            events.submit("b", PROMPT, ENDLESS)
         model.hangs_at = None
         model.gate.set()
         while events.stats().last_token_age_s:

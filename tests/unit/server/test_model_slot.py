@@ -33,3 +33,16 @@ def test_filled_slot_reports_the_engine() -> None:
     assert status.models[0].context_length == 1000
     slot.is_draining = True
     assert slot.status().state == "draining"
+
+
+@pytest.mark.parametrize(
+    ("age_s", "is_alive", "is_stalled"),
+    [(0, True, False), (2, True, False), (2.5, True, True), (0, False, True)],
+)
+def test_an_engine_that_hangs_or_has_died(age_s: float, is_alive: bool, is_stalled: bool) -> None:
+    slot = ModelSlot(["m"], stall_s=2)
+    assert not slot.is_stalled
+    engine = FakeEngine()
+    engine.current = FakeStats(last_token_age_s=age_s, is_alive=is_alive)
+    slot.fill(engine, FakeModel())
+    assert slot.is_stalled == is_stalled

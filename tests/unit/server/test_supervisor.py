@@ -149,6 +149,25 @@ def test_stop_ends_the_child(manners: str, fifo: str) -> None:
     assert not is_alive(asyncio.run(main()))
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_stop_that_is_hurried_does_not_wait_for_a_child_that_hangs(
+    is_early: bool, fifo: str
+) -> None:
+    async def main() -> int:
+        hurry = asyncio.Event()
+        supervisor = child(STUBBORN + WRITE_PID.format(fifo) + SLEEP)
+        task, pid = await running(supervisor, fifo)
+        if is_early:
+            hurry.set()
+        stop = asyncio.create_task(supervisor.stop(kill_after_s=1000, hurry=hurry))
+        await asyncio.sleep(0)  # it waits for the child
+        hurry.set()
+        await asyncio.wait_for(asyncio.gather(stop, task), 30)
+        return pid
+
+    assert not is_alive(asyncio.run(main()))
+
+
 def test_stop_while_the_child_is_being_started_ends_it(
     fifo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
