@@ -20,6 +20,7 @@ from chatserve.server.contract import Tokenizer
 from chatserve.server.deltas import Delta, TextDelta
 from chatserve.server.generation import Generation
 from chatserve.server.journal import NO_JOURNAL, Journal
+from chatserve.server.resumption import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,17 @@ async def _events_of(
     async with aclosing(generation.events()) as events:
         while (item := await cancellation.wait_for(events)) is not None:
             yield item[1]
+
+
+async def replay(
+    generation: Generation, choice: Choice, encoder: Encoder, resumption: Resumption | None
+) -> None:
+    """Bring `encoder` to where an answer was cut; its client has the events already."""
+    if resumption is not None:
+        frames(encoder.start())
+        await generation.replay(
+            resumption, lambda _, event: frames(encoder.feed(choice.feed(event), event))
+        )
 
 
 async def stream_answer(

@@ -33,7 +33,6 @@ from chatserve.server.preparation import Prepared, Prompt
 
 END = b":e\n\n"
 PING = b":p\n\n"
-
 FrameOf = Callable[[int, TokenEvent], bytes]
 """The frames of an event of a choice."""
 
@@ -49,7 +48,6 @@ class Journal(Protocol):
     def behind(self, frame_of: FrameOf) -> FrameOf: ...
     def ended(self, last: bytes) -> bytes: ...
     def failed(self, error: Exception, last: bytes) -> bytes: ...
-    def pinged(self, ping: bytes) -> bytes: ...
 
 
 class NoJournal:
@@ -69,9 +67,6 @@ class NoJournal:
 
     def failed(self, _error: Exception, last: bytes) -> bytes:
         return last
-
-    def pinged(self, ping: bytes) -> bytes:
-        return ping
 
 
 NO_JOURNAL = NoJournal()
@@ -101,8 +96,10 @@ class WrittenJournal:
             return b":x " + orjson.dumps({"error": error_fields(error)}) + b"\n\n"
         return last + END
 
-    def pinged(self, ping: bytes) -> bytes:
-        return ping + PING
+
+def pinged(frame: bytes) -> bytes:
+    """A ping that is no comment, in a stream with a journal."""
+    return frame + PING
 
 
 def unit_block(index: int, event: TokenEvent) -> bytes:

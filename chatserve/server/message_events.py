@@ -5,7 +5,6 @@ Knows pieces of an answer; no engine, no socket.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,9 +17,11 @@ from chatserve.protocol.anthropic import MESSAGES_PATH
 from chatserve.server.answer_events import Event, deltas_of
 from chatserve.server.choices import Piece
 from chatserve.server.deltas import TextDelta, ToolCallDelta
+from chatserve.server.derived_ids import item_id
 from chatserve.server.error_dialects import dialect_of
 from chatserve.server.error_response import error_fields, status_of
 from chatserve.server.generation import Generation
+from chatserve.server.journal import pinged
 from chatserve.server.stop_sequence import StopSequence
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -30,6 +31,17 @@ Usage = Callable[[], Mapping[str, Any]]
 
 def ping_event() -> OutgoingEvent:
     return OutgoingEvent(event="ping", data='{"type":"ping"}', sep="\n")
+
+
+class JournaledPing(OutgoingEvent):
+    """The same, followed by its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frame = pinged(ping_event().encode())
+
+    def encode(self) -> bytes:
+        return self._frame
 
 
 class MessageEncoder:
@@ -96,7 +108,7 @@ class MessageEncoder:
 
     def _call(self, delta: ToolCallDelta) -> Iterator[Event]:
         if not self._is_open or self._call_index != delta.index:
-            call_id = delta.call_id or f"toolu_{uuid.uuid4().hex}"
+            call_id = delta.call_id or item_id("toolu", self._head["id"], delta.index)
             block = {"type": "tool_use", "id": call_id, "name": delta.name or "", "input": {}}
             yield from self._begin(block, delta.index)
         if delta.arguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from functools import partial
 
 from fastapi import FastAPI
@@ -18,7 +17,7 @@ from chatserve.protocol.anthropic import (
     parse_messages,
 )
 from chatserve.server.adapted import find_adapter, fingerprint_of
-from chatserve.server.answer_events import choice_of, fold_answer, stream_answer
+from chatserve.server.answer_events import choice_of, fold_answer, replay, stream_answer
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.cancellation import Cancellation
 from chatserve.server.contract import ServedModel, Tokenizer
@@ -26,10 +25,12 @@ from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.event_stream import EventStream
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
-from chatserve.server.message_events import MessageEncoder, ping_event, usage_of
+from chatserve.server.message_events import JournaledPing, MessageEncoder, ping_event, usage_of
 from chatserve.server.model_slot import ModelSlot
+from chatserve.server.opening import open_answer
 from chatserve.server.preparation import Prepared, chat_prompt, prepare_chat_request
 from chatserve.server.preparation_pool import PreparationPool
+from chatserve.server.resumption import Resumption
 from chatserve.server.stop_sequence import StopSequence
 
 
@@ -51,25 +52,38 @@ class MessageRoutes:
         app.add_api_route(COUNT_TOKENS_PATH, self.count_tokens, methods=["POST"])
 
     async def create(self, request: Request) -> Response:
+        return await self.go_on(request, await request.body())
+
+    async def go_on(
+        self, request: Request, body: bytes, resumption: Resumption | None = None
+    ) -> Response:
         engine, model = self._slot.served()
-        asked, prepared = await self._pool.run(_prepare, await request.body(), model)
-        message_id = f"msg_{uuid.uuid4().hex}"
+        asked, prepared = await self._pool.run(_prepare, body, model)
+        opening = open_answer(
+            "msg_", prepared, fingerprint_of(model, prepared.adapter), engine, request.headers,
+            self._control_token, resumption,
+        )  # fmt: skip
+        prepared = opening.prepared
         salt = salt_of(request.headers, self._control_token)
         with asked.names.in_errors():
             generation = await Generation.submit(
-                engine, message_id, prepared, salt, request.receive
+                engine, opening.request_id, prepared, salt, request.receive, resumption
             )
         encoder = MessageEncoder(
-            message_id,
+            opening.request_id,
             prepared.model,
-            fingerprint_of(model, prepared.adapter),
+            opening.fingerprint,
             partial(usage_of, generation),
             _stop_sequence(asked, prepared, model.tokenizer),
         )
         choice = choice_of(generation, model.tokenizer)
         if prepared.is_stream:
-            frames = stream_answer(generation, choice, encoder, Cancellation())
-            return EventStream(generation, frames, self._ping_interval_s, ping_event)
+            await replay(generation, choice, encoder, resumption)
+            frames = stream_answer(generation, choice, encoder, Cancellation(), opening.journal)
+            ping = JournaledPing if opening.journal.headers else ping_event
+            stream = EventStream(generation, frames, self._ping_interval_s, ping)
+            stream.headers.update(opening.journal.headers)
+            return stream
         try:
             await until_disconnect(request.receive, fold_answer(generation, choice, encoder))
             return json_response(encoder.message)

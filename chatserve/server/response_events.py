@@ -6,7 +6,6 @@ Knows pieces of an answer; no engine, no socket, no store.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from chatserve.engine.sequence import TokenEvent
 from chatserve.server.answer_events import Event, deltas_of
 from chatserve.server.choices import Piece
 from chatserve.server.deltas import TextDelta, ToolCallDelta
+from chatserve.server.derived_ids import item_id
 from chatserve.server.response_object import error_of
 
 Usage = Callable[[], Mapping[str, Any]]
@@ -58,7 +58,7 @@ class ResponseEncoder:
     def finish(self) -> Iterator[Event]:
         if self._reason != "length":
             if not self._output:
-                yield from self._begin(_Message(self._shows_logprobs))
+                yield from self._begin(_Message(self._next_id("msg"), self._shows_logprobs))
             yield from self._say_rest()
             # a stop text may have ended it inside a call
             is_cut = isinstance(self._open, _Call) and self._reason != "tool_calls"
@@ -90,7 +90,7 @@ class ResponseEncoder:
         logprobs, self._logprobs = self._logprobs, []
         message = self._open
         if not isinstance(message, _Message):
-            message = _Message(self._shows_logprobs)
+            message = _Message(self._next_id("msg"), self._shows_logprobs)
             yield from self._begin(message)
         message.texts.append(text)
         message.logprobs += logprobs
@@ -102,7 +102,7 @@ class ResponseEncoder:
     def _call(self, delta: ToolCallDelta) -> Iterator[Event]:
         call = self._open
         if not isinstance(call, _Call) or call.index != delta.index:
-            call = _Call(delta)
+            call = _Call(self._next_id("fc"), delta)
             yield from self._begin(call)
         if not delta.arguments:
             return
@@ -169,6 +169,10 @@ class ResponseEncoder:
             "usage": usage,
         }
 
+    def _next_id(self, prefix: str) -> str:
+        """Of the item that is about to begin."""
+        return item_id(prefix, self._head["id"], len(self._output))
+
     def _event(self, kind: str, **fields: Any) -> Event:
         self._sequence_number += 1
         # the number is the last of the fields: relays find it there
@@ -178,8 +182,8 @@ class ResponseEncoder:
 class _Message:
     """An item of text that is being said."""
 
-    def __init__(self, shows_logprobs: bool) -> None:
-        self.id = f"msg_{uuid.uuid4().hex}"
+    def __init__(self, item_id: str, shows_logprobs: bool) -> None:
+        self.id = item_id
         self.texts: list[str] = []
         self.logprobs: list[Any] = []
         self._shows_logprobs = shows_logprobs
@@ -204,8 +208,8 @@ class _Message:
 class _Call:
     """A call of a function whose arguments are being said."""
 
-    def __init__(self, first: ToolCallDelta) -> None:
-        self.id = f"fc_{uuid.uuid4().hex}"
+    def __init__(self, item_id: str, first: ToolCallDelta) -> None:
+        self.id = item_id
         self.index = first.index
         self.name = first.name or ""
         self.arguments: list[str] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +14,13 @@ from starlette.types import Receive, Scope, Send
 from chatserve.errors import InvalidRequest, ResponseNotFound
 from chatserve.protocol.responses import RESPONSES_PATH, AskedResponse, parse_response
 from chatserve.server.adapted import fingerprint_of
-from chatserve.server.answer_events import Event, choice_of, fold_answer, stream_answer
+from chatserve.server.answer_events import (
+    Event,
+    choice_of,
+    fold_answer,
+    replay,
+    stream_answer,
+)
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.cancellation import Cancellation
 from chatserve.server.contract import ServedModel
@@ -25,10 +29,12 @@ from chatserve.server.event_stream import EventStream
 from chatserve.server.generation import Generation
 from chatserve.server.json_response import json_response
 from chatserve.server.model_slot import ModelSlot
+from chatserve.server.opening import open_answer
 from chatserve.server.preparation import MAX_SCORES, Prepared, prepare_chat_request
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.response_events import ResponseEncoder
 from chatserve.server.response_object import head_of, items_of, usage_of
+from chatserve.server.resumption import Resumption
 from chatserve.server.truncation import dropped_headers
 
 
@@ -70,35 +76,46 @@ class ResponseRoutes:
         )
 
     async def create(self, request: Request) -> Response:
-        return await self.respond(request, await request.body(), None)
+        return await self.go_on(request, await request.body())
 
     async def cancel_here(self, request: Request, response_id: str) -> Response:
         return await self.cancel(request, response_id, None)
 
     async def respond(self, request: Request, body: bytes, _model: object) -> Response:
         """Answer `body`, in which an earlier response is expanded already."""
+        return await self.go_on(request, body)
+
+    async def go_on(
+        self, request: Request, body: bytes, resumption: Resumption | None = None
+    ) -> Response:
         engine, model = self._slot.served()
         asked, prepared = await self._pool.run(_prepare, body, model)
-        response_id = f"resp_{uuid.uuid4().hex}"
+        opening = open_answer(
+            "resp_", prepared, fingerprint_of(model, prepared.adapter), engine, request.headers,
+            self._control_token, resumption,
+        )  # fmt: skip
+        response_id, prepared = opening.request_id, opening.prepared
         salt = salt_of(request.headers, self._control_token)
         with asked.names.in_errors():
             generation = await Generation.submit(
-                engine, response_id, prepared, salt, request.receive
+                engine, response_id, prepared, salt, request.receive, resumption
             )
-        fingerprint = fingerprint_of(model, prepared.adapter)
         encoder = ResponseEncoder(
-            head_of(asked, prepared, response_id, int(time.time()), fingerprint),
+            head_of(asked, prepared, response_id, opening.created, opening.fingerprint),
             partial(usage_of, generation, asked.places),
             shows_logprobs=prepared.shows_logprobs,
         )
         headers = _dropped(asked, prepared)
         choice = choice_of(generation, model.tokenizer)
         if prepared.is_stream:
+            await replay(generation, choice, encoder, resumption)
             running = self._running[response_id] = _Running(salt, generation, encoder)
-            frames = stream_answer(generation, choice, encoder, running.cancellation)
+            frames = stream_answer(
+                generation, choice, encoder, running.cancellation, opening.journal
+            )
             stream = _Stream(generation, frames, self._ping_interval_s)
-            stream.headers.update(headers)
-            stream.on_end = partial(self._forget, response_id)
+            stream.headers.update({**headers, **opening.journal.headers})
+            stream.on_end = partial(self._forget, response_id, running)
             return stream
         try:
             await until_disconnect(request.receive, fold_answer(generation, choice, encoder))
@@ -123,8 +140,10 @@ class ResponseRoutes:
         await running.cancel()
         return json_response(running.encoder.response)
 
-    def _forget(self, response_id: str) -> None:
-        del self._running[response_id]
+    def _forget(self, response_id: str, running: _Running) -> None:
+        # what was cut off may have gone on here, before this was noticed
+        if self._running.get(response_id) is running:
+            del self._running[response_id]
 
 
 class _Stream(EventStream):

@@ -13,8 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from chatserve.errors import ModelNotFound
+from chatserve.protocol.anthropic import MESSAGES_PATH
 from chatserve.protocol.control import MAX_NONCE_LEN, NONCE_HEADER, proof_of
 from chatserve.protocol.replay import ID_PREFIX
+from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_tell
 from chatserve.server.cache_salt import salt_of
@@ -96,7 +98,8 @@ def create_slot_app(
     worker.add_to(app)
     TokenRoutes(slot, pool).add_to(app)
     EmbeddingRoutes(slot, pool, control_token).add_to(app)
-    MessageRoutes(slot, pool, control_token, ping_interval_s).add_to(app)
+    messages = MessageRoutes(slot, pool, control_token, ping_interval_s)
+    messages.add_to(app)
     responses = ResponseRoutes(slot, pool, control_token, ping_interval_s)
     if control_token is None:
         ResponseDoor(response_store, responses).add_to(app)
@@ -109,6 +112,8 @@ def create_slot_app(
         streams: dict[str, GoOn] = {
             "/v1/chat/completions": worker.go_on_with_chat,
             "/v1/completions": worker.go_on_with_completion,
+            MESSAGES_PATH: messages.go_on,
+            RESPONSES_PATH: responses.go_on,
         }
         ResumeRoutes(streams, pool).add_to(app)
     document.add_to(app)

@@ -15,6 +15,8 @@ from tests.servers import serving
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 COMPLETION = {"model": "fake", "prompt": ["one", "two"], "stream": True, "n": 2, "max_tokens": 9}
+MESSAGE = {**CHAT, "max_tokens": 100}
+RESPONSE = {"model": "fake", "input": "hi", "stream": True}
 POLICY = AccessPolicy.build("127.0.0.1", api_keys=(TOKEN,), control_token=TOKEN)
 
 
@@ -36,6 +38,9 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("/v1/completions", COMPLETION),
     ("/v1/completions", {**COMPLETION, "echo": True, "max_tokens": 0}),
+    ("/v1/messages", MESSAGE),
+    ("/v1/messages", {**MESSAGE, "stop_sequences": ["!"]}),
+    ("/v1/responses", RESPONSE),
 ]
 
 
