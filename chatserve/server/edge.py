@@ -174,17 +174,24 @@ class Edge:
     """Wraps `app`; counts what is under way, so that a server can drain."""
 
     def __init__(
-        self, app: ASGIApp, policy: AccessPolicy, *, max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        app: ASGIApp,
+        policy: AccessPolicy,
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        check_room: Callable[[Scope], None] | None = None,
     ) -> None:
+        """`check_room` is asked before a body is read. It raises where that would be in vain."""
         self.app = app
         self.is_draining = False
+        self._drained_at = 0.0
         self.num_in_flight = 0
         self._policy = policy
+        self._check_room = check_room
         self._max_body_bytes = max_body_bytes
         self._readings: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._drained_at = 0.0
 
     def drain(self, seconds: float = 0.0) -> None:
         """Refuse new requests with 503; those under way go on. Health and control stay open.
@@ -193,6 +200,7 @@ class Edge:
         back when the `seconds` are over in which others may finish.
         """
         self.is_draining = True
+        self._drained_at = time.monotonic() + seconds
         for reading in self._readings:
             reading.reschedule(asyncio.get_running_loop().time())
 
@@ -200,7 +208,6 @@ class Edge:
         """Wait until no request is under way."""
         await self._is_idle.wait()
 
-        self._drained_at = time.monotonic() + seconds
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
@@ -243,6 +250,8 @@ class Edge:
             raise self._shutting_down()
         if scope["method"] not in METHODS_WITH_BODY:
             return receive
+        if self._check_room is not None:
+            self._check_room(_without_keys(scope) if self._policy.is_open(path) else scope)
         has_media_type = bool(_values(headers, b"content-type"))
         if has_media_type:
             _check_media_type(headers)
@@ -265,6 +274,12 @@ class Edge:
             _check_media_type(headers)
         return _replayed(body, receive)
 
+    def _shutting_down(self) -> ShuttingDown:
+        left_s = math.ceil(self._drained_at - time.monotonic())
+        return ShuttingDown(
+            "the server is shutting down; try again when it is back", retry_after_s=max(1, left_s)
+        )
+
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_counted(scope["path"]):
             await self.app(scope, receive, send)
@@ -274,12 +289,6 @@ class Edge:
         try:
             await self.app(scope, receive, send)
         finally:
-    def _shutting_down(self) -> ShuttingDown:
-        left_s = math.ceil(self._drained_at - time.monotonic())
-        return ShuttingDown(
-            "the server is shutting down; try again when it is back", retry_after_s=max(1, left_s)
-        )
-
             self.num_in_flight -= 1
             if not self.num_in_flight:
                 self._is_idle.set()
