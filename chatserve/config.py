@@ -123,6 +123,10 @@ class EngineConfig:
         "(where a batch does not change the rounding: on the CPU kernels, and in float32)",
         group="engine",
     )  # fmt: skip
+    prepare_grammars: bool = setting(
+        True, "build what structured output and tools need before the worker is ready; else with "
+        "the first of them, and all streams stand still meanwhile", group="engine",
+    )  # fmt: skip
     deterministic: bool = setting(
         False, "let no request's text depend on what else runs, bit for bit: free on the CPU "
         "kernels, elsewhere sequences run one by one (the log tells the price)", group="engine",
@@ -242,6 +246,19 @@ class ControllerConfig(KeepingOptions, DrainOptions):
     heartbeat_expiry_s: float = setting(
         10.0, "seconds of silence after which a worker is gone", group="network",
         env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",), ge=0.1, le=86400,
+    )  # fmt: skip
+    stall_timeout_s: float = setting(
+        30.0, "seconds without a step after which a worker that has work is stalled; 0: never",
+        group="limits", metavar="S", ge=0, le=86400,
+    )  # fmt: skip
+    resume: bool = setting(
+        True, "go on with an answer at another worker when its own is lost, or at the same one "
+        "when it is back; an answer that has not begun is asked for again",
+        group="limits",
+    )  # fmt: skip
+    resume_timeout_s: float = setting(
+        60.0, "seconds that such an answer waits for a worker", group="limits",
+        flags=("--resume-timeout",), metavar="S", ge=0, le=86400,
     )  # fmt: skip
     debug: bool = setting(False, "show more logs, and tracebacks", group="logging")
 

@@ -170,16 +170,19 @@ class ScriptedWorker:
                 connection, _ = self._sock.accept()
             except OSError:
                 return
-            with connection:
-                connection.settimeout(TIMEOUT_S)
-                self.requests.append(_read_request(connection))
-                for piece in script:
-                    if isinstance(piece, bytes):
-                        connection.sendall(piece)
-                    elif piece is not None:
-                        assert piece.wait(TIMEOUT_S)
-                    elif not connection.recv(1):
-                        self.closed_by_peer.set()
+            self.answer(connection, script)
+
+    def answer(self, connection: socket.socket, script: Script) -> None:
+        with connection:
+            connection.settimeout(TIMEOUT_S)
+            self.requests.append(_read_request(connection))
+            for piece in script:
+                if isinstance(piece, bytes):
+                    connection.sendall(piece)
+                elif piece is not None:
+                    assert piece.wait(TIMEOUT_S)
+                elif not connection.recv(1):
+                    self.closed_by_peer.set()
 
 
 def _read_request(connection: socket.socket) -> bytes:

@@ -44,11 +44,14 @@ from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
+from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.relay import Relay, open_session
+from chatserve.server.relay import Relay
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.upstream import open_session
+from chatserve.server.worker_watch import watch_workers
 
 CALL_BACK_TIMEOUT_S = 3.0
 MAX_CALL_BACK_BYTES = 64 * 1024
@@ -63,12 +66,14 @@ def create_controller_app(
     policy: AccessPolicy | None = None,
     heartbeat_interval_s: float = 2.0,
     response_store: ResponseStore | None = None,
+    resume: ResumePolicy = RESUME,
 ) -> Edge:
     """The ASGI app of a controller. Without a `policy` it is open to loopback names.
 
-    `response_store`: where responses are kept that others go on from; None keeps none.
+    `response_store`: where responses are kept that others go on from; None keeps none. `resume`:
+    whether and for how long answers look for another worker when theirs is lost.
     """
-    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s)
+    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s, resume)
     app = FastAPI(
         lifespan=controller.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
@@ -89,11 +94,16 @@ class ControllerRoutes:
     edge: Edge
 
     def __init__(
-        self, registry: WorkerRegistry, control_token: str, heartbeat_interval_s: float
+        self,
+        registry: WorkerRegistry,
+        control_token: str,
+        heartbeat_interval_s: float,
+        resume: ResumePolicy,
     ) -> None:
         self._registry = registry
         self._token = control_token
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._resume = resume
         self._session: aiohttp.ClientSession
         self._relay: Relay
         self._adapters: AdapterDispatch
@@ -101,10 +111,14 @@ class ControllerRoutes:
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         async with open_session() as self._session:
-            self._relay = Relay(self._registry, self._session, self._token)
+            self._relay = Relay(self._registry, self._session, self._token, self._resume)
             self._adapters = AdapterDispatch(self._registry, self._session, self._token)
-            async with contextlib.aclosing(self._adapters):
-                yield
+            watch = asyncio.create_task(watch_workers(self._registry))
+            try:
+                async with contextlib.aclosing(self._adapters):
+                    yield
+            finally:
+                watch.cancel()
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/v1/models", self.models)

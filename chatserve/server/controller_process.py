@@ -12,6 +12,7 @@ from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, check_exposure, is_loopback
 from chatserve.server.listener import Listener, bind, url_of
+from chatserve.server.moves import ResumePolicy
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
@@ -46,13 +47,16 @@ def access_policy(config: ControllerConfig, control_token: str) -> AccessPolicy:
 async def _serve(config: ControllerConfig) -> int:
     token = own_token()
     policy = access_policy(config, token)
-    registry = WorkerRegistry(time.monotonic, expiry_s=config.heartbeat_expiry_s)
+    registry = WorkerRegistry(
+        time.monotonic, expiry_s=config.heartbeat_expiry_s, stall_s=config.stall_timeout_s
+    )
     edge = create_controller_app(
         registry,
         control_token=token,
         policy=policy,
         heartbeat_interval_s=config.heartbeat_interval_s,
         response_store=ResponseStore.at_home() if config.store_responses else None,
+        resume=ResumePolicy(config.resume, config.resume_timeout_s),
     )
     sock = bind(config.host, config.port)
     listener = Listener(edge, sock)

@@ -28,6 +28,7 @@ from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
 from chatserve.server.lifeline import tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
+from chatserve.server.moves import ResumePolicy
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
@@ -99,6 +100,7 @@ class _Server:
         self._registry = WorkerRegistry(
             time.monotonic,
             expiry_s=config.heartbeat_expiry_s,
+            stall_s=config.stall_timeout_s,
             expected=[name for name, _ in self._models],
             on_change=self._has_changed.set,
         )
@@ -112,6 +114,7 @@ class _Server:
             policy=access_policy(config, self._token),
             heartbeat_interval_s=config.heartbeat_interval_s,
             response_store=ResponseStore.at_home() if config.store_responses else None,
+            resume=ResumePolicy(config.resume, config.resume_timeout_s),
         )
         # before the workers: who finds the port taken should not load a model first
         public = bind(config.host, config.port)

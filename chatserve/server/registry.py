@@ -1,18 +1,28 @@
 """WorkerRegistry: which workers are alive, what they serve, and which one gets the next request.
 
 Knows no HTTP and no processes; its clock is handed in. Everything is a dictionary look-up: asking
-changes nothing but what time has changed already.
+changes nothing but what time has changed already. Whoever has a claim on a worker is told when it
+is lost.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from chatserve.errors import ModelNotFound, NoWorkerAvailable, RegistrationRefused
+from chatserve.errors import (
+    ChatserveError,
+    ModelNotFound,
+    NoWorkerAvailable,
+    RegistrationRefused,
+    WorkerLost,
+    WorkerStalled,
+)
 from chatserve.protocol.control import ModelCard, WorkerStatus
 
 EJECTION_S = 0.5
@@ -31,11 +41,21 @@ class Worker:
     status: WorkerStatus
     seen_at: float
     moved_at: float
-    num_in_flight: int = 0
+    leases: set[Lease] = field(default_factory=set)
+    is_refusing: bool = False
     num_ejections: int = 0
     ejected_at: float = 0.0
     ejected_until: float | None = None
     last_pick: int = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.leases)
+
+    @property
+    def has_work(self) -> bool:
+        """As far as it has said, or was given since."""
+        return bool(self.leases or self.status.num_running or self.status.num_waiting)
 
     @property
     def load(self) -> int:
@@ -44,6 +64,13 @@ class Worker:
 
     def serves(self, model: str) -> bool:
         return any(card.name == model for card in self.status.models)
+
+    def fingerprint(self, model: str) -> str | None:
+        """Of the numbers that answer for `model`."""
+        for card in self.status.models:
+            if card.name == model:
+                return str(card.description.get("fingerprint", self.status.fingerprint))
+        return None
 
 
 @dataclass(frozen=True)
@@ -56,18 +83,34 @@ class ModelReadiness:
     total_bytes: int = 0
 
 
-class Lease:
-    """One request's claim on a worker; counted until it is released, at best by `with`."""
+def _cannot_move() -> bool:
+    return False
 
-    def __init__(self, worker: Worker) -> None:
+
+class Lease:
+    """One request's claim on a worker; counted until it is released, at best by `with`.
+
+    `on_loss` is called when the worker is lost, or goes and another one could take over; `loss`
+    says why. `can_move`: whether the request could go on at another worker now.
+    """
+
+    def __init__(self, worker: Worker, model: str = "") -> None:
         self.worker = worker
-        self._is_open = True
-        worker.num_in_flight += 1
+        self.model = model
+        self.loss: ChatserveError | None = None
+        self.on_loss: Callable[[], object] | None = None
+        self.can_move: Callable[[], bool] = _cannot_move
+        worker.leases.add(self)
+
+    def lose(self, loss: ChatserveError) -> None:
+        if self.loss is None:
+            self.loss = loss
+            if self.on_loss is not None:
+                self.on_loss()
 
     def release(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            self.worker.num_in_flight -= 1
+        self.on_loss = None
+        self.worker.leases.discard(self)
 
     def __enter__(self) -> Lease:
         return self
@@ -85,8 +128,8 @@ class WorkerRegistry:
     """All workers by id.
 
     `expected` are the models that `/health/ready` waits for. A worker is gone after `expiry_s` of
-    silence, stalled after `stall_s` with work and no step. `on_change` is called when a worker
-    comes, goes or changes state.
+    silence, stalled after `stall_s` with work and no step (0: never). `on_change` is called when a
+    worker comes, goes or changes state.
     """
 
     def __init__(
@@ -101,12 +144,49 @@ class WorkerRegistry:
         self.on_change = on_change
         self._clock = clock
         self._expiry_s = expiry_s
-        self._stall_s = stall_s
+        self._stall_s = stall_s or float("inf")
         self._expected = tuple(expected)
         self._workers: dict[str, Worker] = {}
+        # said goodbye, and still have something to finish
+        self._leaving: list[Worker] = []
+        self._listeners: set[asyncio.Event] = set()
+        self._is_closing = False
+        self._is_over = False
         # outlives the workers: a model does not vanish from the list while its worker restarts
         self._cards: dict[str, ModelCard] = {}
         self._picks = itertools.count(1)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether no further worker is to be expected."""
+        return self._is_closing
+
+    def close(self) -> None:
+        """Nobody should wait for a worker any more; those that are ready go on being picked."""
+        self._is_closing = True
+        self._tell()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may go on, not even at a worker that is ready."""
+        return self._is_over
+
+    def abort(self, reason: ChatserveError) -> None:
+        """End all that is under way, with `reason`."""
+        self._is_over = True
+        for worker in [*self._workers.values(), *self._leaving]:
+            _lose(worker, reason)
+        self.close()
+
+    @contextlib.contextmanager
+    def changes(self) -> Iterator[asyncio.Event]:
+        """An event that is set whenever a worker comes, goes or changes state."""
+        event = asyncio.Event()
+        self._listeners.add(event)
+        try:
+            yield event
+        finally:
+            self._listeners.discard(event)
 
     def register(self, worker_id: str, base_url: str, status: WorkerStatus) -> None:
         """List a worker whose identity has been checked; again replaces what was known of it.
@@ -121,15 +201,18 @@ class WorkerRegistry:
                 "start this worker anew"
             )
         for other in [w for w in self._workers.values() if w.base_url == base_url]:
-            # one process listens on an address: whoever had it before is gone
             del self._workers[other.worker_id]
+            if other.worker_id != worker_id:
+                # one process listens on an address: whoever had it before is gone
+                _lose(other, _died())
         now = self._clock()
         worker = known or Worker(worker_id, base_url, status, seen_at=now, moved_at=now)
         worker.seen_at, worker.moved_at, worker.status = now, now, status
         worker.ejected_until = None
+        worker.is_refusing = False
         self._workers[worker_id] = worker
         self._remember(status)
-        self.on_change()
+        self._tell()
 
     def heartbeat(self, worker_id: str, status: WorkerStatus) -> bool:
         """Note what a worker says of itself. False: unknown here, it should register."""
@@ -138,15 +221,15 @@ class WorkerRegistry:
         if worker is None:
             return False
         now = self._clock()
+        before, state_before = worker.status, self._state(worker)
         is_idle = not status.num_running and not status.num_waiting
-        if is_idle or status.tick != worker.status.tick:
+        if is_idle or status.tick != before.tick:
             worker.moved_at = now
-        has_changed = status.state != worker.status.state
-        before, worker.seen_at, worker.status = worker.status, now, status
+        worker.seen_at, worker.status = now, status
         self._remember(status)
         self._forget_unless_served(before.models)
-        if has_changed:
-            self.on_change()
+        if self._state(worker) != state_before or status.models != before.models:
+            self._tell()
         return True
 
     def leave(self, worker_id: str) -> None:
@@ -155,25 +238,36 @@ class WorkerRegistry:
         if worker is None:
             return
         self._forget_unless_served(worker.status.models)
-        self.on_change()
+        self._leaving = [each for each in (*self._leaving, worker) if each.leases]
+        self._tell()
 
     def remove(self, worker_id: str) -> None:
         """Forget a worker whose process has died; its models stay known."""
-        if self._workers.pop(worker_id, None) is not None:
-            self.on_change()
+        worker = self._workers.pop(worker_id, None)
+        for each in [worker] if worker else self._leaving:
+            if each.worker_id == worker_id:
+                _lose(each, _died())
+        if worker is not None:
+            self._tell()
 
-    def eject(self, worker_id: str) -> None:
-        """Send nothing more to a worker that failed, until `readmit`; longer each time."""
+    def eject(self, worker_id: str, *, is_refusing: bool = False) -> None:
+        """Send nothing more to a worker that failed, until `readmit`; longer each time.
+
+        `is_refusing`: it takes no connections. What still comes from it may go on elsewhere, too.
+        """
         worker = self._workers.get(worker_id)
         if worker is None:
             return
+        worker.is_refusing |= is_refusing
         now = self._clock()
+        if worker.ejected_until is not None and now < worker.ejected_until:
+            return  # its other streams tell of the same death
         if now - worker.ejected_at > FORGIVE_S:
             worker.num_ejections = 0
         pause_s = min(EJECTION_S * 2**worker.num_ejections, MAX_EJECTION_S)
         worker.num_ejections += 1
         worker.ejected_at, worker.ejected_until = now, now + pause_s
-        self.on_change()
+        self._tell()
 
     def worker_to_probe(self, worker_id: str) -> Worker | None:
         """The worker, if it is ejected and has sat out its time."""
@@ -187,13 +281,17 @@ class WorkerRegistry:
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.ejected_until = None
-            self.on_change()
+            worker.is_refusing = False
+            self._tell()
 
-    def pick(self, model: str) -> Lease:
+    def pick(
+        self, model: str, *, fingerprint: str | None = None, without: Collection[str] = ()
+    ) -> Lease:
         """Claim the least busy ready worker for `model`; among equals the one idle for longest.
 
-        Raises `ModelNotFound` for a name nobody has served, `NoWorkerAvailable` for one that
-        nobody serves right now.
+        `fingerprint`: only of workers that have these very numbers. `without`: ids of workers that
+        are out of the question. Raises `ModelNotFound` for a name nobody has served,
+        `NoWorkerAvailable` for one that nobody serves right now.
         """
         self._expire()
         if model not in self._cards and model not in self._expected:
@@ -203,7 +301,13 @@ class WorkerRegistry:
                 param="model",
             )
         serving = [w for w in self._workers.values() if w.serves(model)]
-        ready = [worker for worker in serving if self._state(worker) == "ready"]
+        ready = [
+            worker
+            for worker in serving
+            if self._state(worker) == "ready"
+            and worker.worker_id not in without
+            and fingerprint in (None, worker.fingerprint(model))
+        ]
         if not ready:
             states = ", ".join(self._state(w) for w in serving) or "gone"
             raise NoWorkerAvailable(
@@ -211,7 +315,9 @@ class WorkerRegistry:
             )
         worker = min(ready, key=lambda worker: (worker.load, worker.last_pick))
         worker.last_pick = next(self._picks)
-        return Lease(worker)
+        if not worker.has_work:
+            worker.moved_at = self._clock()  # what it does not do yet is not late
+        return Lease(worker, model)
 
     def ready(self, model: str) -> list[Worker]:
         """All that can serve `model` now."""
@@ -255,6 +361,45 @@ class WorkerRegistry:
         self._expire()
         return [w for w in self._workers.values() if self._state(w) == "stalled"]
 
+    def check(self) -> float | None:
+        """Tell those who wait for a worker that is silent or stalled.
+
+        Returns the seconds until there may be more to tell; None without workers.
+        """
+        self._expire()
+        for worker in self.stalled():
+            _lose(worker, _stalled())
+        now = self._clock()
+        deadlines = [
+            deadline
+            for worker in self._workers.values()
+            for deadline in (worker.seen_at + self._expiry_s, worker.moved_at + self._stall_s)
+            if deadline >= now
+        ]
+        return min(deadlines) - now if deadlines else None
+
+    def _tell(self) -> None:
+        self.on_change()
+        for event in self._listeners:
+            event.set()
+        self._let_move()
+
+    def _let_move(self) -> None:
+        """What a worker that goes would still finish goes on at another one, where there is one."""
+        leaving = [
+            worker
+            for worker in self._workers.values()
+            if worker.is_refusing or worker.status.state == "draining"
+        ]
+        for worker in (*self._leaving, *leaving):
+            for lease in [each for each in worker.leases if each.can_move()]:
+                fingerprint = worker.fingerprint(lease.model)
+                if any(
+                    other is not worker and other.fingerprint(lease.model) == fingerprint
+                    for other in self.ready(lease.model)
+                ):
+                    lease.lose(_died())
+
     def _readiness(self, name: str) -> ModelReadiness:
         order: tuple[ModelState, ...] = (
             "unreachable", "starting", "stalled", "draining", "loading", "ready"
@@ -270,8 +415,7 @@ class WorkerRegistry:
     def _state(self, worker: Worker) -> ModelState:
         if worker.ejected_until is not None:
             return "unreachable"
-        is_idle = not worker.status.num_running and not worker.status.num_waiting
-        if not is_idle and self._clock() - worker.moved_at > self._stall_s:
+        if worker.has_work and self._clock() - worker.moved_at > self._stall_s:
             return "stalled"
         return worker.status.state
 
@@ -289,6 +433,19 @@ class WorkerRegistry:
         deadline = self._clock() - self._expiry_s
         silent = [w.worker_id for w in self._workers.values() if w.seen_at < deadline]
         for worker_id in silent:
-            del self._workers[worker_id]
+            _lose(self._workers.pop(worker_id), _stalled())
         if silent:
-            self.on_change()
+            self._tell()
+
+
+def _lose(worker: Worker, loss: ChatserveError) -> None:
+    for lease in list(worker.leases):
+        lease.lose(loss)
+
+
+def _died() -> WorkerLost:
+    return WorkerLost("the worker died while it was answering; send the request again")
+
+
+def _stalled() -> WorkerStalled:
+    return WorkerStalled("the worker makes no step any more; send the request again")

@@ -1,43 +1,41 @@
-"""One request to one worker: bytes through, cancelled upstream when the client leaves.
+"""One request to a worker: bytes through, cancelled there when the client leaves.
 
-Knows nothing of the JSON it carries. A stream is passed on in whole frames, so that an error event
-can follow when the worker dies in the middle of one; only of a very long frame not all is held.
+When the worker is lost, another one goes on with the request, and the client need not know. Reads
+nothing of the JSON it carries. A stream is passed on in whole frames, so that an error event can
+follow when there is nobody to go on with it; only of a very long frame not all is held.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from chatserve.errors import ChatserveError, WorkerLost
-from chatserve.protocol.control import bearer
+from chatserve.errors import ChatserveError, NoWorkerAvailable, WorkerLost
+from chatserve.protocol.control import JOURNAL_HEADER, RESUME_PATH, bearer
 from chatserve.protocol.leniency import HEADER
+from chatserve.protocol.sse import PING
 from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
+from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import Lease, Worker, WorkerRegistry
 from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
 from chatserve.server.request_id import current_request_id
+from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
+from chatserve.server.units import FrameReader, Reader, UnitReader
+from chatserve.server.upstream import Lost, NotSent, Upstream, told_error
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 2.0
-# under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
-KEEPALIVE_S = 2.0
-FRAME_ENDS = (b"\n\n", b"\r\n\r\n")
-MAX_HELD_BYTES = 1024 * 1024
-# of an end of a frame that may be cut
-_MAX_CUT = max(map(len, FRAME_ENDS)) - 1
 PASSED_HEADERS = (
     "content-type",
     "cache-control",
@@ -47,144 +45,216 @@ PASSED_HEADERS = (
     TOKENS_HEADER,
     MESSAGES_HEADER,
 )
+# encoding more takes longer than another stream should wait for its next token
+MAX_INLINE_BYTES = 64 * 1024
+RETRY_AFTER_S = 1.0
 
 
-def open_session() -> aiohttp.ClientSession:
-    """The controller's HTTP client: no limit on time or number, no redirects, no proxies."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        trust_env=False,
-    )
+@dataclass(frozen=True)
+class Asked:
+    """A request as it goes to a worker."""
 
-
-class NotSent(Exception):
-    """The worker could not be reached: nothing of the request has left this process."""
+    path: str
+    model: str
+    body: bytes
+    headers: Mapping[str, str]
 
 
 class Relay:
     """Dispatches requests to the workers of `registry`."""
 
     def __init__(
-        self, registry: WorkerRegistry, session: aiohttp.ClientSession, control_token: str
+        self,
+        registry: WorkerRegistry,
+        session: aiohttp.ClientSession,
+        control_token: str,
+        policy: ResumePolicy,
     ) -> None:
+        self.policy = policy
         self._registry = registry
         self._session = session
         self._token = control_token
+        self._budget = MemoryBudget()
         self._headers = {
             "Content-Type": "application/json",
             # bytes go through as they are: nothing here could decompress them for the client
             "Accept-Encoding": "identity",
             **bearer(control_token),
+            **({JOURNAL_HEADER: "1"} if policy.is_on else {}),
         }
 
     async def forward(self, request: Request, model: str, body: bytes) -> Response:
         """Send `body` to a worker for `model` and pass its answer on.
 
-        Raises `ModelNotFound`, `NoWorkerAvailable`, or `WorkerLost` when the worker died before the
-        first byte of its answer; `ClientDisconnect` when the client left before it.
+        Raises `ModelNotFound`, `NoWorkerAvailable`, or what a worker was lost of before the first
+        byte of its answer; `ClientDisconnect` when the client left before it.
         """
-        while True:
-            lease = self._registry.pick(model)
-            try:
-                return await until_disconnect(request.receive, self._open(request, body, lease))
-            except NotSent:
-                # another worker may take the request as if it were the first
-                lease.release()
-            except BaseException:
-                lease.release()
-                raise
+        asked = self._asked(request, model, body)
+        return await until_disconnect(request.receive, self._forward(asked))
 
     async def forward_again(self, request: Request, stream: Response, body: bytes) -> Response:
         """Send `body` to the worker that `stream` comes from, and pass its answer on.
 
-        Raises `WorkerLost`.
+        Raises `WorkerLost`, or `NoWorkerAvailable` while the stream moves.
         """
         assert isinstance(stream, RelayedStream)
-        with Lease(stream.worker) as lease:
-            try:
-                return await until_disconnect(request.receive, self._open(request, body, lease))
-            except NotSent as error:
-                raise self._lost(stream.worker.worker_id, error) from error
+        worker = stream.worker
+        if worker is None:
+            raise NoWorkerAvailable("the answer moves to another worker; try again in a moment")
+        asked = self._asked(request, "", body)
+        try:
+            return await until_disconnect(request.receive, self._whole(asked, Lease(worker)))
+        except NotSent as error:
+            raise told_error(b"") from error
+        except Lost as lost:
+            raise lost.error from lost
 
-    async def _open(self, request: Request, body: bytes, lease: Lease) -> Response:
-        worker = lease.worker
+    async def go_on(self, asked: Asked, moves: Moves, memory: StreamMemory) -> Upstream:
+        """The rest of a stream, from another worker. Raises what is to end it instead."""
+        fingerprint = _fingerprint(memory)
+        while True:
+            lease = await moves.next(fingerprint)
+            try:
+                return await self._go_on_at(lease, asked, moves, memory)
+            except NotSent:
+                continue
+            except Lost as lost:
+                moves.lose(lost.error)
+
+    def _asked(self, request: Request, model: str, body: bytes) -> Asked:
+        headers = (
+            self._headers
+            | header_for_worker(request.headers, self._token)
+            | {REQUEST_ID_HEADER: current_request_id()}
+        )
+        return Asked(request.url.path, model, body, headers)
+
+    async def _forward(self, asked: Asked) -> Response:
+        moves = Moves(self._registry, asked.model, self.policy)
+        while True:
+            lease = await moves.next()
+            try:
+                return await self._answer(asked, lease, moves)
+            except NotSent:
+                continue  # another worker may take the request as if it were the first
+            except Lost as lost:
+                moves.lose(lost.error)
+
+    async def _open(self, asked: Asked, lease: Lease) -> Upstream:
+        return await Upstream.open(
+            self._session, self._registry, lease, asked.path, asked.body, asked.headers
+        )
+
+    async def _whole(self, asked: Asked, lease: Lease) -> Response:
+        upstream = await self._open(asked, lease)
         try:
-            upstream = await self._session.post(
-                worker.base_url + request.url.path,
-                # bytes over 1 MiB would be written in one go, with a warning
-                data=io.BytesIO(body),
-                headers=self._headers
-                | header_for_worker(request.headers, self._token)
-                | {REQUEST_ID_HEADER: current_request_id()},
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            self._note_loss(worker.worker_id, error)
-            raise NotSent from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(worker.worker_id, error) from error
+            return Response(await upstream.whole(), upstream.status, _passed(upstream))
+        finally:
+            upstream.close()
+
+    async def _answer(self, asked: Asked, lease: Lease, moves: Moves) -> Response:
+        upstream = await self._open(asked, lease)
+        memory = StreamMemory(self._budget, asked.body) if upstream.has_journal else None
         try:
-            return await self._answer(upstream, lease)
+            if not upstream.is_stream:
+                response = Response(await upstream.whole(), upstream.status, _passed(upstream))
+                upstream.close()
+                return response
+            reader = FrameReader() if memory is None else UnitReader(memory)
+            # the headers go out with the first frame, so that until then a status can tell of death
+            first = await upstream.read(reader)
+        except BaseException:
+            upstream.close()
+            if memory is not None:
+                memory.forget()
+            raise
+        return RelayedStream(self, asked, moves, upstream, reader, memory, first)
+
+    async def _go_on_at(
+        self, lease: Lease, asked: Asked, moves: Moves, memory: StreamMemory
+    ) -> Upstream:
+        """Raises `NotSent` where another worker is to be asked, and `Lost`."""
+        is_begun = bool(memory.start)
+        if is_begun:
+            upstream = await self._resume(asked, lease, memory)
+        else:
+            upstream = await self._open(asked, lease)
+        try:
+            if upstream.has_journal:
+                return upstream
+            if upstream.is_stream and not is_begun:
+                memory.forget()
+                return upstream
+            content = b"" if upstream.is_stream else await upstream.whole()
+            upstream.close()
+            if is_begun and (upstream.is_stream or upstream.status == 409):
+                logger.info("%s cannot go on: %s", lease.worker.base_url, told_error(content))
+                moves.rule_out(lease.worker.worker_id)
+                raise NotSent
+            if upstream.status in (429, 503):
+                await moves.pause(_retry_after_s(upstream))
+                raise NotSent
+            raise told_error(content)
         except BaseException:
             upstream.close()
             raise
 
-    async def _answer(self, upstream: aiohttp.ClientResponse, lease: Lease) -> Response:
-        headers = {n: upstream.headers[n] for n in PASSED_HEADERS if n in upstream.headers}
+    async def _resume(self, asked: Asked, lease: Lease, memory: StreamMemory) -> Upstream:
+        def encode() -> bytes:
+            fields = {"path": asked.path, "body": asked.body.decode(), "journal": journal.decode()}
+            return orjson.dumps(fields)
+
         try:
-            if not upstream.content_type.startswith("text/event-stream"):
-                content = b"".join([chunk async for chunk in _chunks(upstream)])
-                lease.release()
-                return Response(content, upstream.status, headers)
-            frames = whole_frames(_chunks(upstream))
-            # the headers go out with the first frame, so that until then a status can tell of death
-            first = await anext(frames, b"")
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(lease.worker.worker_id, error) from error
-        return RelayedStream(upstream, headers, first, frames, lease, on_loss=self._lost)
-
-    def _lost(self, worker_id: str, error: Exception) -> WorkerLost:
-        self._note_loss(worker_id, error)
-        return WorkerLost("the worker died while it was answering; send the request again")
-
-    def _note_loss(self, worker_id: str, error: Exception) -> None:
-        logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
-        self._registry.eject(worker_id)
+            journal = memory.journal
+            is_short = len(journal) + len(asked.body) <= MAX_INLINE_BYTES
+            body = encode() if is_short else await asyncio.to_thread(encode)
+        except BaseException:
+            lease.release()
+            raise
+        logger.info(
+            "a stream goes on at %s, request=%s",
+            lease.worker.base_url, asked.headers[REQUEST_ID_HEADER],
+        )  # fmt: skip
+        return await Upstream.open(
+            self._session, self._registry, lease, RESUME_PATH, body, asked.headers
+        )
 
 
 class RelayedStream(Response):
-    """A worker's stream on its way to the client."""
+    """A worker's stream on its way to the client, and what another one makes of it."""
 
     def __init__(
         self,
-        upstream: aiohttp.ClientResponse,
-        headers: Mapping[str, str],
+        relay: Relay,
+        asked: Asked,
+        moves: Moves,
+        upstream: Upstream,
+        reader: Reader,
+        memory: StreamMemory | None,
         first: bytes,
-        frames: AsyncGenerator[bytes],
-        lease: Lease,
-        *,
-        on_loss: Callable[[str, Exception], ChatserveError],
     ) -> None:
         self.status_code = upstream.status
         self.background = None
-        self.init_headers(headers)
-        self._upstream = upstream
-        self._first = first
-        self._frames = frames
-        self._lease = lease
-        self._on_loss = on_loss
+        self.init_headers(_passed(upstream))
+        self._relay = relay
+        self._asked = asked
+        self._moves = moves
+        self._upstream: Upstream | None = None
+        self._reader = reader
+        self._memory = memory
+        self._last = first
+        self._place = 0
         self._is_client_gone = False
+        self._going_on: asyncio.Future[Upstream] | None = None
+        self._come_from(upstream)
 
     @property
-    def worker(self) -> Worker:
-        """Where it comes from."""
-        return self._lease.worker
+    def worker(self) -> Worker | None:
+        """Where it comes from; None while it moves."""
+        return None if self._upstream is None else self._upstream.lease.worker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(self._close_on_disconnect(receive))
+        watch = asyncio.ensure_future(self._leave(receive))
         try:
             await send(
                 {
@@ -193,95 +263,98 @@ class RelayedStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            await self._pass_on(lambda data: send(_body(data)), scope["path"])
+            await self._pass_on(send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
-            # does nothing when the answer has been read to its end: the connection is kept then
-            self._upstream.close()
-            self._lease.release()
-            await self._frames.aclose()
+            self._close_upstream()
+            if self._memory is not None:
+                self._memory.forget()
 
-    async def _pass_on(self, write: Callable[[bytes], Awaitable[None]], path: str) -> None:
-        frames = self._first
-        try:
-            await write(frames)
-            async for frames in self._frames:
-                await write(frames)
-        except (aiohttp.ClientError, OSError) as error:
-            if not self._is_client_gone:
-                loss = self._on_loss(self._lease.worker.worker_id, error)
-                # the beginning of a very long frame is out: the error needs one of its own
-                cut = b"" if frames.endswith(FRAME_ENDS) else b"\n\n"
-                await write(cut + error_event(loss, path, frames))
-
-    async def _close_on_disconnect(self, receive: Receive) -> None:
+    async def _leave(self, receive: Receive) -> None:
         await disconnected(receive)
         self._is_client_gone = True
-        self._upstream.close()
+        if self._upstream is not None:
+            self._upstream.lease.lose(WorkerLost("nobody reads its answer any more"))
+        if self._going_on is not None:
+            self._going_on.cancel()
+
+    async def _pass_on(self, send: Send) -> None:
+        try:
+            if self._last:
+                await send(_body(self._last))
+            while not self._is_client_gone:
+                try:
+                    await self._pump(send)
+                    return
+                except Lost as lost:
+                    if not self._is_client_gone:
+                        await self._move(send, lost.error)
+        except ChatserveError as error:
+            # the beginning of a very long frame is out: the error needs one of its own
+            cut = b"\n\n" if self._reader.is_inside else b""
+            await send(_body(cut + error_event(error, self._asked.path, self._last)))
+
+    async def _pump(self, send: Send) -> None:
+        upstream, reader = self._upstream, self._reader
+        assert upstream is not None
+        while data := await upstream.read(reader):
+            await send(_body(data))
+            self._last = data
+
+    async def _move(self, send: Send, loss: ChatserveError) -> None:
+        """Let another worker go on. Raises what is to be said when there is none."""
+        self._close_upstream()
+        memory = self._memory
+        if memory is None or not memory.is_kept:
+            raise loss
+        self._moves.lose(loss, has_moved_on=memory.has_tokens_since(self._place))
+        going_on = asyncio.ensure_future(self._relay.go_on(self._asked, self._moves, memory))
+        self._going_on = going_on
+        try:
+            while not going_on.done():
+                await send(_body(PING))
+                await asyncio.wait({going_on}, timeout=self._relay.policy.ping_s)
+        finally:
+            self._going_on = None
+            if going_on.cancel():
+                await asyncio.gather(going_on, return_exceptions=True)
+        if going_on.cancelled():
+            return  # the client has left
+        upstream = going_on.result()
+        self._reader = UnitReader(memory) if upstream.has_journal else FrameReader()
+        self._place = memory.num_bytes
+        self._come_from(upstream)
+
+    def _come_from(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        upstream.lease.can_move = self._can_move
+
+    def _can_move(self) -> bool:
+        memory = self._memory
+        return memory is not None and memory.is_kept and bool(memory.start)
+
+    def _close_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
 
 
-def _body(data: bytes) -> dict[str, object]:
+def _passed(upstream: Upstream) -> dict[str, str]:
+    return {name: upstream.headers[name] for name in PASSED_HEADERS if name in upstream.headers}
+
+
+def _body(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
-    """The body as it comes. Raises `aiohttp.ClientError` when it ends before its end."""
-    with _failing_with_its_connection(upstream):
-        try:
-            async for chunk in upstream.content.iter_any():
-                yield chunk
-        except HttpProcessingError as error:
-            raise aiohttp.ClientPayloadError(str(error)) from error
+def _fingerprint(memory: StreamMemory) -> str | None:
+    """Of the numbers that began the stream; none where none has begun."""
+    if not memory.start:
+        return None
+    return str(orjson.loads(memory.start[len(b":s ") :])["fingerprint"])
 
 
-@contextlib.contextmanager
-def _failing_with_its_connection(upstream: aiohttp.ClientResponse) -> Iterator[None]:
-    """aiohttp's compiled parser forgets to fail the body when a chunk is malformed: reading it
-    would then wait for ever, although the connection is closed."""
-    protocol = upstream.connection and upstream.connection.protocol
-    # an empty queue of messages makes a protocol false
-    closed = None if protocol is None else protocol.closed
-    if closed is None:
-        yield
-        return
-
-    def fail(closed: asyncio.Future[None]) -> None:
-        if not closed.cancelled():
-            closed.exception()
-        if not upstream.content.is_eof():
-            upstream.close()
-
-    closed.add_done_callback(fail)
-    try:
-        yield
-    finally:
-        closed.remove_done_callback(fail)
-
-
-async def whole_frames(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """The same bytes, cut only where a frame ends; a frame that is never finished is dropped.
-
-    Of a frame that is larger than what is held here, the beginning goes on before its end is there.
-    """
-    held = bytearray()
-    async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            if not held and chunk.endswith(FRAME_ENDS):
-                yield chunk
-                continue
-            # what was held before has no end in it
-            start = max(0, len(held) - _MAX_CUT)
-            held += chunk
-            end = max(_end_of(mark, held, start) for mark in FRAME_ENDS)
-            if not end and len(held) > MAX_HELD_BYTES:
-                end = len(held) - _MAX_CUT
-            if end:
-                yield bytes(held[:end])
-                del held[:end]
-
-
-def _end_of(mark: bytes, data: bytearray, start: int) -> int:
-    """Where the last `mark` ends, 0 if there is none."""
-    place = data.rfind(mark, start)
-    return 0 if place < 0 else place + len(mark)
+def _retry_after_s(upstream: Upstream) -> float:
+    given = upstream.headers.get("retry-after", "")
+    return float(given) if given.isascii() and given.isdigit() else RETRY_AFTER_S

@@ -16,75 +16,33 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from chatserve.errors import OutOfMemory, Overloaded
-from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.sse import PING, encode_event
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy
+from chatserve.server.moves import ResumePolicy
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.worker import create_worker_app
 from tests.fakes import ANSWER, FakeEngine, FakeModel
+from tests.house import CHAT, READY, STREAM, TOKEN, House
 from tests.servers import (
     STREAM_HEAD,
-    RunningServer,
     Script,
     ScriptedWorker,
     chunked,
-    http_request,
     read_until,
-    send_raw,
     serving,
 )
 
-TOKEN = "control-token"
 TEXT = "".join(ANSWER)
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
-CHAT = {"model": "fake", "messages": MESSAGES}
-STREAM = CHAT | {"stream": True}
-READY = WorkerStatus(state="ready", models=[ModelCard(name="fake", created=1)])
 FRAMES = b"".join([encode_event('{"a":"你好 🙂"}'), PING, encode_event("x\ny"), encode_event("z")])
-
-
-class House:
-    """One controller, its registry, and workers with fake engines."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self.registry = WorkerRegistry(time.monotonic)
-        self.controller: RunningServer = stack.enter_context(
-            serving(lambda: create_controller_app(self.registry, control_token=TOKEN))
-        )
-        self.url = self.controller.url
-
-    def add(self, worker_id: str, engine: FakeEngine) -> RunningServer:
-        policy = AccessPolicy.build("127.0.0.1", api_keys=[TOKEN])
-        worker: RunningServer = self._stack.enter_context(
-            serving(lambda: create_worker_app(engine, FakeModel(), policy=policy))
-        )
-        self.list(worker_id, worker.url)
-        return worker
-
-    def add_scripted(self, worker_id: str, *scripts: Script) -> ScriptedWorker:
-        worker = self._stack.enter_context(ScriptedWorker(*scripts))
-        self.list(worker_id, worker.url)
-        return worker
-
-    def list(self, worker_id: str, url: str) -> None:
-        self.registry.register(worker_id, url, READY)
-
-    def num_in_flight(self) -> int:
-        return sum(worker.num_in_flight for worker in self.registry._workers.values())
-
-    def post(self, body: Any = STREAM) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body)
-
-    def open(self, body: Any = STREAM) -> socket.socket:
-        return send_raw(self.controller.port, http_request("POST", "/v1/chat/completions", body))
 
 
 @pytest.fixture
 def house() -> Iterator[House]:
     with ExitStack() as stack:
-        yield House(stack)
+        # no answer outlives its worker here: that is test_moves.py's business
+        yield House(stack, ResumePolicy(is_on=False))
 
 
 @contextmanager

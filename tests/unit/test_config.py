@@ -94,6 +94,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([-INT64, INT64 - 1], [-INT64 - 1, INT64]),
     "heartbeat_interval_s": ([0.05, 3600.0], [0.04, 3601.0, -1.0, "nan", "inf"]),
     "heartbeat_expiry_s": ([0.1, 86400.0], [0.09, 86401.0, "nan", "-inf"]),
+    "stall_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
+    "resume_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "queue_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "first_token_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "token_gap_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 
 import pytest
 
 from chatserve.protocol.sse import PING, encode_event
-from chatserve.server.relay import MAX_HELD_BYTES, whole_frames
+from chatserve.server.units import MAX_HELD_BYTES, FrameReader
 
 STREAM = b"".join([encode_event("你好 🙂"), PING, encode_event("a\nb"), encode_event("[DONE]")])
 
 
-async def source(chunks: Iterable[bytes]) -> AsyncGenerator[bytes]:
-    for chunk in chunks:
-        yield chunk
-
-
 def passed(chunks: Iterable[bytes]) -> list[bytes]:
-    async def main() -> list[bytes]:
-        return [frames async for frames in whole_frames(source(chunks))]
-
-    return asyncio.run(main())
+    reader = FrameReader()
+    return [frames for chunk in chunks if (frames := reader.feed(chunk))]
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])

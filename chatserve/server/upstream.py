@@ -1,0 +1,224 @@
+"""One worker's answer to one request: sent, read as it comes, and what its end means.
+
+Knows one worker; who is asked next is `moves.py`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import aiohttp
+import orjson
+from aiohttp.http_exceptions import HttpProcessingError
+
+from chatserve import errors
+from chatserve.errors import ChatserveError, ShuttingDown, WorkerLost
+from chatserve.protocol.control import JOURNAL_HEADER
+from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.units import Reader, UnitReader
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+# under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
+KEEPALIVE_S = 2.0
+GIVEN_UP = "x"
+"""The journal header of an answer that is no stream: another worker could have answered."""
+
+Result = TypeVar("Result")
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The controller's HTTP client: no limit on time or number, no redirects, no proxies."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+    )
+
+
+class NotSent(Exception):
+    """The worker could not be reached: nothing of the request has left this process."""
+
+
+class Lost(Exception):
+    """The worker has not answered to the end, and another one could. `error` is what to say if none
+    does."""
+
+    def __init__(self, error: ChatserveError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Upstream:
+    """A worker's answer, whose headers are there. To be closed; `lease` is released then."""
+
+    def __init__(
+        self, response: aiohttp.ClientResponse, lease: Lease, registry: WorkerRegistry
+    ) -> None:
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        self.lease = lease
+        self._response = response
+        self._registry = registry
+        self._read = response.content.readany
+        lease.on_loss = response.close
+        self._closed = _closed(response)
+        if self._closed is not None:
+            self._closed.add_done_callback(self._fail)
+
+    @classmethod
+    async def open(
+        cls,
+        session: aiohttp.ClientSession,
+        registry: WorkerRegistry,
+        lease: Lease,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+    ) -> Upstream:
+        """Raises `NotSent` or `Lost`; the lease is released then."""
+        # bytes over 1 MiB would be written in one go, with a warning
+        sending = session.post(
+            lease.worker.base_url + path, data=io.BytesIO(body), headers=headers,
+            allow_redirects=False,
+        )  # fmt: skip
+        try:
+            return cls(await _unless_lost(lease, _opened(sending)), lease, registry)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            eject(registry, lease, error, is_refusing=True)
+            lease.release()
+            raise NotSent from error
+        except (aiohttp.ClientError, OSError) as error:
+            eject(registry, lease, error)
+            lease.release()
+            raise Lost(_died()) from error
+        except BaseException:
+            lease.release()
+            raise
+
+    @property
+    def is_stream(self) -> bool:
+        return self._response.content_type.startswith("text/event-stream")
+
+    @property
+    def has_journal(self) -> bool:
+        return self.is_stream and self.headers.get(JOURNAL_HEADER) == "1"
+
+    async def whole(self) -> bytes:
+        """All of it. Raises `Lost`, also when this says that another worker could do better."""
+        parts = []
+        try:
+            while part := await self._read():
+                parts.append(part)
+        except (aiohttp.ClientError, OSError, HttpProcessingError) as error:
+            raise self._lost(error) from error
+        content = b"".join(parts)
+        if self.status >= 500 and self.headers.get(JOURNAL_HEADER) == GIVEN_UP:
+            raise Lost(self._given_up(content))
+        return content
+
+    async def read(self, reader: Reader) -> bytes:
+        """What comes next; nothing at the end. Raises `Lost`."""
+        try:
+            while chunk := await self._read():
+                if data := reader.feed(chunk):
+                    return data
+        except (aiohttp.ClientError, OSError, HttpProcessingError) as error:
+            if isinstance(reader, UnitReader) and reader.is_whole:
+                return b""  # it only had nothing more to say
+            raise self._lost(error) from error
+        if reader.is_whole:
+            return b""
+        if isinstance(reader, UnitReader) and reader.failure is not None:
+            raise Lost(self._given_up(reader.failure))
+        raise self._lost(aiohttp.ClientPayloadError("the stream ended before its end"))
+
+    def close(self) -> None:
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._fail)
+        # does nothing when the answer has been read to its end: the connection is kept then
+        self._response.close()
+        self.lease.release()
+
+    def _lost(self, error: Exception) -> Lost:
+        if self.lease.loss is not None:
+            return Lost(self.lease.loss)
+        eject(self._registry, self.lease, error)
+        return Lost(_died())
+
+    def _given_up(self, told: bytes) -> ChatserveError:
+        error = told_error(told)
+        if not isinstance(error, ShuttingDown):
+            eject(self._registry, self.lease, error)
+        return error
+
+    def _fail(self, closed: asyncio.Future[None]) -> None:
+        """aiohttp's compiled parser forgets to fail the body when a chunk is malformed: reading it
+        would then wait for ever, although the connection is closed."""
+        if not closed.cancelled():
+            closed.exception()
+        if not self._response.content.is_eof():
+            self._response.close()
+
+
+def _closed(response: aiohttp.ClientResponse) -> asyncio.Future[None] | None:
+    protocol = response.connection and response.connection.protocol
+    # an empty queue of messages makes a protocol false
+    return None if protocol is None else protocol.closed
+
+
+async def _opened(sending: Any) -> aiohttp.ClientResponse:
+    response: aiohttp.ClientResponse = await sending
+    return response
+
+
+async def _unless_lost(lease: Lease, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do `work`, which ends when the worker is lost. Raises `Lost` then."""
+    task = asyncio.current_task()
+    assert task is not None
+    lease.on_loss = task.cancel
+    try:
+        return await work
+    except asyncio.CancelledError:
+        # a task that is cancelled for another reason, too, has that to obey
+        if lease.loss is None or task.uncancel():
+            raise
+        raise Lost(lease.loss) from None
+    finally:
+        lease.on_loss = None
+
+
+def eject(
+    registry: WorkerRegistry, lease: Lease, error: Exception, *, is_refusing: bool = False
+) -> None:
+    worker_id = lease.worker.worker_id
+    logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
+    registry.eject(worker_id, is_refusing=is_refusing)
+
+
+def _died() -> WorkerLost:
+    return WorkerLost("the worker died while it was answering; send the request again")
+
+
+def told_error(body: bytes) -> ChatserveError:
+    """What a worker says in OpenAI's shape, as if it had been raised here."""
+    try:
+        error = orjson.loads(body)["error"]
+        code, message, param = error["code"], str(error["message"]), error.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _died()
+    kinds = {
+        kind.code: kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, ChatserveError)
+    }
+    known = kinds.get(code, WorkerLost)(message)
+    known.param = param if isinstance(param, str) else None
+    return known
