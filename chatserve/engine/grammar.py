@@ -76,7 +76,7 @@ class Grammars(Protocol):
         """
         ...
 
-    async def prepare(self) -> None:
+    def prepare(self) -> None:
         """Do what the first of them would have to: it holds up every thread for a moment."""
         ...
 

@@ -125,16 +125,14 @@ class GrammarCompiler:
             raise InvalidRequest(f"{spec.param} {outcome.reason}", param=spec.param)
         return outcome.grammar
 
-    async def prepare(self) -> None:
-        """Build what all grammars need. llguidance keeps the interpreter to itself meanwhile, 0.1 s
-        for 50,000 tokens, so that every stream would stand still.
+    def prepare(self) -> None:
+        """Build what all grammars need, before there are any streams. llguidance keeps the
+        interpreter to itself meanwhile, 0.1 s for 50,000 tokens: they would all stand still.
 
         What goes wrong here, the first spec will say.
         """
-        with self._lock:
-            building = self._executor().submit(self._build)
         try:
-            await asyncio.wrap_future(building)
+            self._build()
         except Exception:  # a server without grammars serves all else
             logger.warning("grammars cannot be prepared", exc_info=True)
 

@@ -51,7 +51,6 @@ from chatserve.server.worker import create_slot_app
 logger = logging.getLogger(__name__)
 
 ENGINE_CHECK_S = 0.5
-IDLE_S = 1.0
 LOAD_THREAD = "load"
 _SWITCH_S = 1e-4
 """How long the web server's thread may keep the interpreter lock while the engine wants it back.
@@ -73,6 +72,8 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     if model.description.get("embeddings_only"):
         return engine, model
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
+    if config.prepare_grammars:
+        grammars.prepare()
     return engine, dataclasses.replace(model, grammars=grammars)
 
 
@@ -198,20 +199,6 @@ async def _fill(
     slot.fill(engine, model)
     logger.info("%s is ready", slot.names[0])
     on_ready()
-    if model.grammars is not None:
-        await _idle(engine)
-        await model.grammars.prepare()
-
-
-async def _idle(engine: Engine) -> None:
-    """Wait until nobody has asked anything for a while."""
-    tick = None
-    while True:
-        stats = engine.stats()
-        if stats.tick == tick and not (stats.num_running or stats.num_waiting):
-            return
-        tick = stats.tick
-        await asyncio.sleep(IDLE_S)
 
 
 async def _in_daemon_thread(

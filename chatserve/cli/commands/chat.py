@@ -47,7 +47,8 @@ def server_command(config: ChatConfig) -> list[str]:
     return [
         # -P: no file of the folder that it is started in is ever imported
         sys.executable, "-P", "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
-        *flags, *debug, "--", *weights,
+        # nothing that a chat asks for needs them
+        "--no-prepare-grammars", *flags, *debug, "--", *weights,
     ]  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def test_the_server_gets_weights_and_model_flags_on_a_free_loopback_port() -> No
     )  # fmt: skip
     assert command[:4] == [sys.executable, "-P", "-m", "chatserve.server"]
     assert command[-2:] == ["--", "/weights"]
+    assert "--no-prepare-grammars" in command, "they would only take memory"
     assert {"--host=127.0.0.1", "--port=0", "--load-8bit", "--device=cpu", "--debug"} < {*command}
     assert {"--conv-template=vicuna_v1.1", "--context-length=512"} < {*command}
 

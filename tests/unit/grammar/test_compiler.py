@@ -385,7 +385,7 @@ def test_a_model_without_an_end_token_is_refused(compiler: GrammarCompiler) -> N
         eos_ids = frozenset[int]()
 
     endless = GrammarCompiler(Endless(), VOCAB_SIZE)
-    asyncio.run(endless.prepare())
+    endless.prepare()
     assert "has an end token" in refusal(endless, spec("a")).message
     endless.close()
     # a chat template's own stop token will do
@@ -422,7 +422,7 @@ def test_what_all_grammars_need_is_built_once(
         return build_one(vocabulary)
 
     monkeypatch.setattr(Vocabulary, "build", build)
-    asyncio.run(compiler.prepare())
+    compiler.prepare()
     assert len(built) == 1
     compile_one(compiler, spec("a"))
     assert len(built) == 1
@@ -436,7 +436,7 @@ def test_what_cannot_be_prepared_costs_nothing_else(
 
     with monkeypatch.context() as patched:
         patched.setattr(Vocabulary, "build", fail)
-        asyncio.run(compiler.prepare())
+        compiler.prepare()
     assert "grammars cannot be prepared" in caplog.text
     compile_one(compiler, spec("a"))
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from typing import Any, ClassVar
+import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chatserve import environment
 from chatserve.config import WorkerConfig
 from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.server import worker_process
-from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.generation import Generation
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.worker import create_worker_app
-from tests.fakes import FakeEngine, FakeModel, FakeStats
+from tests.fakes import FakeEngine, FakeModel
 
 
 class FakeMatcher:
@@ -50,7 +51,7 @@ class FakeGrammars:
             raise self.error
         return FakeGrammar()
 
-    async def prepare(self) -> None:
+    def prepare(self) -> None:
         self.is_prepared = True
 
     def close(self) -> None:
@@ -176,29 +177,21 @@ def test_who_leaves_while_a_grammar_compiles_is_let_go(
     assert grammars.salt == hashlib.sha256(b"mine").digest()
 
 
-def test_grammars_are_prepared_once_the_worker_is_ready_and_idle(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_grammars_are_prepared_before_the_worker_is_ready(
+    is_wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "IDLE_S", 0.0)
-    grammars, slot = FakeGrammars(), ModelSlot(["fake"])
-    at: list[str] = []
+    """Afterwards there may be streams, which would stand still."""
+    from chatserve.engine import serving
 
-    class Busy(FakeEngine):
-        left: ClassVar = [(1, 1, 0), (1, 0, 1), (2, 0, 0), (2, 0, 0)]
-
-        def stats(self) -> FakeStats:
-            assert at == ["ready"] and not grammars.is_prepared
-            tick, num_running, num_waiting = self.left.pop(0)
-            return FakeStats(tick=tick, num_running=num_running, num_waiting=num_waiting)
-
-    engine = Busy()
-
-    def load(_config: object, _progress: object) -> tuple[Engine, ServedModel]:
-        return engine, FakeModel(grammars=grammars)
-
-    config = WorkerConfig(weights="x")
-    asyncio.run(worker_process._fill(slot, config, load, None, on_ready=lambda: at.append("ready")))
-    assert grammars.is_prepared and not engine.left
+    grammars, model = FakeGrammars(), FakeModel()
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(serving, "load", lambda _config, _progress: (FakeEngine(), model))
+    monkeypatch.setattr(worker_process, "GrammarCompiler", lambda *_: grammars)
+    monkeypatch.setattr(environment, "limit_spinning", lambda: None)
+    config = WorkerConfig(weights="x", prepare_grammars=is_wanted)
+    _, served = worker_process.load_engine(config, lambda _loaded, _total: None)
+    assert served.grammars is cast(Any, grammars) and grammars.is_prepared == is_wanted
 
 
 def test_what_the_grammars_have_started_ends_with_the_model() -> None:
