@@ -27,11 +27,61 @@ class ErrorReply(TypedDict):
     error: ErrorDetail
 
 
+class ModelMemory(TypedDict):
+    """By the plan of the worker; encoders have no keys and values."""
+
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes: NotRequired[int]
+    slack_bytes: NotRequired[int]
+
+
+class ModelQuality(TypedDict):
+    """What `chatserve quality` has measured of these weights in this form; divergences in nats."""
+
+    form: str
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    text: str
+    num_positions: int
+    measured_at: str
+
+
 class ModelDetails(TypedDict):
-    """Beyond OpenAI: context length in tokens, fingerprint, device and how the weights are kept."""
+    """Beyond OpenAI. While a model is loading there is only `context_length`, which is null then.
+
+    Of each: `context_length` in tokens and `fingerprint`. Of an adapter: `adapter`, the fingerprint
+    of its own numbers, and `trained_on`, the base that its files name. Of a base: `reasons` for its
+    device and form, the names of `adapters` that are merged into it, whether it is `native` or run
+    by transformers, whether the `kernels` compute it and at which level, whether its answers are
+    `deterministic` whatever else is asked for. Of an encoder: `pooling`.
+    """
 
     context_length: int | None
     fingerprint: NotRequired[str]
+    adapter: NotRequired[str]
+    trained_on: NotRequired[str]
+    device: NotRequired[str]
+    dtype: NotRequired[str]
+    load_8bit: NotRequired[bool]
+    weight_bits: NotRequired[int | None]
+    packing: NotRequired[str | None]
+    kernels: NotRequired[str | None]
+    reasons: NotRequired[list[str]]
+    template: NotRequired[str | None]
+    embeddings_only: NotRequired[bool]
+    adapters: NotRequired[list[str | None]]
+    native: NotRequired[bool]
+    device_map: NotRequired[str | None]
+    kv_tokens: NotRequired[int]
+    memory: NotRequired[ModelMemory]
+    speculation: NotRequired[bool]
+    deterministic: NotRequired[bool]
+    quality: NotRequired[ModelQuality | None]
+    pooling: NotRequired[str]
 
 
 class Model(TypedDict):
