@@ -300,7 +300,9 @@ class RelayedStream(Response):
         assert upstream is not None
         while data := await upstream.read(reader):
             await send(_body(data))
-            self._last = data
+            # the number of an event is at its end, of which a piece says nothing
+            if not reader.is_inside:
+                self._last = data
 
     async def _move(self, send: Send, loss: ChatserveError) -> None:
         """Let another worker go on. Raises what is to be said when there is none."""

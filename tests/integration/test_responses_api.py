@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 from chatserve.errors import GenerationFailed, Overloaded
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.responses import LOGPROBS
+from chatserve.protocol.sse import SSEDecoder
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.preparation import MAX_SCORES
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_door import owner_of
 from chatserve.server.response_store import KeptResponse, ResponseStore
+from chatserve.server.units import MAX_HELD_BYTES
 from chatserve.server.worker import create_worker_app
 from tests.fakes import ANSWER, FakeClock, FakeEngine, FakeModel
 from tests.servers import (
@@ -365,6 +368,33 @@ def test_a_worker_that_dies_in_the_middle() -> None:
         *_, last = client.responses.create(model="fake", input="hi", stream=True)
         assert last.type == "error" and last.code == "worker_died"
         assert last.sequence_number == 8
+
+
+def test_a_worker_that_dies_inside_a_long_event() -> None:
+    """The beginning of the event is out; what follows counts on from the one before it."""
+    first = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r"},'
+    first += b'"sequence_number":7}\n\n'
+    cut = b'event: response.completed\ndata: {"type":"response.completed","x":"'
+    long = chunked(cut + b"x" * (MAX_HELD_BYTES + 1))
+    is_read = threading.Event()
+    with (
+        ScriptedWorker([STREAM_HEAD, chunked(first), long, is_read]) as worker,
+        controller(worker.url, None) as server,
+    ):
+        body = {"model": "fake", "input": "hi", "stream": True}
+        headers = {"Authorization": f"Bearer {ME}"}
+        data = b""
+        with httpx.stream(
+            "POST", f"{server.url}/v1/responses", json=body, headers=headers, timeout=30
+        ) as answer:
+            for chunk in answer.iter_raw():
+                data += chunk
+                if len(data) > MAX_HELD_BYTES:
+                    is_read.set()
+    assert data.startswith(first + cut)
+    *_, last = SSEDecoder().feed(data[-1000:])
+    assert last.event == "error"
+    assert json.loads(last.data).items() >= {"code": "worker_died", "sequence_number": 8}.items()
 
 
 def test_a_conversation_that_grows_too_large(tmp_path: Path) -> None:
