@@ -13,7 +13,7 @@ from chatserve.protocol.replies import ErrorReply
 
 ANY_REQUEST = (401, 403, 408, 431, 500)
 WITH_BODY = (400, 413, 415)
-WITH_MODEL = (404, 429, 502, 503)
+WITH_MODEL = (404, 429, 502, 503, 504)
 
 
 @dataclass(frozen=True, eq=False)
