@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from chatserve.engine.admission import Admission
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import Begun, LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.waiting_line import Priority
 from chatserve.errors import (
     ChatserveError,
     ContextLengthExceeded,
@@ -72,6 +74,10 @@ class FakeStream:
         self._events = list(events)
         self._is_done = False
 
+    @property
+    def place(self) -> int | None:
+        return self._engine.place
+
     def __aiter__(self) -> FakeStream:
         return self
 
@@ -128,6 +134,9 @@ class FakeEngine:
         self.step_s = step_s
         self.num_cached = num_cached
         self.current = FakeStats()
+        self.admission = Admission(16, 64)
+        self.place: int | None = None
+        self.priorities: dict[str, Priority] = {}
         self.is_started = False
         self.submitted: list[Submitted] = []
         self.aborted: list[str] = []
@@ -159,6 +168,7 @@ class FakeEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
         begun: Begun | None = None,
     ) -> FakeStream:
         if self.refusal is not None:
@@ -177,6 +187,7 @@ class FakeEngine:
                     begun,
                 )
             )
+            self.priorities[seq_id] = priority
             self.running.add(seq_id)
             self._changed.notify_all()
         if params.pooling is not None and self.error is None and not self.hangs:

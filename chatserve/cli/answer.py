@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What one event adds to an answer."""
+    """What one event adds to an answer; or, while it waits for its turn, its place in the queue."""
 
     text: str = ""
     finish_reason: str | None = None
     num_completion_tokens: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ def stream_answer(
     """Draw an answer while it comes and keep it in `answer`, however it ends."""
     with contextlib.closing(deltas), display.answer() as draw:
         for delta in deltas:
+            if delta.place is not None:
+                display.place(delta.place)
+                continue
             answer.take(delta, clock())
             draw(delta.text)
 

@@ -10,7 +10,9 @@ import contextlib
 import ipaddress
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,7 +33,7 @@ from chatserve.errors import (
     UsageError,
     WorkerLost,
 )
-from chatserve.protocol.sse import DONE, SSEDecoder
+from chatserve.protocol.sse import DONE, SSEDecoder, read_place
 
 CONNECT_TIMEOUT_S = 5.0
 CONTROL_TIMEOUT_S = 10.0
@@ -135,7 +137,10 @@ class ChatClient:
     def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
         # no limit on the time between two events: the server decides when a worker is stalled
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        decoder = SSEDecoder(max_event_bytes=MAX_EVENT_BYTES)
+        places: deque[int] = deque()
+        decoder = SSEDecoder(
+            max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places)
+        )
         with self._request("POST", "/chat/completions", json=body, timeout=timeout) as response:
             self._check(response)
             content_type = response.headers.get("content-type", "")
@@ -144,7 +149,10 @@ class ChatClient:
                     f"{self.base_url} answered {content_type or 'nothing'}, not a stream"
                 )
             for chunk in response.iter_raw():
-                for event in decoder.feed(chunk):
+                events = decoder.feed(chunk)
+                while places:
+                    yield ChatDelta(place=places.popleft())
+                for event in events:
                     if event.data == DONE:
                         return
                     yield _delta(event.data)
@@ -283,6 +291,11 @@ def _delta(data: str) -> ChatDelta:
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
     return ChatDelta(_scalar_values(text), finish_reason, num_tokens)
+
+
+def _note_place(places: deque[int], comment: str) -> None:
+    if (place := read_place(comment)) is not None:
+        places.append(place)
 
 
 def _count(value: Any) -> int | None:

@@ -192,13 +192,18 @@ class Display:
         *,
         is_raw: bool = False,
         is_terminal: bool = False,
+        has_free_line: bool = True,
         columns: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`columns` returns the width of `err`, or None when lines there have no end."""
+        """`columns` returns the width of `err`, or None when lines there have no end.
+
+        `has_free_line`: nothing stands where an answer is about to begin.
+        """
         self._drawer = drawer
         self._err = err
         self._is_raw = is_raw
         self._is_terminal = is_terminal
+        self._has_free_line = has_free_line
         self._columns = columns
         self._has_progress = False
 
@@ -208,12 +213,16 @@ class Display:
         escape_filter = EscapeFilter()
 
         def draw(text: str) -> None:
+            if self._has_progress and text:
+                self.progress(None)
             self._drawer.draw(text if self._is_raw else escape_filter.feed(text))
 
         self._drawer.begin()
         try:
             yield draw
         finally:
+            if self._has_progress:
+                self.progress(None)
             self._drawer.end()
 
     def note(self, text: str) -> None:
@@ -232,12 +241,20 @@ class Display:
         """Redraw the line that says how far the server is; None takes it away."""
         if not self._is_terminal:
             return
-        if progress is not None:
+        self._redraw(None if progress is None else progress_text(progress))
+
+    def place(self, place: int) -> None:
+        """Redraw the line that says how many come before this answer; it goes when that begins."""
+        if self._is_terminal and self._has_free_line:
+            self._redraw(place_text(place))
+
+    def _redraw(self, line: str | None) -> None:
+        if line is not None:
             # a line that is too long is cut: one that wrapped could not be erased
-            self._err.write(_ERASE_LINE + _NO_WRAP + progress_text(progress) + _WRAP)
+            self._err.write(_ERASE_LINE + _NO_WRAP + line + _WRAP)
         elif self._has_progress:
             self._err.write(_ERASE_LINE)
-        self._has_progress = progress is not None
+        self._has_progress = line is not None
         self._err.flush()
 
     def _write(self, color: str, text: str) -> None:
@@ -246,6 +263,15 @@ class Display:
         colored = f"{color}{text}{_RESET}" if self._is_terminal and color else text
         self._err.write(colored + "\n")
         self._err.flush()
+
+
+def place_text(place: int) -> str:
+    """`next in the queue`, `2nd in the queue`, … `11th in the queue`."""
+    if place == 1:
+        return "next in the queue"
+    is_teen = place % 100 in (11, 12, 13)
+    ending = "th" if is_teen else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place:,}{ending} in the queue"
 
 
 def progress_text(progress: Progress) -> str:

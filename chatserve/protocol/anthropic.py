@@ -24,6 +24,7 @@ from chatserve.protocol.field_names import FieldNames
 from chatserve.protocol.fields import (
     INT64,
     NOTHING,
+    Priority,
     read_object,
     refuse_unknown,
     validate,
@@ -288,12 +289,13 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=INT64)
+    priority: Priority | None = None
     metadata: Annotated[
         dict[str, Any] | None, BeforeValidator(_metadata), WithJsonSchema(METADATA_SCHEMA)
     ] = None
 
 
-_SAME = ("max_tokens", "stream", "temperature", "top_p", "top_k")
+_SAME = ("max_tokens", "stream", "temperature", "top_p", "top_k", "priority")
 _NAMES = {
     r"stop\b": "stop_sequences",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",

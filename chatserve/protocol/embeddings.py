@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from chatserve.errors import InvalidRequest
-from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
+from chatserve.protocol.fields import ID_SCHEMA, INT64, Priority, read_object, validate
 
 EMBEDDINGS_PATH = "/v1/embeddings"
 SCORE_PATH = "/v1/score"
@@ -107,6 +107,7 @@ class PooledRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     model: str = Field(max_length=500)
+    priority: Priority | None = None
     truncate_prompt_tokens: Annotated[int | None, WithJsonSchema(TRUNCATE_SCHEMA)] = Field(
         None, ge=-1, lt=INT64
     )

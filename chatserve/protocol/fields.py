@@ -10,7 +10,7 @@ import json
 import math
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Set
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,8 @@ from chatserve.protocol.leniency import ignored_fields
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_NESTING = 64
 INT64 = 2**63
+Priority = Literal["interactive", "batch"]
+"""Whether somebody sits there and waits for the answer."""
 
 # of a token; larger ones no vocabulary has, and JSON's readers may make floats of them
 ID_SCHEMA: Mapping[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}

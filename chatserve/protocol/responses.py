@@ -18,6 +18,7 @@ from chatserve.protocol.field_names import FieldNames
 from chatserve.protocol.fields import (
     INT64,
     NOTHING,
+    Priority,
     read_object,
     refuse_unknown,
     validate,
@@ -283,6 +284,7 @@ class ResponsesRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    priority: Priority | None = None
     truncation: Literal["auto", "disabled"] | None = None
     text: Annotated[dict[str, Any], BeforeValidator(_text), WithJsonSchema(TEXT_SCHEMA)] = Field(
         default_factory=dict
@@ -309,6 +311,7 @@ class ResponsesRequest(BaseModel):
 _SAME = (
     "model", "stream", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "seed", "tool_choice", "parallel_tool_calls",
+    "priority",
 )  # fmt: skip
 _NAMES = {
     "messages": "input",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from chatserve.errors import InvalidRequest
 from chatserve.protocol.fields import (
     INT64,
+    Priority,
     is_number,
     no_op_schemas,
     refuse_unknown,
@@ -152,6 +153,7 @@ class SamplingRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
     min_tokens: int | None = Field(None, ge=0, lt=INT64)
     ignore_eos: bool | None = None
+    priority: Priority | None = None
     return_token_ids: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

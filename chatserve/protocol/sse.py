@@ -5,6 +5,7 @@ Knows bytes and events only: no socket, no JSON, no OpenAI. Follows the WHATWG H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from chatserve.errors import BadStream
@@ -38,6 +39,18 @@ def encode_comment(text: str) -> bytes:
     return b": " + " ".join(text.splitlines()).encode() + b"\n\n"
 
 
+def encode_place(place: int) -> bytes:
+    """The place of a stream that waits for its turn; 1 is next."""
+    return encode_comment(f"queue {place}")
+
+
+def read_place(comment: str) -> int | None:
+    """The place that a comment tells, if it is one of those."""
+    word, _, number = comment.partition(" ")
+    is_place = word == "queue" and number.isascii() and number.isdigit() and len(number) < 10
+    return int(number) if is_place else None
+
+
 PING = encode_comment("ping")
 DONE_FRAME = encode_event(DONE)
 
@@ -45,12 +58,19 @@ DONE_FRAME = encode_event(DONE)
 class SSEDecoder:
     """Turns the bytes of a stream, cut anywhere, into events.
 
-    LF, CR and CRLF end a line; comments, `id` and `retry` are skipped; an event that the end of the
-    stream cuts off is never seen. Cost is linear in the bytes fed.
+    LF, CR and CRLF end a line; `id` and `retry` are skipped, and comments unless somebody wants
+    them; an event that the end of the stream cuts off is never seen. Cost is linear in the bytes
+    fed.
     """
 
-    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        on_comment: Callable[[str], object] | None = None,
+    ) -> None:
         self._max_event_bytes = max_event_bytes
+        self._on_comment = on_comment
         self._line = bytearray()
         self._skip_newline = False
         self._at_start = True
@@ -98,6 +118,8 @@ class SSEDecoder:
             self._data.append(value)
         elif name == b"event":
             self._event = value.decode("utf-8", "replace")
+        elif not name and self._on_comment is not None:
+            self._on_comment(value.decode("utf-8", "replace"))
         return None
 
     def _dispatch(self) -> ServerSentEvent | None:

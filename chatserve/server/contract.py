@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
+from chatserve.engine.admission import Admission
 from chatserve.engine.grammar import Grammars
 from chatserve.engine.output import TokenBytes
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import Begun, LoadedAdapter, Pooling, SamplingParams, TokenEvent
+from chatserve.engine.waiting_line import Priority
 from chatserve.models.tool_format import ToolFormat
 
 ToolDefinitions = Sequence[Mapping[str, Any]]
@@ -23,6 +25,11 @@ ToolDefinitions = Sequence[Mapping[str, Any]]
 
 class TokenStream(Protocol):
     """The events of one sequence. Closing it early aborts, also before the first event."""
+
+    @property
+    def place(self) -> int | None:
+        """Among those who wait, 1 is next; None: it does not wait, or nobody has looked yet."""
+        ...
 
     def __aiter__(self) -> TokenStream: ...
     async def __anext__(self) -> TokenEvent: ...
@@ -49,6 +56,8 @@ class Stats(Protocol):
 class Engine(Protocol):
     """`chatserve.engine.async_engine.AsyncEngine`, as the server uses it."""
 
+    @property
+    def admission(self) -> Admission: ...
     def start(self) -> None: ...
     async def stop(self) -> None: ...
     def stats(self) -> Stats: ...
@@ -63,6 +72,7 @@ class Engine(Protocol):
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
         begun: Begun | None = None,
     ) -> TokenStream:
         """With `begun`, the first events are those again: no queue refuses it."""

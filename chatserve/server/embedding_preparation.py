@@ -12,6 +12,7 @@ from typing import TypeVar
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
 from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from chatserve.protocol.embeddings import PooledRequest, parse_embeddings, parse_score
+from chatserve.protocol.fields import Priority
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
 from chatserve.server.preparation import MAX_BYTES_PER_TOKEN
@@ -28,6 +29,7 @@ class Pooled:
     params: SamplingParams
     adapter: LoadedAdapter | None
     num_dropped: int | None
+    priority: Priority = "interactive"
 
     @property
     def usage(self) -> dict[str, int]:
@@ -126,8 +128,9 @@ def _pooled(
         )
     params = SamplingParams(max_tokens=0, pooling=request.pooling or model.pooling)
     return Pooled(
-        request.model, tuple(prompts), params, adapter, None if kept is None else num_dropped
-    )
+        request.model, tuple(prompts), params, adapter, None if kept is None else num_dropped,
+        request.priority or "interactive",
+    )  # fmt: skip
 
 
 def _num_ending(each: str | list[int], model: ServedModel) -> int:

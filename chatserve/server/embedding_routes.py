@@ -18,6 +18,7 @@ from chatserve.protocol.embeddings import EMBEDDINGS_PATH, SCORE_PATH
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.contract import Engine, TokenStream
 from chatserve.server.disconnect import nobody_listens, until_disconnect
+from chatserve.server.door import hand_over
 from chatserve.server.embedding_preparation import Pooled, prepare_embeddings, prepare_score
 from chatserve.server.embedding_replies import Vector, embeddings_reply, score_reply
 from chatserve.server.json_response import JSON_TYPE
@@ -141,9 +142,10 @@ class _Batch:
             self._vectors[index] = await _vector_of(stream)
 
     def _submit(self, index: int) -> TokenStream:
+        hand_over()
         return self._engine.submit(
             f"{self._request_id}-{index}", self._pooled.prompts[index], self._pooled.params,
-            salt=self._salt, adapter=self._pooled.adapter,
+            salt=self._salt, adapter=self._pooled.adapter, priority=self._pooled.priority,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from chatserve.engine.sequence import TokenEvent
 from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, TokenStream
 from chatserve.server.disconnect import until_disconnect
+from chatserve.server.door import hand_over
 from chatserve.server.preparation import Prepared
 from chatserve.server.request_id import current_request_id
 from chatserve.server.resumption import Resumption
@@ -71,6 +72,7 @@ class Generation:
                 replace(prompt, params=replace(prompt.params, grammar=grammar))
                 for prompt in prompts
             )
+        hand_over()
         try:
             for i, prompt in enumerate(prompts):
                 for choice in range(prepared.num_choices):
@@ -83,6 +85,7 @@ class Generation:
                         salt=salt,
                         adapter=prepared.adapter,
                         strip_leading_space=prepared.strip_leading_space,
+                        priority=prepared.priority,
                         begun=resumption.begun.get(index) if resumption else None,
                     )
                     generation._streams.append(stream)
@@ -94,6 +97,18 @@ class Generation:
     @property
     def num_sequences(self) -> int:
         return len(self._streams)
+
+    @property
+    def place(self) -> int | None:
+        """In the queue, of its sequence that comes first; None when all have come, or before
+        anybody has looked."""
+        places = [place for stream in self._streams if (place := stream.place) is not None]
+        return min(places) if len(places) == len(self._streams) else None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has come of it."""
+        return bool(self._num_tokens)
 
     @property
     def num_generated_tokens(self) -> int:

@@ -19,6 +19,7 @@ from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedP
 from chatserve.models.tool_format import ToolFormat
 from chatserve.protocol.chat import ChatMessage, ChatRequest, parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
+from chatserve.protocol.fields import Priority
 from chatserve.protocol.sampling_request import SamplingRequest
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
@@ -76,6 +77,7 @@ class Prepared:
     returns_token_ids: bool = False
     compile_grammar: CompileGrammar | None = None
     tool_format: ToolFormat | None = None
+    priority: Priority = "interactive"
     argument_kinds: Kinds = field(default_factory=dict)
     is_replay: bool = False
 
@@ -279,6 +281,7 @@ def _prepared(
         includes_usage=request.includes_usage,
         has_usage_in_chunks=request.has_usage_in_chunks,
         returns_token_ids=bool(request.return_token_ids),
+        priority=request.priority or "interactive",
         adapter=adapter,
         **shape,
     )

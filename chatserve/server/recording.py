@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from chatserve.engine.admission import Admission
 from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
+from chatserve.engine.waiting_line import Priority
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel, Stats, TokenStream
 from chatserve.server.replay_log import LoggedAnswer, ReplayLog
@@ -29,6 +31,10 @@ class RecordingEngine:
         self._model = model
         self._log = log
         self._last_drawn: tuple[str, int] | None = None
+
+    @property
+    def admission(self) -> Admission:
+        return self._engine.admission
 
     def start(self) -> None:
         self._engine.start()
@@ -52,13 +58,14 @@ class RecordingEngine:
         salt: bytes = b"",
         adapter: LoadedAdapter | None = None,
         strip_leading_space: bool = False,
+        priority: Priority = "interactive",
         begun: Begun | None = None,
     ) -> TokenStream:
         if params.seed is None:
             params = replace(params, seed=self._seed_for(request_id))
         stream = self._engine.submit(
             request_id, prompt_ids, params, choice=choice, salt=salt, adapter=adapter,
-            strip_leading_space=strip_leading_space, begun=begun,
+            priority=priority, strip_leading_space=strip_leading_space, begun=begun,
         )  # fmt: skip
         if params.max_tokens == 0:
             return stream
@@ -91,6 +98,10 @@ class _RecordedStream:
         self._answer: LoggedAnswer | None = answer
         self._log = log
         self._token_ids: list[int] = []
+
+    @property
+    def place(self) -> int | None:
+        return self._stream.place
 
     def __aiter__(self) -> _RecordedStream:
         return self

@@ -23,6 +23,7 @@ from chatserve.server.cache_salt import salt_of
 from chatserve.server.choices import Choice, choices_of
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.disconnect import nobody_listens, until_disconnect
+from chatserve.server.door import BehindDoor, Door
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.embedding_routes import EmbeddingRoutes
 from chatserve.server.error_response import install_error_handlers
@@ -118,7 +119,10 @@ def create_slot_app(
         ResumeRoutes(streams, pool).add_to(app)
     document.add_to(app)
     install_error_handlers(app)
-    return Edge(Lenient(app) if is_lenient else app, policy or AccessPolicy())
+    door = Door(slot, control_token)
+    app.add_middleware(BehindDoor, door)
+    guarded = Lenient(app) if is_lenient else app
+    return Edge(guarded, policy or AccessPolicy(), check_room=door.check)
 
 
 class WorkerRoutes:

@@ -193,6 +193,7 @@ def _display(drawer: AnswerDrawer, config: ChatConfig) -> Display:
     is_terminal = sys.stderr.isatty() and environment.is_color_wanted()
     return Display(
         drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
+        has_free_line=config.style != "programmatic",
         columns=lambda: columns_of(sys.stderr),
     )  # fmt: skip
 

@@ -24,6 +24,8 @@ NOTES: Mapping[str, str] = {
     "max_completion_tokens": "the newer name of `max_tokens`",
     "min_tokens": "the shortest answer, in tokens",
     "ignore_eos": "go on where the model would end",
+    "priority": "`batch` where nobody waits for it: `interactive` ones, the default, go first, but "
+    "not for ever",
     "logprobs": "with each token, the logarithm of the probability that it was drawn with",
     "CompletionRequest.logprobs": "the same, and so many of the likeliest tokens, too",
     "top_logprobs": "with `logprobs`: so many of the likeliest tokens, too",
