@@ -14,6 +14,7 @@ from chatserve.errors import UsageError
 from chatserve.settings import read_toml, resolve, setting
 
 DEFAULT_PORT = 8000
+MAX_CONNECTIONS = 65536
 DEFAULT_WEIGHTS = "smollm2-135m"
 MAX_NAME_LEN = 200
 INT64 = 2**63
@@ -196,8 +197,30 @@ class KeepingOptions:
 
 
 @dataclass(frozen=True)
+class ListenOptions:
+    """How connections are taken, and what is said of them."""
+
+    max_connections: int = setting(
+        256, "open connections at once; more are told to come back", group="network",
+        metavar="N", ge=8, le=MAX_CONNECTIONS,
+    )  # fmt: skip
+    ssl_certfile: str | None = setting(
+        None, "serve https with this certificate chain, in PEM form", group="security",
+        metavar="FILE",
+    )  # fmt: skip
+    ssl_keyfile: str | None = setting(
+        None, "its private key, where the certificate's file does not hold it", group="security",
+        metavar="FILE",
+    )  # fmt: skip
+    log_format: str = setting(
+        "text", "lines for people, or one JSON object a line", choices=("text", "json"),
+        group="logging",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class WorkerConfig(
-    ModelOptions, EngineConfig, TimeLimits, DrainOptions, ApiOptions, KeepingOptions
+    ModelOptions, EngineConfig, TimeLimits, DrainOptions, ApiOptions, KeepingOptions, ListenOptions
 ):
     """One worker process: one model, one engine."""
 
@@ -209,6 +232,10 @@ class WorkerConfig(
         flags=("--controller-address",), metavar="URL",
     )  # fmt: skip
     no_register: bool = setting(False, "do not register with a controller", group="network")
+    ssl_ca_certs: str | None = setting(
+        None, "believe a controller at https with a certificate of these authorities, in PEM form",
+        group="security", metavar="FILE",
+    )  # fmt: skip
     model_names: tuple[str, ...] = setting(
         (), "names in the API, comma-separated", group="network", metavar="A,B"
     )
@@ -222,7 +249,7 @@ class WorkerConfig(
 
 
 @dataclass(frozen=True)
-class ControllerConfig(KeepingOptions, DrainOptions):
+class ControllerConfig(KeepingOptions, DrainOptions, ListenOptions):
     """The controller: registry, relay, public API."""
 
     host: str = setting("127.0.0.1", "address to listen on", group="network")
@@ -238,6 +265,10 @@ class ControllerConfig(KeepingOptions, DrainOptions):
     allow_host: tuple[str, ...] = setting(
         (), "further Host header values to accept, comma-separated", group="security",
         metavar="A,B",
+    )  # fmt: skip
+    allow_origin: tuple[str, ...] = setting(
+        (), "web pages of these origins may use the API, as in https://chat.example, "
+        "comma-separated; without it no page of another origin", group="security", metavar="A,B",
     )  # fmt: skip
     heartbeat_interval_s: float = setting(
         2.0, "seconds between heartbeats of a worker", group="network",
@@ -282,6 +313,10 @@ class ChatConfig(ModelOptions):
     base_url: str | None = setting(
         None, "join a running server instead of starting one", group="chat", metavar="URL"
     )
+    ssl_ca_certs: str | None = setting(
+        None, "with --base-url https://...: believe certificates of these authorities, in PEM form",
+        group="chat", metavar="FILE",
+    )  # fmt: skip
     model: str | None = setting(
         None, "the same as WEIGHTS; with --base-url: the name of a model there", group="chat",
         flags=("--model-path", "--model-name"), metavar="WEIGHTS",

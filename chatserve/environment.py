@@ -12,6 +12,8 @@ from pathlib import Path
 
 from chatserve.errors import UsageError
 
+MAX_KEY_FILE_LEN = 1_000_000
+
 
 def variables() -> Mapping[str, str]:
     """This process's environment, for settings that have a variable of their own."""
@@ -50,15 +52,41 @@ def settings_file() -> Path | None:
 def api_keys(api_key_file: str | None) -> tuple[str, ...]:
     """API keys from `--api-key-file` and `CHATSERVE_API_KEYS`; never from the command line.
 
-    Raises `UsageError` when the file cannot be read.
+    Raises `UsageError` when the file cannot be read or changed by everybody, and when one of the
+    two is there and holds no key: a server that was meant to have keys must not start without.
     """
-    lines = os.environ.get("CHATSERVE_API_KEYS", "").split(",")
-    if api_key_file:
-        try:
-            lines += Path(api_key_file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read --api-key-file {api_key_file}: {error}") from error
+    given = os.environ.get("CHATSERVE_API_KEYS", "")
+    keys = _keys(given.split(","))
+    if given and not keys:
+        raise UsageError("CHATSERVE_API_KEYS holds no key; set one, or unset it")
+    if not api_key_file:
+        return keys
+    in_file = _keys(_lines_of(api_key_file))
+    if not in_file:
+        raise UsageError(f"--api-key-file {api_key_file} holds no key; write one a line into it")
+    return (*keys, *in_file)
+
+
+def is_open_to_others(path: str) -> bool:
+    """Whether other users of this machine can read the file `path`."""
+    return os.name == "posix" and bool(os.stat(path).st_mode & 0o077)
+
+
+def _keys(lines: list[str]) -> tuple[str, ...]:
     return tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+
+
+def _lines_of(api_key_file: str) -> list[str]:
+    try:
+        with open(api_key_file, encoding="utf-8") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o002:
+                raise UsageError(
+                    f"--api-key-file {api_key_file} can be changed by every user of this machine; "
+                    "run chmod 600 on it"
+                )
+            return file.read(MAX_KEY_FILE_LEN).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --api-key-file {api_key_file}: {error}") from error
 
 
 def control_token() -> str | None:

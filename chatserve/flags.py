@@ -21,6 +21,7 @@ _KEYS = (
     "a secret on the command line is visible to every user of this machine; "
     "put keys into CHATSERVE_API_KEYS (a client's own key: CHATSERVE_API_KEY) or --api-key-file"
 )
+_CORS = "the origins of --allow-origin may use whatever the API has"
 
 REFUSED_FLAGS = {
     "--gptq-ckpt": _GPTQ,
@@ -41,6 +42,11 @@ REFUSED_FLAGS = {
     "--trust_remote_code": "code that comes with weights is never run",
     "--trust-remote-code": "code that comes with weights is never run",
     "--api-keys": _KEYS,
+    "--ssl": "give the files by --ssl-certfile and --ssl-keyfile",
+    "--allowed-origins": "list exact origins by --allow-origin A,B; there is none for all",
+    "--allowed-methods": _CORS,
+    "--allowed-headers": _CORS,
+    "--allow-credentials": "keys come in a header, never in a cookie; see --allow-origin",
     "--control-token": (
         "a secret on the command line is visible to every user of this machine; "
         "put the token into CHATSERVE_CONTROL_TOKEN"

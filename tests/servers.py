@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from chatserve.server.connection import Connections
 from chatserve.server.edge import Edge
-from chatserve.server.listener import Listener, bind
+from chatserve.server.listener import Listener, bind, url_of
 
 Result = TypeVar("Result")
 TIMEOUT_S = 30.0
@@ -27,21 +28,23 @@ class RunningServer:
         self,
         edge: Edge,
         loop: asyncio.AbstractEventLoop,
-        port: int,
+        url: str,
         connections: Connections,
     ) -> None:
         self.edge = edge
         self.connections = connections
         self.loop = loop
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = int(url.rpartition(":")[2])
+        self.url = url
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
 
 
 @contextlib.contextmanager
-def serving(build: Callable[[], Edge], **options: Any) -> Iterator[RunningServer]:
+def serving(
+    build: Callable[[], Edge], *, tls: ssl.SSLContext | None = None, **options: Any
+) -> Iterator[RunningServer]:
     """Serve what `build` returns; stops at once at the end, cutting what still runs."""
     started: threading.Event = threading.Event()
     stop: list[Callable[[], object]] = []
@@ -52,11 +55,11 @@ def serving(build: Callable[[], Edge], **options: Any) -> Iterator[RunningServer
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
-        sock = bind("127.0.0.1", 0)
+        sock = bind("127.0.0.1", 0, tls)
         edge = build()
         listener = Listener(edge, sock, **options)
         await listener.start()
-        servers.append(RunningServer(edge, loop, sock.getsockname()[1], listener.connections))
+        servers.append(RunningServer(edge, loop, url_of("127.0.0.1", sock), listener.connections))
         started.set()
         await stopped.wait()
         await listener.drain(seconds=0, hurry=stopped)

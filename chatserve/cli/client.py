@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -50,10 +51,15 @@ class ChatClient:
         base_url: str,
         api_key: str | None = None,
         *,
+        ca_certs: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Raises `UsageError` when `base_url` is not an http or https address."""
+        """`ca_certs`: a PEM file with the authorities that an https server's certificate is from.
+
+        Raises `UsageError` when `base_url` is not an http or https address, or the file is no use.
+        """
         self.base_url = _normalise(base_url)
+        self._trust = _trust(ca_certs)
         self._sleep = sleep
         headers = {"accept-encoding": "identity"}
         if api_key:
@@ -132,6 +138,7 @@ class ChatClient:
             timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # a proxy of the environment never stands between two processes of this machine
             trust_env=not _is_loopback(self.base_url),
+            verify=self._trust,
         )
 
     def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
@@ -223,6 +230,19 @@ def _normalise(base_url: str) -> str:
         raise UsageError("a URL must not hold a secret; put the key into CHATSERVE_API_KEY")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _trust(ca_certs: str | None) -> ssl.SSLContext | bool:
+    """Whose certificates count: those of the file, else what httpx takes for granted."""
+    if ca_certs is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_certs)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, ssl.SSLError):
+            reason = "it holds no certificate in PEM form"
+        raise UsageError(f"cannot use --ssl-ca-certs {ca_certs}: {reason}") from error
 
 
 def _is_loopback(url: str) -> bool:

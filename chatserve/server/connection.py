@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from http import HTTPStatus
 from typing import Any
 
@@ -37,6 +38,29 @@ MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 MAX_DISCARDED_BYTES = 1024 * 1024
 DEFAULT_CONNECTIONS = 256
+# its own, a worker's, and that of one who is told to come back
+FILES_PER_CONNECTION = 3
+RESERVED_FILES = 64
+
+
+def within_file_limit(wished: int) -> int:
+    """How many of `wished` connections this process may hold, with a worker's behind each.
+
+    Raises its soft limit on open files as far as it may.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = RESERVED_FILES + FILES_PER_CONNECTION * wished
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wished
+    fitting = max(1, (soft - RESERVED_FILES) // FILES_PER_CONNECTION)
+    logger.warning(
+        "at most %d connections at once instead of %d: this process may open %d files (ulimit -n)",
+        fitting, wished, soft,
+    )  # fmt: skip
+    return fitting
 
 
 class Connections:

@@ -8,6 +8,7 @@ from functools import partial
 
 from chatserve import environment
 from chatserve.config import ControllerConfig
+from chatserve.server.connection import within_file_limit
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, check_exposure, is_loopback
@@ -21,6 +22,7 @@ from chatserve.server.process import (
 )
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.tls import server_context
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ DRAIN_S = 30.0
 
 def run_controller(config: ControllerConfig) -> int:
     """Serve until a signal comes. Returns the exit code."""
-    configure_logging("controller", debug=config.debug)
+    configure_logging("controller", debug=config.debug, log_format=config.log_format)
     return run_process(partial(_serve, config), debug=config.debug)
 
 
@@ -39,9 +41,13 @@ def access_policy(config: ControllerConfig, control_token: str) -> AccessPolicy:
     check_exposure(config.host, has_key=bool(keys), insecure_no_auth=config.insecure_no_auth)
     if not keys and not is_loopback(config.host):
         logger.warning("anyone who reaches %s can use this server without a key", config.host)
+    file = config.api_key_file
+    if file and environment.is_open_to_others(file):
+        logger.warning("others can read the API keys in %s; run chmod 600 on it", file)
     return AccessPolicy.build(
-        config.host, api_keys=keys, control_token=control_token, allow_hosts=config.allow_host
-    )
+        config.host, api_keys=keys, control_token=control_token, allow_hosts=config.allow_host,
+        allow_origins=config.allow_origin,
+    )  # fmt: skip
 
 
 async def _serve(config: ControllerConfig) -> int:
@@ -58,8 +64,9 @@ async def _serve(config: ControllerConfig) -> int:
         response_store=ResponseStore.at_home() if config.store_responses else None,
         resume=ResumePolicy(config.resume, config.resume_timeout_s),
     )
-    sock = bind(config.host, config.port)
-    listener = Listener(edge, sock)
+    tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+    sock = bind(config.host, config.port, tls)
+    listener = Listener(edge, sock, max_connections=within_file_limit(config.max_connections))
     stop = StopSignals()
     with stop.installed():
         await listener.start()

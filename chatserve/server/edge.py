@@ -33,7 +33,7 @@ from chatserve.errors import (
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.control import MAX_RESUME_BYTES, RESUME_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
-from chatserve.server import request_id
+from chatserve.server import cross_origin, request_id
 from chatserve.server.disconnect import log_left
 from chatserve.server.error_response import error_response
 
@@ -83,12 +83,13 @@ class AccessPolicy:
 
     `api_keys` None leaves `/v1` open (a loopback server without keys). `control_keys` opens
     `/control/` only; a controller always has one. `hosts` None skips the Host check (a public
-    address, where the key is the guard).
+    address, where the key is the guard). `origins` are those whose pages may ask.
     """
 
     api_keys: tuple[bytes, ...] | None = None
     control_keys: tuple[bytes, ...] = ()
     hosts: frozenset[str] | None = field(default=frozenset(LOOPBACK_NAMES))
+    origins: frozenset[bytes] = frozenset()
 
     @classmethod
     def build(
@@ -98,19 +99,23 @@ class AccessPolicy:
         api_keys: Iterable[str] = (),
         control_token: str | None = None,
         allow_hosts: Iterable[str] = (),
+        allow_origins: Iterable[str] = (),
     ) -> AccessPolicy:
-        """The policy for a server on `host`; digests are kept, secrets are not."""
+        """The policy for a server on `host`; digests are kept, secrets are not.
+
+        Raises `UsageError` for an origin that is none.
+        """
         shown = f"[{host}]" if ":" in host else host
         return cls(
             api_keys=tuple(map(digest, api_keys)) or None,
             control_keys=(digest(control_token),) if control_token else (),
             hosts=frozenset((*LOOPBACK_NAMES, shown, *allow_hosts)) if is_loopback(host) else None,
+            origins=cross_origin.origins(allow_origins),
         )
 
     def check(self, path: str, headers: list[tuple[bytes, bytes]]) -> None:
         """Raises `HostNotAllowed` or `InvalidAPIKey`."""
-        if self.hosts is not None:
-            _check_host(headers, self.hosts)
+        self.check_host(headers)
         if path in OPEN_PATHS:
             return
         if path.startswith(CONTROL_PREFIX):
@@ -119,6 +124,11 @@ class AccessPolicy:
             _check_key(headers, (*(self.api_keys or ()), *self.control_keys), _KEYED)
         elif self.api_keys is not None:
             _check_key(headers, self.api_keys)
+
+    def check_host(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Raises `HostNotAllowed`."""
+        if self.hosts is not None:
+            _check_host(headers, self.hosts)
 
     def is_open(self, path: str) -> bool:
         """Whether all clients are alike here, whatever key they happen to send."""
@@ -226,7 +236,14 @@ class Edge:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = cross_origin.allowed_origin(scope, self._policy.origins)
+        if page is not None:
+            send = cross_origin.answering(page, send)
         try:
+            if page is not None and cross_origin.is_preflight(scope):
+                self._policy.check_host(scope["headers"])
+                await cross_origin.consent(scope, send)
+                return
             receive = await self._admit(scope, receive)
         except ClientDisconnect:
             log_left(scope)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -57,13 +58,16 @@ class HeartbeatSender:
         port: int,
         status: Callable[[], WorkerStatus],
         jitter: Callable[[], float] = random.random,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """`tls`: whose certificates an https controller may show; None for the system's."""
         self._controller = controller.rstrip("/")
         self._headers = {"Content-Type": "application/json", **bearer(token)}
         self._worker_id = worker_id
         self._port = port
         self._status = status
         self._jitter = jitter
+        self._tls: ssl.SSLContext | bool = tls or True
         self._has_news = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -85,7 +89,10 @@ class HeartbeatSender:
         Raises `RegistrationFailed` when the controller refuses this worker.
         """
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+        connector = aiohttp.TCPConnector(ssl=self._tls)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, trust_env=False
+        ) as session:
             interval_s = await self._register(session)
             try:
                 while True:

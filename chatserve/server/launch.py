@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from chatserve import environment
 from chatserve.config import (
+    MAX_CONNECTIONS,
     ApiOptions,
     EngineConfig,
     ModelOptions,
@@ -24,6 +25,7 @@ from chatserve.config import (
     served_names,
 )
 from chatserve.errors import UsageError
+from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
 from chatserve.server.lifeline import tie_to_parent
@@ -39,6 +41,7 @@ from chatserve.server.process import (
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.supervisor import RestartPolicy, Supervisor
+from chatserve.server.tls import server_context
 from chatserve.settings import flags_of
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def run_server(
     """
     if config.parent_pipe is not None:
         tie_to_parent(config.parent_pipe)
-    configure_logging("server", debug=config.debug)
+    configure_logging("server", debug=config.debug, log_format=config.log_format)
 
     async def serve() -> int:
         return await _Server(config, weights, worker_command, policy).serve()
@@ -117,9 +120,15 @@ class _Server:
             resume=ResumePolicy(config.resume, config.resume_timeout_s),
         )
         # before the workers: who finds the port taken should not load a model first
-        public = bind(config.host, config.port)
-        control = public if config.host in REACHED_OVER_IPV4_LOOPBACK else bind("127.0.0.1", 0)
-        listener = Listener(edge, *dict.fromkeys((public, control)))
+        tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+        public = bind(config.host, config.port, tls)
+        # the certificate is made out to another name than that by which our own workers come
+        is_shared = config.host in REACHED_OVER_IPV4_LOOPBACK and tls is None
+        control = public if is_shared else bind("127.0.0.1", 0)
+        listener = Listener(
+            edge, *dict.fromkeys((public, control)),
+            max_connections=within_file_limit(config.max_connections),
+        )  # fmt: skip
         control_url = url_of("127.0.0.1", control)
         workers = [self._supervisor(control_url, *model) for model in self._models]
         with self._stop.installed():
@@ -182,6 +191,10 @@ class _Server:
             *flags_of(self._config, ModelOptions, EngineConfig, TimeLimits, ApiOptions),
             *("--host=127.0.0.1", "--port=0", f"--controller={control_url}"),
             f"--model-names={name}",
+            f"--log-format={self._config.log_format}",
+            *("--ssl-certfile=", "--ssl-keyfile=", "--ssl-ca-certs="),
+            # whoever is let in here finds room there
+            f"--max-connections={min(self._config.max_connections + 64, MAX_CONNECTIONS)}",
             *(["--debug"] if self._config.debug else []),
             "--",
             weights,

@@ -12,7 +12,7 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import uvicorn
 
@@ -28,7 +28,13 @@ HANDSHAKE_TIMEOUT_S = 10.0
 ABORT_S = 2
 
 
-def bind(host: str, port: int) -> socket.socket:
+class Door(socket.socket):
+    """A socket that listens; with `tls` only to those who speak it."""
+
+    tls: ssl.SSLContext | None = None
+
+
+def bind(host: str, port: int, tls: ssl.SSLContext | None = None) -> Door:
     """Listen on `host:port` at once, so that nobody else can; port 0 takes a free one.
 
     Raises `CannotBind`.
@@ -39,7 +45,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        sock = socket.socket(family, kind, protocol)
+        sock = Door(family, kind, protocol)
+        sock.tls = tls
     except OSError as error:
         raise CannotBind(
             f"cannot listen on {host}: {_reason(error)}; choose another --host"
@@ -58,10 +65,11 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(host: str, sock: socket.socket) -> str:
+def url_of(host: str, sock: Door) -> str:
     """The URL by which this machine reaches `sock`; a wildcard address is reached over loopback."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"http://{f'[{name}]' if ':' in name else name}:{sock.getsockname()[1]}"
+    scheme = "https" if sock.tls else "http"
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{sock.getsockname()[1]}"
 
 
 def _requests(number: int) -> str:
@@ -78,13 +86,13 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        doors: Sequence[Door],
         connections: Connections,
-        tls: Mapping[socket.socket, ssl.SSLContext],
     ) -> None:
         super().__init__(config)
         self.is_up = asyncio.Event()
+        self._doors = doors
         self._connections = connections
-        self._tls = tls
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,12 +106,12 @@ class _Server(uvicorn.Server):
         self.servers = [
             await loop.create_server(
                 self._connect,
-                sock=sock,
+                sock=door,
                 backlog=BACKLOG,
-                ssl=self._tls.get(sock),
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if sock in self._tls else None,
+                ssl=door.tls,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if door.tls else None,
             )
-            for sock in sockets or ()
+            for door in self._doors
         ]
         self.started = True
         self.is_up.set()
@@ -114,20 +122,19 @@ class _Server(uvicorn.Server):
 
 
 class Listener:
-    """Serves `edge` on `socks` from `start` to `close`; `drain` in between, to end gently.
+    """Serves `edge` at `doors` from `start` to `close`; `drain` in between, to end gently.
 
-    `tls` holds the sockets that speak it. At most `max_connections` are served at once.
+    At most `max_connections` are served at once.
     """
 
     def __init__(
         self,
         edge: Edge,
-        *socks: socket.socket,
-        tls: Mapping[socket.socket, ssl.SSLContext] | None = None,
+        *doors: Door,
         max_connections: int = DEFAULT_CONNECTIONS,
     ) -> None:
         self._edge = edge
-        self._socks = list(socks)
+        self._doors = doors
         config = uvicorn.Config(
             edge,
             log_config=None,
@@ -141,12 +148,12 @@ class Listener:
             timeout_graceful_shutdown=ABORT_S,
         )
         self.connections = Connections(max_connections)
-        self._server = _Server(config, self.connections, tls or {})
+        self._server = _Server(config, doors, self.connections)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Return once requests are answered."""
-        self._task = asyncio.create_task(self._server.serve(self._socks))
+        self._task = asyncio.create_task(self._server.serve(list(self._doors)))
         up = asyncio.create_task(self._server.is_up.wait())
         await asyncio.wait({self._task, up}, return_when=asyncio.FIRST_COMPLETED)
         up.cancel()

@@ -9,28 +9,31 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from chatserve.errors import StartupError
+from chatserve.server.log_lines import formatter
 
 logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 
 
-def configure_logging(name: str, *, debug: bool) -> None:
+def configure_logging(name: str, *, debug: bool, log_format: str = "text") -> None:
     """Logs to stderr; other libraries only from WARNING on, and never what a stream carries."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format=f"%(asctime)s %(levelname)-7s {name}: %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(log_format, name))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("chatserve").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def forbid_core_dumps() -> None:
+    """A process that dies writes no file with the prompts and keys that it holds in memory."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def print_error(message: str) -> None:
@@ -105,6 +108,7 @@ def run_process(
 
     Whatever ends it becomes one line for `report`; a traceback only with `debug`.
     """
+    forbid_core_dumps()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(main())

@@ -22,10 +22,11 @@ from typing import Any
 from chatserve import environment
 from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
-from chatserve.errors import GenerationFailed
+from chatserve.errors import GenerationFailed, UsageError
 from chatserve.grammar.compiler import GrammarCompiler
 from chatserve.progress import Progress
 from chatserve.server.adapter_routes import nobody_to_tell
+from chatserve.server.connection import within_file_limit
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
@@ -46,6 +47,7 @@ from chatserve.server.recording import RecordingEngine
 from chatserve.server.replay_log import ReplayLog, default_path
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.service_manager import ServiceManager
+from chatserve.server.tls import client_context, server_context
 from chatserve.server.worker import create_slot_app
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
     `UsageError` for a name that cannot be shown.
     """
     names = served_names(config.weights, config.model_names)
-    configure_logging(f"worker {names[0]}", debug=config.debug)
+    configure_logging(f"worker {names[0]}", debug=config.debug, log_format=config.log_format)
     report: Report = print_failure
     if config.parent_pipe is not None:
         tie_to_parent(config.parent_pipe, by_kernel=True)
@@ -104,7 +106,13 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     token = shared_token() if config.controller and not config.no_register else None
     policy = _policy(config, token)
     replay_log = ReplayLog(default_path()) if config.replay_log else None
-    sock = bind(config.host, config.port)
+    tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+    if tls is not None and token is not None:
+        raise UsageError(
+            "a worker behind a controller is reached over http; leave --ssl-certfile out, and put "
+            "a tunnel between machines that do not trust the network"
+        )
+    sock = bind(config.host, config.port, tls)
     heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
     edge = create_slot_app(
         slot, policy=policy, control_token=token, is_lenient=config.lenient,
@@ -113,7 +121,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             ResponseStore.at_home() if token is None and config.store_responses else None
         ),
     )  # fmt: skip
-    listener = Listener(edge, sock)
+    listener = Listener(edge, sock, max_connections=within_file_limit(config.max_connections))
     manager = ServiceManager.of_environment()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(stop.installed())
@@ -159,8 +167,9 @@ def _heartbeat(
         return None
     worker_id = config.worker_id or uuid.uuid4().hex
     return HeartbeatSender(
-        config.controller, token, worker_id=worker_id, port=port, status=slot.status
-    )
+        config.controller, token, worker_id=worker_id, port=port, status=slot.status,
+        tls=client_context(config.ssl_ca_certs),
+    )  # fmt: skip
 
 
 def _announce(

@@ -87,6 +87,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "port": ([0, 65535], [-1, 65536]),
     "num_gpus": ([1, 64], [0, 65]),
     "max_num_seqs": ([1, 4096], [0, 4097]),
+    "max_connections": ([8, 65536], [7, 65537]),
     "max_num_batched_tokens": ([1, 65536], [0, 65537]),
     "max_num_waiting": ([1, 65536], [0, 65537]),
     "max_num_seqs_per_key": ([1, 65536], [0, 65537]),

@@ -90,6 +90,8 @@ def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
             raise UsageError(
                 f"--{name} is a matter of the server that --base-url joins; set it there"
             )
+    elif config.ssl_ca_certs is not None and "ssl_ca_certs" in flags:
+        raise UsageError("--ssl-ca-certs is for a server that --base-url https://... joins")
     if config.raw and config.style == "rich":
         raise UsageError("--style rich owns the cursor and cannot show --raw escapes; use simple")
 
@@ -103,7 +105,9 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
         from chatserve.cli.client import ChatClient
         from chatserve.cli.joined_server import JoinedServer
 
-        client = ChatClient(config.base_url, environment.client_api_key())
+        client = ChatClient(
+            config.base_url, environment.client_api_key(), ca_certs=config.ssl_ca_certs
+        )
         server = JoinedServer(client, config.model)
     with contextlib.closing(server):
         yield server
