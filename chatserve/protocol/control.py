@@ -74,7 +74,9 @@ class WorkerStatus(ControlMessage):
     """What a worker says of itself in every message: state, progress, room.
 
     `tick` counts engine steps, `last_token_age_s` is 0 while nothing runs: a worker that has work
-    and does not move is alive and yet not decoding.
+    and does not move is alive and yet not decoding. `num_places`: how many requests it can have at
+    once, those that wait among them; 0 where that is not known. `wait_s`: what who comes now has to
+    expect before its turn.
     """
 
     state: WorkerState
@@ -85,6 +87,8 @@ class WorkerStatus(ControlMessage):
     num_running: Count = 0
     num_waiting: Count = 0
     free_kv_tokens: Count = 0
+    num_places: Count = 0
+    wait_s: Seconds = 0.0
     loaded_bytes: Count = 0
     total_bytes: Count = 0
 

@@ -40,6 +40,7 @@ from chatserve.protocol.embeddings import EMBEDDINGS_PATH, SCORE_PATH
 from chatserve.protocol.fields import model_of
 from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
+from chatserve.server.controller_door import ControllerDoor
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
@@ -84,7 +85,7 @@ def create_controller_app(
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
-    controller.edge = Edge(app, policy)
+    controller.edge = Edge(app, policy, check_room=ControllerDoor(registry).check)
     return controller.edge
 
 

@@ -13,21 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatserve.engine.admission import Place
 from chatserve.errors import Overloaded
-from chatserve.protocol.anthropic import MESSAGES_PATH
-from chatserve.protocol.embeddings import EMBEDDINGS_PATH, SCORE_PATH
-from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.contract import Engine
+from chatserve.server.controller_door import takes_place
 from chatserve.server.error_response import error_response
 from chatserve.server.model_slot import ModelSlot
-
-QUEUED_PATHS = frozenset(
-    {
-        "/v1/chat/completions", "/v1/completions", MESSAGES_PATH, RESPONSES_PATH, EMBEDDINGS_PATH,
-        SCORE_PATH,
-    }
-)  # fmt: skip
-"""Where an answer takes a place in the batch."""
 
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
 
@@ -58,10 +48,7 @@ class Door:
         return engine.admission.enter(self._share(scope))
 
     def _engine_for(self, scope: Scope) -> Engine | None:
-        is_queued = (
-            scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in QUEUED_PATHS
-        )
-        return self._slot.engine if is_queued else None
+        return self._slot.engine if takes_place(scope) else None
 
     def _share(self, scope: Scope) -> bytes:
         return salt_of(Headers(scope=scope), self._control_token)

@@ -132,6 +132,8 @@ class ModelSlot:
                 "num_running": stats.num_running,
                 "num_waiting": stats.num_waiting,
                 "free_kv_tokens": stats.free_kv_tokens,
+                "num_places": engine.admission.hard_limit,
+                "wait_s": engine.admission.wait_s,
             }
         return WorkerStatus(
             state=self.state,

@@ -52,8 +52,13 @@ class Moves:
         if not self._policy.is_on or self._registry.is_over or self._num_failures >= MAX_FAILURES:
             raise loss
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether a worker has failed it."""
+        return self._loss is not None
+
     def rule_out(self, worker_id: str) -> None:
-        """It is well, but it cannot go on with this answer."""
+        """It is well, but it has no place for this answer, or cannot go on with it."""
         self._unfit.add(worker_id)
 
     async def next(self, fingerprint: str | None = None) -> Lease:
@@ -63,7 +68,7 @@ class Moves:
         nobody has come in time.
         """
         if self._loss is None:
-            return self._registry.pick(self._model)
+            return self._registry.pick(self._model, without=self._unfit)
         with self._registry.changes() as change, contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._deadline):
                 while True:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,6 +20,7 @@ from chatserve.errors import (
     ChatserveError,
     ModelNotFound,
     NoWorkerAvailable,
+    Overloaded,
     RegistrationRefused,
     WorkerLost,
     WorkerStalled,
@@ -28,6 +30,7 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 EJECTION_S = 0.5
 MAX_EJECTION_S = 30.0
 FORGIVE_S = 120.0
+MAX_RETRY_S = 60
 
 ModelState = Literal["unreachable", "starting", "loading", "draining", "stalled", "ready"]
 
@@ -61,6 +64,11 @@ class Worker:
     def load(self) -> int:
         """Sequences running or waiting; requests dispatched since the last heartbeat count too."""
         return max(self.num_in_flight, self.status.num_running + self.status.num_waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it was given all that it takes, and has not answered any of it."""
+        return 0 < self.status.num_places <= self.num_in_flight
 
     def serves(self, model: str) -> bool:
         return any(card.name == model for card in self.status.models)
@@ -313,11 +321,28 @@ class WorkerRegistry:
             raise NoWorkerAvailable(
                 f"no worker is ready for {model} (workers: {states}); try again in a moment"
             )
-        worker = min(ready, key=lambda worker: (worker.load, worker.last_pick))
+        worker = min(ready, key=lambda each: (each.is_full, each.load, each.last_pick))
         worker.last_pick = next(self._picks)
         if not worker.has_work:
             worker.moved_at = self._clock()  # what it does not do yet is not late
         return Lease(worker, model)
+
+    def check_room(self, model: str | None = None) -> None:
+        """Raises `Overloaded` when all that are ready are full; of any model, or of this one."""
+        ready = [
+            worker
+            for worker in self._workers.values()
+            if (model is None or worker.serves(model)) and self._state(worker) == "ready"
+        ]
+        if ready and all(worker.is_full for worker in ready):
+            wait_s = min(worker.status.wait_s for worker in ready)
+            retry_after_s = min(MAX_RETRY_S, max(1, math.ceil(wait_s)))
+            num_requests = sum(worker.num_in_flight for worker in ready)
+            raise Overloaded(
+                f"{num_requests} requests are under way already, as many as the workers take; try "
+                f"again in {retry_after_s} s",
+                retry_after_s=retry_after_s,
+            )
 
     def ready(self, model: str) -> list[Worker]:
         """All that can serve `model` now."""

@@ -23,6 +23,7 @@ from chatserve.protocol.control import JOURNAL_HEADER, RESUME_PATH, bearer
 from chatserve.protocol.leniency import HEADER
 from chatserve.protocol.sse import PING
 from chatserve.server.cache_salt import header_for_worker
+from chatserve.server.controller_door import takes_place
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
 from chatserve.server.moves import Moves, ResumePolicy
@@ -48,6 +49,7 @@ PASSED_HEADERS = (
 # encoding more takes longer than another stream should wait for its next token
 MAX_INLINE_BYTES = 64 * 1024
 RETRY_AFTER_S = 1.0
+OVERLOADED = 429
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ class Relay:
         """Send `body` to a worker for `model` and pass its answer on.
 
         Raises `ModelNotFound`, `NoWorkerAvailable`, or what a worker was lost of before the first
-        byte of its answer; `ClientDisconnect` when the client left before it.
+        byte of its answer; `ClientDisconnect` when the client left before it; `Overloaded` when no
+        worker has room. One that is full does not speak for the others.
         """
+        if takes_place(request.scope):
+            self._registry.check_room(model)
         asked = self._asked(request, model, body)
         return await until_disconnect(request.receive, self._forward(asked))
 
@@ -131,10 +136,21 @@ class Relay:
 
     async def _forward(self, asked: Asked) -> Response:
         moves = Moves(self._registry, asked.model, self.policy)
+        refusal: Response | None = None
         while True:
-            lease = await moves.next()
             try:
-                return await self._answer(asked, lease, moves)
+                lease = await moves.next()
+            except NoWorkerAvailable:
+                if refusal is None:
+                    raise
+                return refusal
+            try:
+                response = await self._answer(asked, lease, moves)
+                if response.status_code != OVERLOADED or moves.has_lost:
+                    return response
+                # its queue is full; another worker's may not be
+                refusal = _sooner(refusal, response)
+                moves.rule_out(lease.worker.worker_id)
             except NotSent:
                 continue  # another worker may take the request as if it were the first
             except Lost as lost:
@@ -357,6 +373,13 @@ def _fingerprint(memory: StreamMemory) -> str | None:
     return str(orjson.loads(memory.start[len(b":s ") :])["fingerprint"])
 
 
-def _retry_after_s(upstream: Upstream) -> float:
-    given = upstream.headers.get("retry-after", "")
+def _sooner(first: Response | None, second: Response) -> Response:
+    """Of two refusals the one that says to come back earlier."""
+    if first is None or _retry_after_s(second) < _retry_after_s(first):
+        return second
+    return first
+
+
+def _retry_after_s(answer: Upstream | Response) -> float:
+    given = answer.headers.get("retry-after", "")
     return float(given) if given.isascii() and given.isdigit() else RETRY_AFTER_S

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chatserve.errors import ModelNotFound, NoWorkerAvailable, RegistrationRefused
+from chatserve.errors import ModelNotFound, NoWorkerAvailable, Overloaded, RegistrationRefused
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server.registry import WorkerRegistry
 from tests.fakes import FakeClock
@@ -300,3 +300,48 @@ def test_changes_are_told(registry: WorkerRegistry, clock: FakeClock) -> None:
     clock.advance(11)
     registry.readiness()
     assert num_told() == 2
+
+
+def full(num_places: int, wait_s: float = 0.0, **fields: Any) -> WorkerStatus:
+    return status(num_places=num_places, wait_s=wait_s, **fields)
+
+
+def test_who_was_given_all_it_takes_is_picked_last(registry: WorkerRegistry) -> None:
+    registry.register("a", url(1), full(2, num_running=9))
+    registry.register("b", url(2), full(1))
+    leases = [registry.pick("m") for _ in range(3)]
+    assert [lease.worker.worker_id for lease in leases] == ["b", "a", "a"]
+
+
+def test_all_are_full_only_when_none_has_room(registry: WorkerRegistry) -> None:
+    registry.check_room()
+    registry.register("a", url(1), full(1, 7.2))
+    registry.register("b", url(2), full(1, 3.2))
+    leases = [registry.pick("m")]
+    registry.check_room("m")
+    leases.append(registry.pick("m"))
+    for model in ("m", None):
+        with pytest.raises(Overloaded, match="2 requests are under way") as caught:
+            registry.check_room(model)
+        assert caught.value.retry_after_s == 4
+    leases[0].release()
+    registry.check_room("m")
+
+
+def test_a_worker_that_does_not_say_what_it_takes_is_never_full(registry: WorkerRegistry) -> None:
+    registry.register("a", url(1), full(0))
+    leases = [registry.pick("m") for _ in range(500)]
+    registry.check_room("m")
+    assert len(leases) == 500
+
+
+@pytest.mark.parametrize(("wait_s", "retry_after_s"), [(0.0, 1), (1e6, 60)])
+def test_when_to_come_back_has_bounds(
+    registry: WorkerRegistry, wait_s: float, retry_after_s: int
+) -> None:
+    registry.register("a", url(1), full(1, wait_s))
+    lease = registry.pick("m")
+    with pytest.raises(Overloaded) as caught:
+        registry.check_room()
+    assert caught.value.retry_after_s == retry_after_s
+    lease.release()
