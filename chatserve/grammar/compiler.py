@@ -28,6 +28,7 @@ from chatserve.grammar.limits import (
     MAX_WAITING_OF_ONE,
 )
 from chatserve.grammar.matcher import Grammar, Rejected, short_reason
+from chatserve.grammar.one_of import places_of_one_of
 from chatserve.grammar.trial_process import Failed, TrialProcess
 from chatserve.grammar.vocabulary import Tokenizer, Vocabulary
 
@@ -64,8 +65,6 @@ Key = tuple[str, str, bool]
 _FAILED_BYTES = 1024
 # what llguidance says, and what to do about it
 _WAYS_OUT = (
-    ("oneOf constraints are not supported", "has a oneOf whose parts are not plainly disjoint; "
-     "give each a property with another const, or use anyOf"),
     ("NoExtension", "matches no answer at all: it has a part that never ends, or contradicts "
      "itself"),
     ("special token", "names a token, which is not supported; write its text in quotes"),
@@ -210,7 +209,7 @@ class GrammarCompiler:
         found = self._trial.run(kind, source, after_space=after_space)
         if isinstance(found, Failed):
             until = time.monotonic() + LATE_S if found.is_late else math.inf
-            return Refused(_way_out(found.reason), until)
+            return Refused(_way_out(found.reason, kind, source), until)
         if found.num_bytes > MAX_GRAMMAR_BYTES:
             return Refused(
                 f"takes {found.num_bytes >> 20} MB compiled, the limit is "
@@ -221,7 +220,7 @@ class GrammarCompiler:
         try:
             grammar = Grammar.compile(built, found.text, GrammarOrigin(*key))
         except Rejected as error:
-            return Refused(_way_out(short_reason(str(error))))
+            return Refused(_way_out(short_reason(str(error)), kind, source))
         logger.info(
             "compiled a grammar (%s, %d bytes) in %.0f ms",
             kind, len(source), (time.monotonic() - started_at) * 1e3,
@@ -240,9 +239,15 @@ class GrammarCompiler:
         return self._vocabulary
 
 
-def _way_out(reason: str) -> str:
+def _way_out(reason: str, kind: str, source: str) -> str:
     for sign, words in _WAYS_OUT:
         if sign in reason:
             return words
+    if "oneOf constraints are not supported" in reason:
+        places = places_of_one_of(kind, source)
+        return (
+            f"has a oneOf{f' ({places})' if places else ''} whose parts are not plainly disjoint; "
+            "give each a property with another const, or use anyOf"
+        )
     starts = ("is ", "takes ", "took ", "needs ", "has ")
     return reason if reason.startswith(starts) else f"cannot be compiled: {reason}"

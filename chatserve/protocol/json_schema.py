@@ -30,6 +30,16 @@ _CONSTRAINTS = frozenset({
 _NAMED = ("$defs", "definitions", "patternProperties", "properties")
 _LISTED = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _SINGLE = ("additionalItems", "additionalProperties", "items")
+# what comes nearest to those that are missed
+_INSTEAD: Mapping[str, str] = {
+    "not": "leave it out, or list what is allowed with enum or anyOf",
+    "contains": "leave it out, or put what has to be there first with prefixItems",
+    "uniqueItems": "leave it out and look at the answer, or use an object with a property for each",
+    **dict.fromkeys(
+        ("if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"),
+        "leave it out, or use anyOf of objects that tell themselves apart by a const",
+    ),
+}
 KEYWORDS = ANNOTATIONS | _CONSTRAINTS | frozenset(_NAMED)
 FORMATS = frozenset({
     "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid",
@@ -116,7 +126,8 @@ def _check_keyword(keyword: str, value: Any, param: str) -> None:
     if keyword not in KEYWORDS:
         raise _at(
             UnsupportedParameter, param,
-            "is not a keyword that an answer can be held to; leave it out",
+            "is not a keyword that an answer can be held to; "
+            + _INSTEAD.get(keyword, "leave it out"),
         )  # fmt: skip
     if keyword == "format" and (not isinstance(value, str) or value not in FORMATS):
         raise _at(

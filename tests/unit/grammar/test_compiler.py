@@ -171,6 +171,36 @@ HARMLESS: list[tuple[Kind, str]] = [
 ]  # fmt: skip
 
 
+ONE_OF = {"oneOf": [{"minimum": 1}, {"maximum": 3}]}
+MANY = {"properties": {"a": ONE_OF, "b": {"items": [{}, ONE_OF]}, "c": {"const": ONE_OF}}}
+IN_TOOLS = (
+    f'start: call_0\ncall_0: "f" arguments_0 | "g" "<b>" argument_2_1\n'
+    f'arguments_0: %json {json.dumps(MANY)}\nargument_2_1: (%json {json.dumps(ONE_OF)} "x")'
+)
+FIRST = "tools[0].function.parameters.properties"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "places"),
+    [
+        ("json_schema", json.dumps(ONE_OF), "oneOf"),
+        ("json_schema", json.dumps(MANY), "properties.a.oneOf, properties.b.items[1].oneOf"),
+        ("json_schema", json.dumps({"anyOf": [ONE_OF] * 4}),
+         "anyOf[0].oneOf, anyOf[1].oneOf, anyOf[2].oneOf, ..."),
+        ("tools", IN_TOOLS, f"{FIRST}.a.oneOf, {FIRST}.b.items[1].oneOf, "
+         "tools[2].function.parameters.oneOf"),
+    ],
+)  # fmt: skip
+def test_parts_of_one_of_that_overlap_are_refused_with_their_places(
+    compiler: GrammarCompiler, kind: Kind, source: str, places: str
+) -> None:
+    message = refusal(compiler, GrammarSpec(kind, source, "field")).message
+    assert message == (
+        f"field has a oneOf ({places}) whose parts are not plainly disjoint; give each a property "
+        "with another const, or use anyOf"
+    )
+
+
 def test_hostile_specs_are_refused_and_cost_the_process_nothing(
     compiler: GrammarCompiler, trial: CountingTrial
 ) -> None:

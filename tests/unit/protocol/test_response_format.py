@@ -123,6 +123,24 @@ def test_what_is_refused_of_a_response_format(value: Any, param: str) -> None:
     assert refusal(response_format=value).param == f"response_format{param}"
 
 
+@pytest.mark.parametrize(
+    ("keyword", "way_out"),
+    [
+        ("not", "list what is allowed with enum"), ("contains", "prefixItems"),
+        ("uniqueItems", "an object with a property for each"), ("if", "anyOf of objects"),
+        ("dependentRequired", "anyOf of objects"), ("minContains", "leave it out"),
+    ],
+)  # fmt: skip
+def test_a_keyword_that_cannot_be_kept_is_named_with_its_place_and_a_way_out(
+    keyword: str, way_out: str
+) -> None:
+    error = refusal(response_format=named({"properties": {"a": {"items": {keyword: {}}}}}))
+    place = f"response_format.json_schema.schema.properties.a.items.{keyword}"
+    assert error.param == place and "\n" not in error.message
+    assert error.message.startswith(f"{place} is not a keyword that an answer can be held to; ")
+    assert way_out in error.message
+
+
 def test_what_describes_is_left_alone() -> None:
     schema = {"title": "t", "description": "d", "default": {"not": 1}, "examples": [{"if": 1}],
               "$comment": "c", "deprecated": True, "x-order": 3, "const": {"not": "a schema"},
