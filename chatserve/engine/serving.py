@@ -27,7 +27,13 @@ from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.served_model import ServedModel
 from chatserve.engine.tokenization import Tokenization
-from chatserve.errors import AdapterRefused, DoesNotFit, ModelLoadError, UsageError
+from chatserve.errors import (
+    AdapterRefused,
+    DoesNotFit,
+    ModelLoadError,
+    OutOfMemory,
+    UsageError,
+)
 from chatserve.hub import resolve_weights
 from chatserve.models import reading
 from chatserve.models.adapter_config import merged_adapters
@@ -297,11 +303,13 @@ class _Limits:
 def _try_out(engine: Engine, path: Path) -> None:
     """Generate two tokens: warms the kernels, and finds weights that compute nothing usable.
 
-    Raises `ModelLoadError` with the engine's own words.
+    Raises `ModelLoadError` with the engine's own words, `DoesNotFit` where those are of memory.
     """
     engine.add("try-out", [0], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
     while engine.has_work:
         for event in engine.step():
+            if isinstance(event.error, OutOfMemory):
+                raise DoesNotFit(f"{path} loads but cannot generate: {event.error.message}")
             if event.error is not None:
                 raise ModelLoadError(
                     f"{path} loads but cannot generate ({event.error.message}); config.json or the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatserve.errors import DoesNotFit, OutOfMemory
 
@@ -71,11 +71,12 @@ def _address_space_left() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is how Python, PyTorch or the system says that there is no memory left.
 
-    PyTorch has a class for it on CUDA only; elsewhere it is in the words.
+    PyTorch has a class for it on CUDA only; elsewhere it is in the words. PyTorch itself may be
+    what there is no memory for.
     """
-    import torch
-
-    if isinstance(error, MemoryError | DoesNotFit | OutOfMemory | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | DoesNotFit | OutOfMemory):
+        return True
+    if (torch := sys.modules.get("torch")) and isinstance(error, _torchs_own(torch)):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
@@ -83,6 +84,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ImportError | OSError) and any(
         each in words for each in _OUT_OF_MEMORY
     )
+
+
+def _torchs_own(torch: Any) -> tuple[type[BaseException], ...]:
+    # it may have stopped in the middle of its own import
+    return tuple(filter(None, [getattr(torch, "OutOfMemoryError", None)]))
 
 
 def in_gb(num_bytes: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from functools import partial
 
 from chatserve import environment
 from chatserve.config import ControllerConfig
+from chatserve.errors import ShuttingDown
 from chatserve.server.connection import within_file_limit
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
@@ -22,11 +24,10 @@ from chatserve.server.process import (
 )
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.service_manager import ServiceManager
 from chatserve.server.tls import server_context
 
 logger = logging.getLogger(__name__)
-
-DRAIN_S = 30.0
 
 
 def run_controller(config: ControllerConfig) -> int:
@@ -68,10 +69,20 @@ async def _serve(config: ControllerConfig) -> int:
     sock = bind(config.host, config.port, tls)
     listener = Listener(edge, sock, max_connections=within_file_limit(config.max_connections))
     stop = StopSignals()
-    with stop.installed():
+    manager = ServiceManager.of_environment()
+
+    async def abort() -> None:
+        registry.abort(ShuttingDown("the server has shut down; try again when it is back"))
+
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(stop.installed())
+        await stack.enter_async_context(manager.told(lambda: "controller"))
         await listener.start()
+        manager.ready()
         print(f"ready: {url_of(config.host, sock)}/v1", flush=True)
         await stop.asked.wait()
-        await listener.drain(seconds=DRAIN_S, hurry=stop.insisted)
+        manager.stopping()
+        registry.close()
+        await listener.drain(seconds=config.drain_timeout_s, hurry=stop.insisted, abort=abort)
         await listener.close()
     return EXIT_INTERRUPTED if stop.is_interrupted else 0

@@ -24,7 +24,7 @@ from chatserve.config import (
     TimeLimits,
     served_names,
 )
-from chatserve.errors import UsageError
+from chatserve.errors import ShuttingDown, UsageError
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
@@ -40,6 +40,7 @@ from chatserve.server.process import (
 )
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
+from chatserve.server.service_manager import ServiceManager
 from chatserve.server.supervisor import RestartPolicy, Supervisor
 from chatserve.server.tls import server_context
 from chatserve.settings import flags_of
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 # -P: no file of the folder that it is started in is ever imported
 WORKER_COMMAND = (sys.executable, "-P", "-m", "chatserve.server.worker")
-DRAIN_S = 30.0
 WORKER_STOP_S = 5.0
 # workers listen on 127.0.0.1 and are called back where they call from
 REACHED_OVER_IPV4_LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
@@ -131,35 +131,49 @@ class _Server:
         )  # fmt: skip
         control_url = url_of("127.0.0.1", control)
         workers = [self._supervisor(control_url, *model) for model in self._models]
-        with self._stop.installed():
+        manager = ServiceManager.of_environment()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._stop.installed())
+            await stack.enter_async_context(manager.told(self._progress))
             await listener.start()
             running = [asyncio.create_task(worker.run()) for worker in workers]
-            announcement = self._announce(url_of(config.host, public))
+            announcement = self._announce(url_of(config.host, public), manager)
             if config.parent_pipe is not None:
                 # who started us wants to ask how far the model is, before it is ready
                 _tell(f"listening: {url_of(config.host, public)}/v1")
             try:
                 await run_until(self._stop.asked, *map(_outlive, running), announcement)
             finally:
+                manager.stopping()
                 await self._shut_down(listener, workers)
                 await _cancelled(running)
         return EXIT_INTERRUPTED if self._stop.is_interrupted else 0
 
     async def _shut_down(self, listener: Listener, workers: Sequence[Supervisor]) -> None:
-        async def hurry() -> None:
+        async def abort() -> None:
+            self._registry.abort(
+                ShuttingDown("the server has shut down; try again when it is back")
+            )
             for worker in workers:
                 worker.hurry()
 
         for worker in workers:
             worker.retire()
-        await listener.drain(seconds=DRAIN_S, hurry=self._stop.insisted, abort=hurry)
-        await asyncio.gather(*(w.stop(kill_after_s=WORKER_STOP_S) for w in workers))
+        self._registry.close()
+        insisted = self._stop.insisted
+        await listener.drain(seconds=self._config.drain_timeout_s, hurry=insisted, abort=abort)
+        stops = (each.stop(kill_after_s=WORKER_STOP_S, hurry=insisted) for each in workers)
+        await asyncio.gather(*stops)
         await listener.close()
 
-    async def _announce(self, url: str) -> None:
+    def _progress(self) -> str:
+        return ", ".join(f"{model.name}: {model.state}" for model in self._registry.readiness())
+
+    async def _announce(self, url: str, manager: ServiceManager) -> None:
         while not self._registry.is_ready():
             self._has_changed.clear()
             await self._has_changed.wait()
+        manager.ready()
         _tell(f"ready: {url}/v1 ({', '.join(self._served())})")
 
     def _served(self) -> Sequence[str]:

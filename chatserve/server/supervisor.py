@@ -11,6 +11,7 @@ import logging
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from chatserve.errors import (
     CrashLoop,
@@ -26,6 +27,7 @@ from chatserve.server.lifeline import LastWords, Lifeline
 logger = logging.getLogger(__name__)
 
 HURRIED_STOP_S = 0.5
+VMSTAT = Path("/proc/vmstat")
 
 # what these say does not change by trying again
 FINAL_ERRORS: Mapping[int, type[StartupError]] = {
@@ -95,10 +97,14 @@ class Supervisor:
         child's last line.
         """
         while not self._is_retired.is_set():
+            num_oom_kills = count_oom_kills()
             exit_code, words = await self._run_once()
             if self._is_retired.is_set():
                 return
-            reason = words.message if words else describe_exit(exit_code)
+            num_oom_kills = count_oom_kills() - num_oom_kills
+            reason = (
+                words.message if words else describe_exit(exit_code, num_oom_kills=num_oom_kills)
+            )
             if kind := FINAL_ERRORS.get(exit_code):
                 raise kind(reason)
             if words and words.is_final:
@@ -173,14 +179,29 @@ class Supervisor:
                 await self._process.wait()
 
 
-def describe_exit(exit_code: int) -> str:
-    """`exit code 1`, or the name of the signal."""
+def describe_exit(exit_code: int, *, num_oom_kills: int = 0) -> str:
+    """`exit code 1`, or the name of the signal; `num_oom_kills`: of the system in the meantime."""
     if exit_code >= 0:
         return f"exit code {exit_code}"
+    if exit_code == -signal.SIGKILL and num_oom_kills:
+        return (
+            "killed by SIGKILL: the system ran out of memory; use --load-8bit, a smaller "
+            "--context-length or a smaller model, or give it more"
+        )
     try:
         return f"killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"killed by signal {-exit_code}"
+
+
+def count_oom_kills() -> int:
+    """How many processes Linux has killed for want of memory since it started, in containers too;
+    elsewhere 0."""
+    try:
+        lines = VMSTAT.read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def _signal(process: asyncio.subprocess.Process, kind: signal.Signals) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 from chatserve import environment
 from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
-from chatserve.errors import GenerationFailed, UsageError
+from chatserve.errors import DoesNotFit, GenerationFailed, StartupError, UsageError
 from chatserve.grammar.compiler import GrammarCompiler
+from chatserve.models.memory import available_host_bytes, in_gb, is_out_of_memory
 from chatserve.progress import Progress
 from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.connection import within_file_limit
@@ -67,16 +68,35 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     """The real thing: weights, network, engine."""
     sys.setswitchinterval(_SWITCH_S)
     environment.limit_spinning()
-    # here and not above: this is where torch comes in
-    from chatserve.engine.serving import load
+    try:
+        # here and not above: this is where torch comes in
+        from chatserve.engine.serving import load
 
-    engine, model = load(config, progress)
+        engine, model = load(config, progress)
+    except StartupError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise DoesNotFit(_no_memory_for(config.weights, error)) from error
+        raise
     if model.description.get("embeddings_only"):
         return engine, model
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
     if config.prepare_grammars:
         grammars.prepare()
     return engine, dataclasses.replace(model, grammars=grammars)
+
+
+def _no_memory_for(weights: str, error: Exception) -> str:
+    """What the plan has not seen coming: another program has taken the memory in the meantime, or a
+    limit is set to this process."""
+    left = in_gb(available_host_bytes())
+    words = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"{weights}: the memory ran out while it was loaded, of which {left} are left ({words}); "
+        "free some, lift `ulimit -v`, or use --load-8bit, a smaller --context-length or a smaller "
+        "model"
+    )
 
 
 def run_worker(config: WorkerConfig, load: Load) -> int:

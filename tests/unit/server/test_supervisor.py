@@ -23,7 +23,13 @@ from chatserve.errors import (
     StartupError,
     UsageError,
 )
-from chatserve.server.supervisor import RestartPolicy, Supervisor, describe_exit
+from chatserve.server import supervisor
+from chatserve.server.supervisor import (
+    RestartPolicy,
+    Supervisor,
+    count_oom_kills,
+    describe_exit,
+)
 from tests.fakes import FakeClock
 
 
@@ -49,6 +55,39 @@ def test_describe_exit() -> None:
     assert describe_exit(3) == "exit code 3"
     assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
     assert describe_exit(-200) == "killed by signal 200"
+
+
+def test_who_was_killed_for_want_of_memory_is_said_to_have_been() -> None:
+    assert "ran out of memory" in describe_exit(-signal.SIGKILL, num_oom_kills=1)
+    assert "memory" not in describe_exit(-signal.SIGTERM, num_oom_kills=1)
+
+
+def vmstat(folder: Path, num_oom_kills: int) -> Path:
+    file = folder / "vmstat"
+    file.write_text(f"nr 1\noom_kill {num_oom_kills}\n", "ascii")
+    return file
+
+
+def test_what_the_system_has_killed_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "VMSTAT", vmstat(tmp_path, 7))
+    assert count_oom_kills() == 7
+    monkeypatch.setattr(supervisor, "VMSTAT", tmp_path / "macos")
+    assert count_oom_kills() == 0
+
+
+@pytest.mark.parametrize("num_oom_kills", [1, 0])
+def test_the_last_line_tells_of_the_systems_memory(
+    num_oom_kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux counts, the child is killed: as when its memory ran out. And killed by somebody."""
+    monkeypatch.setattr(supervisor, "VMSTAT", vmstat(tmp_path, 0))
+    count = f"f = {str(tmp_path / 'vmstat')!r}; n = int(open(f).read().split()[3]); "
+    add = f"open(f, 'w').write(f'nr 1\\noom_kill {{n + {num_oom_kills}}}\\n'); "
+    with pytest.raises(CrashLoop) as caught:
+        asyncio.run(child(count + add + "os.kill(os.getpid(), 9)").run())
+    assert ("ran out of memory" in caught.value.message) == bool(num_oom_kills)
 
 
 LIFELINE = "import os, sys; fd = int(os.environ['FD'])\n"
