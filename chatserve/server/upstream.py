@@ -118,6 +118,7 @@ class Upstream:
             while part := await self._read():
                 parts.append(part)
         except (aiohttp.ClientError, OSError, HttpProcessingError) as error:
+            _forget_frames(error)
             raise self._lost(error) from error
         content = b"".join(parts)
         if self.status >= 500 and self.headers.get(JOURNAL_HEADER) == GIVEN_UP:
@@ -131,6 +132,7 @@ class Upstream:
                 if data := reader.feed(chunk):
                     return data
         except (aiohttp.ClientError, OSError, HttpProcessingError) as error:
+            _forget_frames(error)
             if isinstance(reader, UnitReader) and reader.is_whole:
                 return b""  # it only had nothing more to say
             raise self._lost(error) from error
@@ -166,6 +168,12 @@ class Upstream:
             closed.exception()
         if not self._response.content.is_eof():
             self._response.close()
+
+
+def _forget_frames(error: Exception) -> None:
+    """aiohttp raises one and the same exception for every answer that was closed: the frames of all
+    who met it would hang on it for ever, and requests with them."""
+    error.__traceback__ = None
 
 
 def _closed(response: aiohttp.ClientResponse) -> asyncio.Future[None] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -71,11 +72,11 @@ class Script:
         return cls(**json.JSONDecoder().raw_decode(text[start:])[0])
 
     def ids(self, choice: int = 0) -> Sequence[int]:
-        return list(self._garbage(choice)) if self.is_garbage else range(self.say)
+        return range(choice * self.say, (choice + 1) * self.say)
 
     def token_bytes(self, token_id: int) -> bytes:
         if self.is_garbage:
-            return bytes([token_id])
+            return self._garbage(token_id // self.say)[token_id % self.say]
         return f"{self.key}.{token_id} ".ljust(self.bytes_each, "#").encode()
 
     def text(self, choice: int = 0, most: int | None = None) -> str:
@@ -88,13 +89,21 @@ class Script:
         for token_id in self.ids(choice)[:most]:
             yield detokenizer.add(token_id), token_id
 
-    def _garbage(self, choice: int) -> bytes:
-        choose = random.Random(f"{self.key} {choice}")
-        data = b""
-        while len(data) < self.say:
-            is_text = choose.random() < 0.8
-            data += choose.choice(_PIECES).encode() if is_text else choose.randbytes(2)
-        return data[: self.say]
+    def _garbage(self, choice: int) -> Sequence[bytes]:
+        """Random bytes and characters, which begin in one token and end in another."""
+        return _garbage(self.key, choice, self.say)
+
+
+@functools.lru_cache(maxsize=64)
+def _garbage(key: str, choice: int, say: int) -> Sequence[bytes]:
+    choose = random.Random(f"{key} {choice}")
+    sizes = [choose.randint(1, 7) for _ in range(say)]
+    data = b""
+    while len(data) < sum(sizes):
+        is_text = choose.random() < 0.8
+        data += choose.choice(_PIECES).encode() if is_text else choose.randbytes(2)
+    ends = list(itertools.accumulate(sizes))
+    return [data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 class ScriptedEngine:

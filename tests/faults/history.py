@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from tests.faults.client import Record
+
+_LAST = ("message_stop", "response.completed", "response.incomplete")
 
 
 class Malformed(Exception):
@@ -27,9 +29,28 @@ class Frame:
     event: str
     data: str
 
-    @property
+    @cached_property
     def is_done(self) -> bool:
-        return self.data == "[DONE]"
+        """Whether it says that the answer is whole."""
+        return self.data == "[DONE]" or self.json.get("type") in _LAST
+
+    @cached_property
+    def error(self) -> Mapping[str, Any] | None:
+        return None if self.data == "[DONE]" else _error_in(self.json)
+
+    @cached_property
+    def choices(self) -> Sequence[tuple[int, str, str | None]]:
+        """Index, text and finish reason of each choice in it."""
+        if self.data == "[DONE]":
+            return ()
+        value, delta = self.json, self.json.get("delta")
+        if "choices" in value:
+            return [(c["index"], _said(c), c["finish_reason"]) for c in value["choices"]]
+        if value.get("type") == "content_block_delta":
+            return [(0, delta["text"], None)]
+        if value.get("type") == "response.output_text.delta":
+            return [(0, value["delta"], None)]
+        return ()
 
     @cached_property
     def json(self) -> Mapping[str, Any]:
@@ -79,11 +100,24 @@ class Reply:
             return None
         if not self.is_stream:
             return _error_in(self.json) if self.status >= 400 else None
-        return _error_in(self.frames[-1].json) if self.frames and not self.is_done else None
+        return self.frames[-1].error if self.frames else None
 
     @property
     def is_done(self) -> bool:
         return bool(self.frames) and self.frames[-1].is_done
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """What each choice has said, as far as it came."""
+        texts: dict[int, str] = {}
+        if not self.is_stream:
+            if self.status == 200 and self.is_whole:
+                texts = {i: _said(each) for i, each in enumerate(_parts(self.json))}
+            return texts
+        for frame in self.frames:
+            for index, text, _ in frame.choices:
+                texts[index] = texts.get(index, "") + text
+        return texts
 
     @cached_property
     def json(self) -> Mapping[str, Any]:
@@ -180,9 +214,26 @@ def _frame(block: bytes, at: float) -> Frame | None:
     return Frame(at, event, "\n".join(data)) if data else None
 
 
+def _parts(value: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Of a whole answer of any API: what has the text of its choices."""
+    if "choices" in value:
+        return list(value["choices"])
+    if "output" in value:
+        return [part for item in value["output"] for part in item.get("content", ())]
+    return list(value.get("content", ()))
+
+
+def _said(part: Mapping[str, Any]) -> str:
+    said = part.get("text") or (part.get("delta") or part.get("message") or {}).get("content")
+    return said or ""
+
+
 def _error_in(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
     error = value.get("error")
     if isinstance(error, dict):
         return error
     # of a stream of /v1/responses
+    if value.get("type") == "response.failed":
+        failed = value["response"]["error"]
+        return failed if isinstance(failed, dict) else {}
     return value if value.get("type") == "error" else None

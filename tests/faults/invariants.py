@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tests.faults.client import Record
+from tests.faults.client import CHAT, Record
 from tests.faults.history import Malformed, Reply
 
 Violations = list[str]
-FINISHES = frozenset({"stop", "length"})
 SHAPE = {"message", "type", "param", "code"}
+COMPLETIONS, MESSAGES = "/v1/completions", "/v1/messages"
+ONCE = ("message_start", "message_stop", "response.created", "response.output_text.done")
 
 
 def check(records: Iterable[Record], *, harmed: Iterable[int] = ()) -> Violations:
@@ -42,34 +43,38 @@ def ends_once(reply: Reply) -> Violations:
     """A request has one end: a whole answer, a refusal, an error, or that the client left."""
     if reply.record.end is None:
         return ["it has no end"]
-    ends = sum(frame.is_done or _is_error(frame.json) for frame in reply.frames)
+    ends = sum(frame.is_done or frame.error is not None for frame in reply.frames)
     return [f"it ends {ends} times"] if ends > 1 else []
 
 
 def nothing_after_the_end(reply: Reply) -> Violations:
-    """No frame behind `[DONE]` or an error, no text of a choice behind its finish reason."""
+    """No frame behind the last one or an error, no text of a choice behind its finish reason."""
     found = []
     finished: set[int] = set()
     for i, frame in enumerate(reply.frames):
-        if frame.is_done or _is_error(frame.json):
+        if frame.is_done or frame.error is not None:
             if i != len(reply.frames) - 1:
                 found.append(f"{len(reply.frames) - 1 - i} frames behind the end")
             break
-        for choice in frame.json.get("choices", ()):
-            if choice["index"] in finished:
-                found.append(f"choice {choice['index']} goes on behind its end")
-            if choice["finish_reason"] is not None:
-                finished.add(choice["index"])
+        for index, _, reason in frame.choices:
+            if index in finished:
+                found.append(f"choice {index} goes on behind its end")
+            if reason is not None:
+                finished.add(index)
     return found
 
 
 def errors_have_a_shape(reply: Reply) -> Violations:
-    """Everything that is not an answer says why, as OpenAI's clients read it."""
+    """Everything that is not an answer says why, as the clients of its API read it."""
     if (error := reply.error) is None:
         if reply.is_whole and reply.status != 200:
             return [f"status {reply.status} without an error: {reply.body[:200]!r}"]
         return []
-    if not set(error) >= SHAPE or not error["message"] or not error["code"]:
+    path = reply.record.request.path
+    wanted = {"message"} if path == MESSAGES else {"message", "code"}
+    if not set(error) >= wanted or not all(error[name] for name in wanted):
+        return [f"a bad error: {dict(error)}"]
+    if path in (CHAT, COMPLETIONS) and not set(error) >= SHAPE:
         return [f"a bad error: {dict(error)}"]
     return []
 
@@ -77,15 +82,10 @@ def errors_have_a_shape(reply: Reply) -> Violations:
 def text_is_right(reply: Reply) -> Violations:
     """What was said is the known text, or a beginning of it: nothing lost, doubled or foreign."""
     wanted = reply.record.request.text
-    if wanted is None or reply.status != 200:
+    if wanted is None or reply.status != 200 or not (reply.is_stream or reply.is_whole):
         return []
-    if reply.is_stream:
-        text, is_all = text_of(reply).get(0, ""), reply.is_done
-    elif reply.is_whole:
-        text, is_all = _said(reply.json["choices"][0]), True
-    else:
-        return []
-    if is_all and text != wanted:
+    text = reply.texts.get(0, "")
+    if (reply.is_done or not reply.is_stream) and text != wanted:
         return [f"a whole answer is not the text: {_difference(text, wanted)}"]
     if not wanted.startswith(text):
         return [f"it is not the text: {_difference(text, wanted)}"]
@@ -93,11 +93,10 @@ def text_is_right(reply: Reply) -> Violations:
 
 
 def is_one_answer(reply: Reply) -> Violations:
-    """One id, one role and one finish reason a choice, the finish reason a true one."""
-    chunks = [frame.json for frame in reply.frames if not frame.is_done]
-    chunks = [chunk for chunk in chunks if not _is_error(chunk)]
+    """One id, one beginning and one finish reason a choice; numbered events without a gap."""
+    chunks = [f.json for f in reply.frames if f.data != "[DONE]" and f.error is None]
     found = []
-    if len(ids := {chunk.get("id") for chunk in chunks}) > 1:
+    if len(ids := {chunk["id"] for chunk in chunks if "choices" in chunk}) > 1:
         found.append(f"it has the ids {ids}")
     choices = [choice for chunk in chunks for choice in chunk.get("choices", ())]
     roles = Counter(c["index"] for c in choices if "role" in c.get("delta", {}))
@@ -106,6 +105,11 @@ def is_one_answer(reply: Reply) -> Violations:
     found += [f"choice {i} finishes {n} times" for i, n in finishes.items() if n > 1]
     if reply.is_done and set(finishes) != {choice["index"] for choice in choices}:
         found.append("it is done and a choice has no finish reason")
+    kinds = Counter(chunk.get("type") for chunk in chunks)
+    found += [f"{n} events {kind}" for kind, n in kinds.items() if kind in ONCE and n > 1]
+    numbers = [f.json["sequence_number"] for f in reply.frames if '"sequence_number"' in f.data]
+    if numbers != list(range(len(numbers))):
+        found.append(f"its events are numbered {numbers}")
     return found
 
 
@@ -163,33 +167,16 @@ def outcome(record: Record) -> str:
     if reply.is_stream:
         if reply.is_done:
             return "done"
-        return str(reply.error["code"]) if reply.error is not None else f"cut ({record.end})"
+        if reply.error is not None:
+            return str(reply.error.get("code") or reply.error.get("type"))
+        return f"cut ({record.end})"
     return str(reply.status) if reply.is_whole else f"cut ({record.end})"
-
-
-def text_of(reply: Reply) -> dict[int, str]:
-    """What each choice of a stream has said."""
-    texts: dict[int, str] = {}
-    for frame in reply.frames:
-        if not frame.is_done:
-            for choice in frame.json.get("choices", ()):
-                index = choice["index"]
-                texts[index] = texts.get(index, "") + _said(choice)
-    return texts
-
-
-def _is_error(chunk: Mapping[str, Any]) -> bool:
-    return "error" in chunk or chunk.get("type") == "error"
-
-
-def _said(choice: Mapping[str, Any]) -> str:
-    said = choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content")
-    return said or ""
 
 
 def _usage(reply: Reply) -> Mapping[str, Any] | None:
     if reply.is_stream:
-        usages = [f.json["usage"] for f in reply.frames if not f.is_done and f.json.get("usage")]
+        usages = [f.json.get("usage") for f in reply.frames if f.data != "[DONE]"]
+        usages = [usage for usage in usages if usage and "total_tokens" in usage]
         return usages[-1] if usages else None
     if reply.status == 200 and reply.is_whole:
         usage = reply.json.get("usage")

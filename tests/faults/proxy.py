@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 Then = Literal["stall", "close", "reset", "close half"]
 TIMEOUT_S = 30.0
 READ_BYTES = 64 * 1024
-_SIZES = (1, 1, 1, 2, 3, 5, 8, 13)
+_SIZES = (1, 1, 2, 3, 5, 8, 13, 34)
 
 
 @dataclass(frozen=True)

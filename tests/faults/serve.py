@@ -7,6 +7,7 @@ import time
 
 from chatserve.server import command_line
 from chatserve.server.supervisor import RestartPolicy
+from tests.faults.planted import plant
 from tests.faults.window import open_window
 
 WORKER = (sys.executable, "-m", "tests.faults.worker")
@@ -19,5 +20,6 @@ def patient_policy() -> RestartPolicy:
 
 
 if __name__ == "__main__":
+    plant()
     open_window()
     raise SystemExit(command_line.serve(worker_command=WORKER, policy=patient_policy))

@@ -36,6 +36,7 @@ class View:
 
     num_requests: under way at its front door. num_leases: claims on workers.
     num_workers: those that would get a request.
+    num_objects: that Python's collector knows, garbage excepted.
     num_seqs: running or waiting in its engine. lag: of its event loop since the last view, in ms.
     """
 
@@ -44,6 +45,7 @@ class View:
     num_fds: int
     num_threads: int
     num_tasks: int
+    num_objects: int
     num_requests: int
     num_leases: int
     num_workers: int
@@ -97,7 +99,6 @@ def _figures(loop: asyncio.AbstractEventLoop, probe: LagProbe) -> dict[str, Any]
     registries = [each for each in objects if isinstance(each, WorkerRegistry)]
     workers = [worker for each in registries for worker in list(each._workers.values())]
     engines = [each for each in objects if isinstance(each, ScriptedEngine)]
-    del objects
     this = psutil.Process()
     stats = [engine.stats() for engine in engines]
     figures = {
@@ -106,6 +107,7 @@ def _figures(loop: asyncio.AbstractEventLoop, probe: LagProbe) -> dict[str, Any]
         # without the connection that asks
         "num_fds": this.num_fds() - 1,
         "num_threads": this.num_threads(),
+        "num_objects": len(objects),
         "num_tasks": len(_unchanging(lambda: asyncio.all_tasks(loop))),
         "num_requests": sum(edge.num_in_flight for edge in edges),
         "num_leases": sum(worker.num_in_flight for worker in workers),

@@ -20,6 +20,7 @@ from chatserve.server.heartbeat import HeartbeatSender
 from tests import fake_worker
 from tests.fakes import FakeModel
 from tests.faults.engine import ScriptedEngine
+from tests.faults.planted import plant
 from tests.faults.window import open_window
 
 FRONTS = "FAULT_FRONTS"
@@ -57,6 +58,7 @@ def load(config: WorkerConfig, progress: Progress) -> tuple[Engine, ServedModel]
 
 
 if __name__ == "__main__":
+    plant()
     open_window()
     vars(worker_process)["HeartbeatSender"] = FrontedHeartbeat
     raise SystemExit(command_line.worker(load=load))
