@@ -19,6 +19,8 @@ def say_again(live: Live, begun: Begun, *, end_ids: Set[int], vocab_size: int) -
     Raises `InvalidRequest` for what the sequence cannot have said.
     """
     sequence = live.sequence
+    if not begun.units:
+        return []
     sequence.num_cached_tokens = begun.num_cached_tokens
     sequence.status = Status.PREEMPTED
     last = len(begun.units) - 1

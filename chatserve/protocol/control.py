@@ -24,6 +24,8 @@ MAX_RESUME_BYTES = 24 * 1024 * 1024
 """A request of the largest size and a journal, both as text in JSON."""
 JOURNAL_HEADER = "X-Chatserve-Journal"
 """Of a request: the controller keeps a journal of its stream. Of the answer: there is one."""
+GIVEN_UP = "x"
+"""Such a header of an answer that is no stream: another worker could give a better one."""
 NONCE_HEADER = "X-Chatserve-Nonce"
 MAX_NONCE_LEN = 64
 ADAPTER_KEY = "adapter"

@@ -69,9 +69,9 @@ async def replay(
 ) -> None:
     """Bring `encoder` to where an answer was cut; its client has the events already."""
     if resumption is not None:
-        frames(encoder.start())
+        list(encoder.start())
         await generation.replay(
-            resumption, lambda _, event: frames(encoder.feed(choice.feed(event), event))
+            resumption, lambda _, event: list(encoder.feed(choice.feed(event), event))
         )
 
 

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from chatserve import errors
 from chatserve.errors import ChatserveError
+from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
 from chatserve.protocol.fields import invalid_request
 from chatserve.protocol.replies import ErrorType
 from chatserve.server.disconnect import nobody_listens
@@ -59,6 +60,14 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.WorkerStalled: (504, "server_error"),
     errors.EngineStopped: (503, "server_error"),
 }
+LOST_HERE = (
+    errors.EngineStopped,
+    errors.WorkerStalled,
+    errors.TokenGapTimeout,
+    errors.ShuttingDown,
+    errors.NoWorkerAvailable,
+)
+"""No fault of the request: another worker could answer it."""
 INTERNAL: tuple[int, ErrorType] = (500, "server_error")
 INTERNAL_MESSAGE = "internal error; the server's log says more"
 # OpenAI's own: LiteLLM and LangChain know the case by its words alone, not by its code
@@ -117,6 +126,8 @@ def error_response(error: ChatserveError, path: str = "") -> Response:
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.InvalidAPIKey):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, LOST_HERE):
+        headers[JOURNAL_HEADER] = GIVEN_UP
     body = error_body(error, path)
     return Response(body, status_of(error)[0], headers=headers, media_type=JSON_TYPE)
 

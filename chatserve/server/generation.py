@@ -20,12 +20,14 @@ from chatserve.server.disconnect import until_disconnect
 from chatserve.server.door import hand_over
 from chatserve.server.preparation import Prepared
 from chatserve.server.request_id import current_request_id
-from chatserve.server.resumption import Resumption
+from chatserve.server.resumption import UNSAID, Resumption
 
 logger = logging.getLogger(__name__)
 
 # further events wait in the engine, where they are bounded per sequence
 MAX_QUEUED_EVENTS = 16
+REPLAYED_AT_ONCE = 256
+"""Events; then other streams have their turn."""
 
 
 class Generation:
@@ -86,7 +88,7 @@ class Generation:
                         adapter=prepared.adapter,
                         strip_leading_space=prepared.strip_leading_space,
                         priority=prepared.priority,
-                        begun=resumption.begun.get(index) if resumption else None,
+                        begun=resumption.begun.get(index, UNSAID) if resumption else None,
                     )
                     generation._streams.append(stream)
         except BaseException:
@@ -128,12 +130,14 @@ class Generation:
         Raises `InvalidRequest` where they cannot have been; nothing is left running then.
         """
         try:
-            for index in resumption.order if resumption else ():
+            for number, index in enumerate(resumption.order if resumption else (), 1):
                 event = await anext(self._streams[index])
                 if event.error is not None:
                     raise event.error
                 self._note(index, event)
                 feed(index, event)
+                if number % REPLAYED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
         except BaseException:
             await self.aclose()
             raise

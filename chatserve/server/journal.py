@@ -25,10 +25,9 @@ from typing import Any, Protocol
 import orjson
 
 from chatserve.engine.sequence import TokenEvent
-from chatserve.errors import EngineStopped
 from chatserve.protocol.control import JOURNAL_HEADER, JournalStart
 from chatserve.server.cache_salt import given_key
-from chatserve.server.error_response import error_fields
+from chatserve.server.error_response import LOST_HERE, error_fields
 from chatserve.server.preparation import Prepared, Prompt
 
 END = b":e\n\n"
@@ -92,7 +91,7 @@ class WrittenJournal:
 
     def failed(self, error: Exception, last: bytes) -> bytes:
         """`last` are the frames that tell of `error`; they are for who cannot go on elsewhere."""
-        if isinstance(error, EngineStopped):
+        if isinstance(error, LOST_HERE):
             return b":x " + orjson.dumps({"error": error_fields(error)}) + b"\n\n"
         return last + END
 

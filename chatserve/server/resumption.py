@@ -19,7 +19,10 @@ from chatserve.protocol.control import JournalStart, parse
 from chatserve.server.journal import prompt_digest
 from chatserve.server.preparation import Prepared
 
-_UNIT = re.compile(r":([tf]) (\d{1,4})((?: \d{1,10})*)(?: (\{.*\}))?")
+_UNIT = re.compile(r":([tf]) ([0-9]{1,4})((?: [0-9]{1,10})*)(?: (\{.*\}))?")
+
+UNSAID = Begun((), ())
+"""Of a choice whose turn had not come."""
 
 
 @dataclass(frozen=True)

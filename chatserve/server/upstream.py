@@ -17,7 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from chatserve import errors
 from chatserve.errors import ChatserveError, ShuttingDown, WorkerLost
-from chatserve.protocol.control import JOURNAL_HEADER
+from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
 from chatserve.server.registry import Lease, WorkerRegistry
 from chatserve.server.units import Reader, UnitReader
 
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 # under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
 KEEPALIVE_S = 2.0
-GIVEN_UP = "x"
-"""The journal header of an answer that is no stream: another worker could have answered."""
 
 Result = TypeVar("Result")
 
