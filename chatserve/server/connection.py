@@ -24,6 +24,7 @@ from chatserve.errors import (
     InvalidRequest,
     Overloaded,
 )
+from chatserve.server import request_id
 from chatserve.server.error_response import error_response
 
 logger = logging.getLogger(__name__)
@@ -283,6 +284,8 @@ class Connection(HttpToolsProtocol):
         response = error_response(error)
         status = HTTPStatus(response.status_code)
         head = [f"HTTP/1.1 {status.value} {status.phrase}".encode(), b"connection: close"]
+        # of what could not be read there is no id
+        response.headers[request_id.HEADER] = request_id.given_or_new(())
         head += [b"%b: %b" % header for header in response.raw_headers]
         self.transport.write(b"\r\n".join((*head, b"", bytes(response.body))))
         # to close at once while more comes in would take the answer back
@@ -303,7 +306,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     error = Overloaded("too many connections are open; try again in a moment")
     response = error_response(error, scope["path"])
     response.headers["Connection"] = "close"
-    await response(scope, receive, send)
+    await response(scope, receive, request_id.answering(scope, send))
 
 
 def _too_large() -> HeadersTooLarge:

@@ -11,6 +11,8 @@ import re
 import time
 from typing import Any, Literal
 
+from chatserve.server.request_id import NO_REQUEST, current_request_id
+
 LogFormat = Literal["text", "json"]
 
 # control characters of both sets, what turns the direction of a line, and line ends of Unicode
@@ -43,7 +45,8 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time, level, process, logger, message, and a traceback as a text."""
+    """One object a line: time, level, process, logger, message, the id of the request that it is
+    about, and a traceback as a text."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -58,6 +61,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (request_id := current_request_id()) != NO_REQUEST:
+            fields["request"] = request_id
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         # in ASCII: nothing in it can end a line or move a terminal

@@ -20,7 +20,8 @@ HEADER = "x-request-id"
 ANTHROPIC_HEADER = "request-id"
 MAX_LEN = 128
 _FORM = re.compile(rb"[!-~]{1,%d}" % MAX_LEN)
-_current: ContextVar[str] = ContextVar("request_id", default="-")
+NO_REQUEST = "-"
+_current: ContextVar[str] = ContextVar("request_id", default=NO_REQUEST)
 
 
 def current_request_id() -> str:

@@ -238,8 +238,10 @@ def test_where_all_are_at_work_a_new_one_is_told_to_come_back() -> None:
             read_until(stack.enter_context(send_raw(server.port, request)), b'"a"')
         for _ in range(3):
             for body in (CHAT, CHAT | {"user": "x" * 1_000_000}):
-                sock = send_raw(server.port, http_request("POST", "/v1/chat/completions", body))
-                head, _, told = read_all(sock).partition(b"\r\n\r\n")
+                named = {"x-request-id": "mine"}
+                asked = http_request("POST", "/v1/chat/completions", body, headers=named)
+                head, _, told = read_all(send_raw(server.port, asked)).partition(b"\r\n\r\n")
+                assert b"x-request-id: mine" in head.lower()
                 assert head.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1" in head.lower()
                 assert json.loads(told)["error"]["code"] == "rate_limit_exceeded"
 
@@ -269,6 +271,7 @@ JUNK = (
 def test_junk_is_refused_in_the_shape_of_any_error(house: RunningServer, junk: bytes) -> None:
     head, _, body = read_all(send_raw(house.port, junk)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"connection: close" in head
+    assert head.count(b"x-request-id: req_") == 1
     error = json.loads(body)["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
     served(house, 1)

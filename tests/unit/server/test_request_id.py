@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +16,14 @@ from fastapi import FastAPI
 from chatserve.protocol.anthropic import MESSAGES_PATH
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
-from chatserve.server.request_id import HEADER, MAX_LEN, current_request_id, given_or_new
+from chatserve.server.log_lines import formatter
+from chatserve.server.request_id import (
+    HEADER,
+    MAX_LEN,
+    answering,
+    current_request_id,
+    given_or_new,
+)
 from chatserve.server.worker import create_worker_app
 from tests.asgi import RunningApp, request, running
 from tests.fakes import FakeEngine, FakeModel
@@ -139,3 +148,18 @@ def test_requests_side_by_side_do_not_mix(caplog: pytest.LogCaptureFixture) -> N
         assert api.runner.run(all_at_once()) == [f"r{i}" for i in range(8)]
     logged = [re.search(r"request=(\S+)", line) for line in caplog.messages]
     assert sorted(found[1] for found in logged if found) == [f"r{i}" for i in range(8)]
+
+
+def test_every_json_line_within_a_request_has_it() -> None:
+    lines = formatter("json", "worker m")
+    record = logging.makeLogRecord({"name": "chatserve.x", "levelname": "INFO", "msg": "hm"})
+
+    async def send(_message: Any) -> None: ...
+
+    def within() -> dict[str, Any]:
+        answering({"path": "/", "headers": headers_of("mine-4")}, send)
+        fields: dict[str, Any] = json.loads(lines.format(record))
+        return fields
+
+    assert contextvars.copy_context().run(within)["request"] == "mine-4"
+    assert "request" not in json.loads(lines.format(record))
