@@ -204,6 +204,10 @@ class ListenOptions:
         256, "open connections at once; more are told to come back", group="network",
         metavar="N", ge=8, le=MAX_CONNECTIONS,
     )  # fmt: skip
+    write_timeout_s: float = setting(
+        30.0, "seconds that a client may leave its answer unread before it is cut; 0: for ever",
+        group="limits", metavar="S", ge=0, le=86400,
+    )  # fmt: skip
     ssl_certfile: str | None = setting(
         None, "serve https with this certificate chain, in PEM form", group="security",
         metavar="FILE",

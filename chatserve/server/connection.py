@@ -26,6 +26,7 @@ from chatserve.errors import (
 )
 from chatserve.server import request_id
 from chatserve.server.error_response import error_response
+from chatserve.server.slow_reader import DEFAULT_TIMEOUT_S, SlowReader
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,12 @@ class Connections:
     sent all of a head. Where all are at work, a new one is told to come back.
     """
 
-    def __init__(self, limit: int = DEFAULT_CONNECTIONS) -> None:
+    def __init__(
+        self, limit: int = DEFAULT_CONNECTIONS, write_timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """`write_timeout_s`: see `SlowReader`."""
         self.limit = limit
+        self.write_timeout_s = write_timeout_s
         self._admitted: set[Connection] = set()
         self._refused: set[Connection] = set()
         # in the order in which they began to rest
@@ -131,6 +136,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._all = connections
+        self._reader = SlowReader(self.loop, connections.write_timeout_s)
         self._clock: asyncio.TimerHandle | None = None
         self._clock_is_for = ""
         # what the parser is in: the head of a request that has begun or not, or its body
@@ -161,7 +167,16 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.forget(self)
         self._stop_clock()
+        self._reader.resume()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reader.pause(self.transport)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reader.resume()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:

@@ -128,6 +128,7 @@ class _Server:
         listener = Listener(
             edge, *dict.fromkeys((public, control)),
             max_connections=within_file_limit(config.max_connections),
+            write_timeout_s=config.write_timeout_s,
         )  # fmt: skip
         control_url = url_of("127.0.0.1", control)
         workers = [self._supervisor(control_url, *model) for model in self._models]

@@ -19,6 +19,7 @@ import uvicorn
 from chatserve.errors import CannotBind
 from chatserve.server.connection import DEFAULT_CONNECTIONS, Connection, Connections
 from chatserve.server.edge import Edge
+from chatserve.server.slow_reader import DEFAULT_TIMEOUT_S, limit_unsent
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def bind(host: str, port: int, tls: ssl.SSLContext | None = None) -> Door:
         ) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        limit_unsent(sock)
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:
@@ -124,7 +126,8 @@ class _Server(uvicorn.Server):
 class Listener:
     """Serves `edge` at `doors` from `start` to `close`; `drain` in between, to end gently.
 
-    At most `max_connections` are served at once.
+    At most `max_connections` are served at once; one that takes nothing of its answer for
+    `write_timeout_s` is cut.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Listener:
         edge: Edge,
         *doors: Door,
         max_connections: int = DEFAULT_CONNECTIONS,
+        write_timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self._edge = edge
         self._doors = doors
@@ -147,7 +151,7 @@ class Listener:
             timeout_keep_alive=KEEPALIVE_S,
             timeout_graceful_shutdown=ABORT_S,
         )
-        self.connections = Connections(max_connections)
+        self.connections = Connections(max_connections, write_timeout_s)
         self._server = _Server(config, doors, self.connections)
         self._task: asyncio.Task[None] | None = None
 

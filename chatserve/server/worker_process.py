@@ -141,7 +141,11 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             ResponseStore.at_home() if token is None and config.store_responses else None
         ),
     )  # fmt: skip
-    listener = Listener(edge, sock, max_connections=within_file_limit(config.max_connections))
+    listener = Listener(
+        edge, sock, max_connections=within_file_limit(config.max_connections),
+        # a controller knows its client: what the worker takes for a deaf one may be slow
+        write_timeout_s=0 if token is not None else config.write_timeout_s,
+    )  # fmt: skip
     manager = ServiceManager.of_environment()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(stop.installed())

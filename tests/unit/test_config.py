@@ -101,6 +101,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "first_token_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "token_gap_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "request_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
+    "write_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "drain_timeout_s": ([0.0, 3600.0], [-1.0, 3601.0, "nan", "inf"]),
     "temperature": ([0.0, 2.0], [-0.1, 2.1, "nan", "inf"]),
     "top_p": ([0.001, 1.0], [0.0, 1.1, "nan"]),
