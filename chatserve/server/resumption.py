@@ -74,9 +74,12 @@ class _Said:
         )
         if logprobs and len(logprobs) != len(token_ids):
             raise ValueError("not all tokens have logprobs")
+        num_cached_tokens = int(more.get("cached", self._num_cached_tokens))
+        if num_cached_tokens < 0:
+            raise ValueError("fewer than no tokens were cached")
         self._units.append(token_ids)
         self._logprobs.append(logprobs)
-        self._num_cached_tokens = int(more.get("cached", self._num_cached_tokens))
+        self._num_cached_tokens = num_cached_tokens
         self._has_ended = kind == "f"
 
     def begun(self) -> Begun:
