@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TIMEOUT_S = 120.0
+PAUSE_S = 0.05
 End = Literal["closed", "reset", "cancelled", "timeout", "not connected"]
 CHAT = "/v1/chat/completions"
 _FRAME = b"data: "
@@ -120,7 +121,10 @@ class LoadClient:
 
         async def work() -> None:
             while not stop.is_set():
-                await self.send(draw())
+                record = await self.send(draw())
+                if record.ended_at - record.asked_at < PAUSE_S:
+                    # refused: whoever comes back at once drowns all else
+                    await asyncio.sleep(PAUSE_S)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):

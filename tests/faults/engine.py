@@ -19,9 +19,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from chatserve.engine.admission import Admission
 from chatserve.engine.output import Detokenizer
 from chatserve.engine.sequence import SamplingParams, TokenEvent
-from chatserve.errors import GenerationFailed, Overloaded
+from chatserve.errors import EngineStopped, GenerationFailed, Overloaded
 from tests.fakes import FakeStats
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class ScriptedEngine:
     """An engine as the server uses it: at most `max_num_seqs` run, `max_num_waiting` wait."""
 
     def __init__(self, *, max_num_seqs: int = 16, max_num_waiting: int = 64) -> None:
+        self.admission = Admission(max_num_seqs, max_num_waiting)
         self._max_num_waiting = max_num_waiting
         self._max_num_seqs = max_num_seqs
         self._places = asyncio.Semaphore(max_num_seqs)
@@ -197,7 +199,7 @@ class ScriptedEngine:
     async def _step(self, step_s: float) -> None:
         await asyncio.sleep(step_s)
         if self._stopped.is_set():
-            raise GenerationFailed("the engine has stopped")
+            raise EngineStopped("the engine has stopped")
         self._tick += 1
         self._last_at = time.monotonic()
 
@@ -216,7 +218,7 @@ class ScriptedEngine:
             self._lies_about_progress = True
         if script.then in ("hang", "hang in secret", "die"):
             await self._stopped.wait()
-            raise GenerationFailed("the engine has stopped")
+            raise EngineStopped("the engine has stopped")
         if script.then == "error":
             yield TokenEvent(
                 error=GenerationFailed("as the script says"), num_generated_tokens=count, **told
@@ -242,6 +244,7 @@ class _Stream:
     """The events of one sequence; closing it early is an abort."""
 
     events: AsyncIterator[TokenEvent]
+    place: int | None = None
 
     def __init__(self, engine: ScriptedEngine, seq_id: str) -> None:
         self.seq_id = seq_id

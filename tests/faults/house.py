@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -66,15 +65,9 @@ class Process:
         return [child.pid for child in psutil.Process(self.pid).children()]
 
     def end(self) -> None:
-        """Politely, and then not."""
-        if self.popen.poll() is None:
-            self.popen.send_signal(signal.SIGCONT)
-            self.popen.terminate()
-            try:
-                self.popen.wait(10)
-            except subprocess.TimeoutExpired:
-                self.popen.kill()
-                self.popen.wait()
+        """At once; the workers of `serve` end with it."""
+        self.popen.kill()
+        self.popen.wait()
 
 
 class House:

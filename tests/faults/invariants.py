@@ -145,7 +145,8 @@ def bad_is_refused(reply: Reply) -> Violations:
     status, request = reply.status, reply.record.request
     if status is None or reply.record.end == "cancelled":
         return []
-    if request.is_bad and not 400 <= status < 500:
+    # where nobody is there to read a request, a bad one is none
+    if request.is_bad and not 400 <= status < 500 and status != 503:
         return [f"a bad request got {status}"]
     if not request.is_bad and 400 <= status < 500 and status != 429:
         return [f"a good request got {status}: {reply.body[:200]!r}"]
