@@ -82,7 +82,11 @@ integration: $(VENV)/.dev $(KERNELS) weights judges ## tests against real server
 e2e: $(VENV)/.dev $(KERNELS) weights ## whole programs: processes, terminals
 	$(PY) -m pytest tests/e2e
 
-soak: $(VENV)/.dev $(KERNELS) ## random faults, 50,000 requests, hostile files: for the night, 45 minutes
+$(VENV)/.fuzz: requirements/fuzz.txt | $(VENV)/.dev
+	$(LOCKED) requirements/fuzz.txt
+	@touch $@
+
+soak: $(VENV)/.fuzz $(KERNELS) ## random faults, 50,000 requests, hostile files: for the night, 45 minutes
 	$(PY) -m pytest -m soak tests
 
 sanitize: $(VENV)/.dev ## the CPU kernels under sanitizers, and on an emulated ARM processor
@@ -121,6 +125,7 @@ lock: $(VENV)/.tools ## write requirements/ anew from pyproject.toml; ARGS=--upg
 	$(PROJECT) $(ARGS) --extra dev --constraints requirements/runtime.txt \
 		--output-file requirements/dev.txt
 	$(RESOLVE) $(ARGS) requirements/tools.in --output-file requirements/tools.txt
+	$(RESOLVE) $(ARGS) requirements/fuzz.in --output-file requirements/fuzz.txt
 
 audit: $(VENV)/.tools ## known weaknesses of what is locked; asks the package index's service
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes \

