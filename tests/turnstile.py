@@ -26,11 +26,12 @@ from chatserve.server.worker import create_worker_app
 from tests.servers import RunningServer, http_request, send_raw, serving
 
 WAIT_S = 20.0
+MAX_CONNECTIONS = 1000  # what is tested here is behind them
 CHUNK = 32  # tokens in a step; a prompt has 64
 # every token is the byte "A", up to the limit of the context
 ALWAYS_A = {str(ord("A") - ord("!")): 100}
 TOKEN_OF_STREAM = b'"content":"A"'
-READY = WorkerStatus(state="ready", models=[ModelCard(name="tiny", created=1)])
+CARD = ModelCard(name="tiny", created=1)
 
 
 class Turnstile:
@@ -124,13 +125,18 @@ class House:
             return create_worker_app(self.engine, model, policy=inner, control_token=token)
 
         self.worker: RunningServer = stack.enter_context(
-            serving(build_worker, write_timeout_s=0 if is_behind else write_timeout_s)
+            serving(
+                build_worker,
+                max_connections=MAX_CONNECTIONS,
+                write_timeout_s=0 if is_behind else write_timeout_s,
+            )
         )
         stack.callback(lambda: self.worker.call(self.engine.stop()))
         stack.callback(self.turnstile.open)
         self.controller: RunningServer = stack.enter_context(
             serving(
                 lambda: create_controller_app(self.registry, control_token="token", policy=outer),
+                max_connections=MAX_CONNECTIONS,
                 write_timeout_s=write_timeout_s,
             )
         )
@@ -145,7 +151,9 @@ class House:
         self.turnstile.close()
         self.idle = self.engine.stats()
         # there is no heartbeat
-        self.registry.register("w", self.worker.url, READY)
+        num_places = self.engine.admission.hard_limit
+        status = WorkerStatus(state="ready", models=[CARD], num_places=num_places)
+        self.registry.register("w", self.worker.url, status)
 
     def body(self) -> dict[str, Any]:
         """Of a request that is answered with "A" as long as there is room."""
