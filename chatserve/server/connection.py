@@ -10,9 +10,10 @@ import asyncio
 import logging
 import resource
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -37,6 +38,7 @@ REFUSAL_TIMEOUT_S = 2.0
 LINGER_S = 1.0
 REST_S = 1.0
 MAX_HEADERS = 100
+HTTP_VERSIONS = ("1.0", "1.1")
 MAX_HEADER_BYTES = 32 * 1024
 MAX_DISCARDED_BYTES = 1024 * 1024
 DEFAULT_CONNECTIONS = 256
@@ -222,6 +224,9 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if (version := self.parser.get_http_version()) not in HTTP_VERSIONS:
+            self._fault = InvalidRequest(f"HTTP/{version} is not spoken here; send HTTP/1.1")
+            raise self._fault
         self._has_moved = True
         self._is_in_head = False
         if not self._is_refused:
@@ -292,15 +297,19 @@ class Connection(HttpToolsProtocol):
         """Answer once and read no further."""
         self._is_deaf = True
         self._stop_clock()
-        if self._is_answering():
+        response = error_response(error)
+        response.headers["Connection"] = "close"
+        # of what could not be read there is no id
+        response.headers[request_id.HEADER] = request_id.given_or_new(())
+        if not self._is_in_head:
+            if self._is_settled(response):
+                return
+        elif self._is_answering():
             # an answer is on its way: it is not mixed with another
             self.cycle.keep_alive = False
             return
-        response = error_response(error)
         status = HTTPStatus(response.status_code)
-        head = [f"HTTP/1.1 {status.value} {status.phrase}".encode(), b"connection: close"]
-        # of what could not be read there is no id
-        response.headers[request_id.HEADER] = request_id.given_or_new(())
+        head = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
         head += [b"%b: %b" % header for header in response.raw_headers]
         self.transport.write(b"\r\n".join((*head, b"", bytes(response.body))))
         # to close at once while more comes in would take the answer back
@@ -310,6 +319,24 @@ class Connection(HttpToolsProtocol):
             self._clock = self.loop.call_later(linger_s, self.end)
         else:
             self.transport.close()
+
+    def _is_settled(self, refusal: Response) -> bool:
+        """Let go of a request whose body cannot be read; False: `refusal` is to be sent now."""
+        cycle: RequestResponseCycle = self.cycle
+        if self.pipeline:
+            # others are answered first, and then this one
+            self.pipeline[0] = (cycle, cast(Any, refusal))  # Starlette's types are looser
+            return True
+        if cycle.response_complete:
+            self.end()
+            return True
+        if cycle.response_started:
+            cycle.keep_alive = False
+            return True
+        # whoever reads the body hears that no more of it comes
+        cycle.disconnected = True
+        cycle.message_event.set()
+        return False
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
