@@ -4,6 +4,8 @@ What it does is the name of its WEIGHTS, a folder of scripts that do not exist:
 `ok` answers, `seconds` takes one, `endless` never stops, `slow-load` loads until its file `go`
 exists, `missing`, `too-big`, `wrong-flag` and `refused` fail for good, `crash` and `segfault` die
 at start, `crash-once` at its first start only, `dying-engine` loses its engine after one request.
+
+With UNTIED set it does not notice the end of its parent.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from chatserve.config import WorkerConfig, split_adapters
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
 from chatserve.progress import Progress
-from chatserve.server import command_line
+from chatserve.server import command_line, worker_process
 from tests.fakes import FakeAdapters, FakeEngine, FakeModel, FakeStats
 
 FAILURES = {
@@ -62,4 +64,6 @@ def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeMode
 
 
 if __name__ == "__main__":
+    if os.environ.get("UNTIED"):
+        vars(worker_process)["tie_to_parent"] = lambda *_, **__: None
     raise SystemExit(command_line.worker(load=load))

@@ -214,24 +214,6 @@ def test_control_c_is_130_and_reaches_the_server_only(serve: Any) -> None:
     assert gone([worker], 0.1)
 
 
-def test_drain_finishes_streams_and_refuses_the_rest(serve: Any) -> None:
-    process = serve("seconds")
-    url = process.ready_url()
-    streams = [Stream(url, "seconds") for _ in range(4)]
-    process.popen.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{url}/health/ready").status_code != 503:
-        assert time.monotonic() < deadline
-    refused = chat(url, "seconds")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
-    assert "retry-after" in refused.headers
-    for stream in streams:
-        with stream:
-            data = stream.rest()
-            assert b'"content":"19 "' in data and data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    assert process.wait(10) == 0
-
-
 def test_worker_that_dies_during_the_drain_is_not_started_again(serve: Any) -> None:
     process = serve("endless", "seconds", QUICK_RESTARTS="1")
     url = process.ready_url()
@@ -245,34 +227,6 @@ def test_worker_that_dies_during_the_drain_is_not_started_again(serve: Any) -> N
         assert b"[DONE]" in goes_on.rest()
     assert process.wait(10) == 0
     assert not [line for line in process.err if "starting it again" in line]
-
-
-def test_second_signal_ends_streams_with_an_error(serve: Any) -> None:
-    process = serve("endless")
-    url = process.ready_url()
-    children = process.children()
-    with Stream(url, "endless") as stream:
-        process.popen.send_signal(signal.SIGTERM)
-        while httpx.get(f"{url}/health/ready").status_code != 503:
-            pass
-        process.popen.send_signal(signal.SIGTERM)
-        data = stream.rest()
-    assert error_in(data) == "server_shutting_down"
-    assert b"[DONE]" not in data and data.endswith(CHUNKED_END)
-    assert process.wait(10) == 0
-    assert gone(children, 0.1)
-
-
-def test_nothing_survives_a_killed_server(serve: Any) -> None:
-    process = serve("endless", "ok")
-    url = process.ready_url()
-    children = process.children()
-    assert len(children) == 2
-    with Stream(url, "endless"):
-        process.popen.kill()
-        assert gone(children)
-    with socket.create_server(("127.0.0.1", port_of(url))):
-        pass
 
 
 @pytest.mark.parametrize("weights", ["slow-load", "ok"])
