@@ -258,24 +258,26 @@ class WorkerRegistry:
         if worker is not None:
             self._tell()
 
-    def eject(self, worker_id: str, *, is_refusing: bool = False) -> None:
+    def eject(self, worker_id: str, *, is_refusing: bool = False) -> bool:
         """Send nothing more to a worker that failed, until `readmit`; longer each time.
 
         `is_refusing`: it takes no connections. What still comes from it may go on elsewhere, too.
+        False where nothing has changed: its other streams tell of the same death.
         """
         worker = self._workers.get(worker_id)
         if worker is None:
-            return
+            return False
         worker.is_refusing |= is_refusing
         now = self._clock()
         if worker.ejected_until is not None and now < worker.ejected_until:
-            return  # its other streams tell of the same death
+            return False
         if now - worker.ejected_at > FORGIVE_S:
             worker.num_ejections = 0
         pause_s = min(EJECTION_S * 2**worker.num_ejections, MAX_EJECTION_S)
         worker.num_ejections += 1
         worker.ejected_at, worker.ejected_until = now, now + pause_s
         self._tell()
+        return True
 
     def worker_to_probe(self, worker_id: str) -> Worker | None:
         """The worker, if it is ejected and has sat out its time."""

@@ -69,6 +69,9 @@ class Upstream:
         lease.on_loss = response.close
         self._closed = _closed(response)
         if self._closed is not None:
+            # a connection serves one request after the other: once is enough
+            self._closed.remove_done_callback(_retrieve)
+            self._closed.add_done_callback(_retrieve)
             self._closed.add_done_callback(self._fail)
 
     @classmethod
@@ -159,13 +162,17 @@ class Upstream:
             eject(self._registry, self.lease, error)
         return error
 
-    def _fail(self, closed: asyncio.Future[None]) -> None:
+    def _fail(self, _closed: asyncio.Future[None]) -> None:
         """aiohttp's compiled parser forgets to fail the body when a chunk is malformed: reading it
         would then wait for ever, although the connection is closed."""
-        if not closed.cancelled():
-            closed.exception()
         if not self._response.content.is_eof():
             self._response.close()
+
+
+def _retrieve(closed: asyncio.Future[None]) -> None:
+    """Else asyncio would log that nobody has asked why the connection was lost."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 def _forget_frames(error: Exception) -> None:
@@ -205,8 +212,8 @@ def eject(
     registry: WorkerRegistry, lease: Lease, error: Exception, *, is_refusing: bool = False
 ) -> None:
     worker_id = lease.worker.worker_id
-    logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
-    registry.eject(worker_id, is_refusing=is_refusing)
+    if registry.eject(worker_id, is_refusing=is_refusing):
+        logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
 
 
 def _died() -> WorkerLost:
