@@ -3,7 +3,8 @@
 What it does is the name of its WEIGHTS, a folder of scripts that do not exist:
 `ok` answers, `seconds` takes one, `endless` never stops, `slow-load` loads until its file `go`
 exists, `missing`, `too-big`, `wrong-flag` and `refused` fail for good, `crash` and `segfault` die
-at start, `crash-once` at its first start only, `dying-engine` loses its engine after one request.
+at start, `crash-once` at its first start only, `quoting` has a bug in its engine, `dying-engine`
+loses its engine after one request.
 
 With UNTIED set it does not notice the end of its parent.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from chatserve.config import WorkerConfig, split_adapters
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
@@ -20,6 +22,7 @@ from chatserve.progress import Progress
 from chatserve.server import command_line, worker_process
 from tests.fakes import FakeAdapters, FakeEngine, FakeModel, FakeStats
 
+PROMPT = "CANARY-PROMPT-8231"
 FAILURES = {
     "missing": ModelLoadError("no such folder: missing; check the path"),
     "too-big": DoesNotFit("needs 140 GB, there are 2; try --load-8bit"),
@@ -32,6 +35,13 @@ FAILURES = {
 class DyingEngine(FakeEngine):
     def stats(self) -> FakeStats:
         return FakeStats(is_alive=not self.submitted)
+
+
+class QuotingEngine(FakeEngine):
+    """Has a bug whose error quotes the prompt."""
+
+    def submit(self, *arguments: Any, **options: Any) -> Any:
+        raise ValueError(f"cannot do {PROMPT!r}")
 
 
 def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeModel]:
@@ -58,6 +68,8 @@ def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeMode
         )
     if path.name == "seconds":
         return FakeEngine([f"{i} " for i in range(20)], step_s=0.05), model
+    if path.name == "quoting":
+        return QuotingEngine(), model
     if path.name == "dying-engine":
         return DyingEngine(["a"], hangs=True), model
     return FakeEngine(step_s=0.001), model

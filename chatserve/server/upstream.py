@@ -18,6 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from chatserve import errors
 from chatserve.errors import ChatserveError, ShuttingDown, WorkerLost
 from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
+from chatserve.server.log_lines import told
 from chatserve.server.registry import Lease, WorkerRegistry
 from chatserve.server.units import Reader, UnitReader
 
@@ -213,7 +214,8 @@ def eject(
 ) -> None:
     worker_id = lease.worker.worker_id
     if registry.eject(worker_id, is_refusing=is_refusing):
-        logger.warning("worker %s is ejected: %s", worker_id, str(error) or type(error).__name__)
+        # an error of the HTTP client may quote what the worker sent
+        logger.warning("worker %s is ejected: %s", worker_id, told(error))
 
 
 def _died() -> WorkerLost:

@@ -69,23 +69,50 @@ def test_json_lines_say_who_when_and_what(stream: io.StringIO) -> None:
 
 
 def fail() -> None:
-    raise ValueError("first\nsecond \x1b[2J")
+    try:
+        {}["a prompt"]  # it fails
+    except KeyError:
+        raise OSError(28, "No space\nleft \x1b[2J") from ValueError("another prompt")
 
 
-def test_tracebacks_are_whole_and_cannot_pass_for_lines(
+def test_tracebacks_say_where_and_cannot_pass_for_lines(
     logger: logging.Logger, stream: io.StringIO
 ) -> None:
     try:
         fail()
-    except ValueError:
+    except OSError:
         logger.error("failed", exc_info=True)
     text = stream.getvalue()
-    assert "\x1b" not in text and "in fail" in text
+    assert "\x1b" not in text and "in fail" in text and "No space" in text
     first, *rest = text.splitlines()
     if first.startswith("{"):
-        assert not rest and "first\nsecond" in json.loads(first)["traceback"]
+        assert not rest and json.loads(first)["traceback"].endswith("OSError: [Errno 28] No space")
     else:
         assert rest and all(line.startswith("  ") for line in rest)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("SECRET"), ValueError("SECRET"), UnicodeDecodeError("utf-8", b"SECRET", 0, 1, "no"),
+     AssertionError("SECRET"), Exception("SECRET"), TypeError("no SECRET"),
+     RuntimeError("\nSECRET"), RuntimeError("x" * 500 + "SECRET")],
+)  # fmt: skip
+def test_what_an_error_quotes_is_not_written(
+    logger: logging.Logger, stream: io.StringIO, error: Exception
+) -> None:
+    logger.error("failed: %s", error, exc_info=error)
+    assert "SECRET" not in stream.getvalue() and type(error).__name__ in stream.getvalue()
+
+
+def test_causes_of_errors_are_told_in_their_order(
+    logger: logging.Logger, stream: io.StringIO
+) -> None:
+    first, second = ValueError("SECRET"), OSError("the disk")
+    first.__context__ = second
+    second.__context__ = first  # a ring, as an error handler may tie it
+    logger.error("failed", exc_info=first)
+    text = stream.getvalue()
+    assert text.index("OSError: the disk") < text.index("ValueError") and "SECRET" not in text
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
