@@ -7,8 +7,6 @@ that `ToolFormat` names, in their order.
 from __future__ import annotations
 
 import re
-import secrets
-import string
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
@@ -22,28 +20,22 @@ from chatserve.server.argument_readers import (
 from chatserve.server.deltas import Delta, TextDelta, ToolCallDelta
 from chatserve.server.tagged_arguments import Kinds
 
-_ID_SIGNS = string.ascii_letters + string.digits
 _NAME = re.compile(r"[A-Za-z0-9_-]*")
 
 
-def new_call_id(tool_format: ToolFormat) -> str:
-    length, prefix = (9, "") if tool_format.short_ids else (24, "call_")
-    return prefix + "".join(secrets.choice(_ID_SIGNS) for _ in range(length))
-
-
 class ToolCallParser:
-    """Reads one answer; see `chatserve.server.deltas.ReplyParser`."""
+    """Reads one answer; see `chatserve.server.deltas.ReplyParser`. `new_id` of the next call."""
 
     def __init__(
         self,
         tool_format: ToolFormat,
-        new_id: Callable[[], str] | None = None,
+        new_id: Callable[[], str],
         *,
         kinds: Kinds = MappingProxyType({}),
     ) -> None:
         self._format = tool_format
         self._kinds = kinds
-        self._new_id = new_id or (lambda: new_call_id(tool_format))
+        self._new_id = new_id
         self._rest = ""
         # in front of the rest: text, unless a marker follows
         self._blanks: list[str] = []

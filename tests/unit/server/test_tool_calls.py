@@ -12,7 +12,7 @@ from chatserve.engine.sequence import TokenEvent
 from chatserve.models.tool_format import LLAMA_3, MISTRAL, TAGS, WORDS, ToolFormat
 from chatserve.server.choices import CallingChoice, PlainChoice
 from chatserve.server.deltas import Delta, TextDelta, ToolCallDelta
-from chatserve.server.tool_calls import ToolCallParser, new_call_id
+from chatserve.server.tool_calls import ToolCallParser
 
 HARD = '{"a": "}\\"]</tool_call> {[\\\\", "b": [{}, [1]], "c": {"d": "<tool_call>"}}'
 ONE = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -82,7 +82,7 @@ def test_cut_anywhere_it_is_the_same(
 def test_no_half_of_a_marker_is_ever_text(
     tool_format: ToolFormat, answer: str, text: str, calls: list[tuple[str, str]]
 ) -> None:
-    parser = ToolCallParser(tool_format)
+    parser = ToolCallParser(tool_format, lambda: "id")
     said = ""
     for sign in answer:
         said += "".join(d.text for d in parser.feed(sign) if isinstance(d, TextDelta))
@@ -103,7 +103,7 @@ def test_an_answer_that_was_cut_short_tells_what_it_has(
 
 
 def test_text_is_told_as_soon_as_it_cannot_be_a_marker() -> None:
-    parser = ToolCallParser(TAGS)
+    parser = ToolCallParser(TAGS, lambda: "id")
     assert parser.feed("a") == [TextDelta("a")]
     assert parser.feed(" ") == []
     assert parser.feed("<tool") == []
@@ -112,7 +112,7 @@ def test_text_is_told_as_soon_as_it_cannot_be_a_marker() -> None:
 
 def test_blanks_are_not_read_again_with_each_that_follows() -> None:
     """The cost would be the square of their number."""
-    parser = ToolCallParser(TAGS)
+    parser = ToolCallParser(TAGS, lambda: "id")
     for _ in range(1000):
         assert parser.feed("\n") == []
         assert len(parser._rest) <= 1
@@ -130,16 +130,9 @@ def test_arguments_are_told_as_they_come() -> None:
     assert parser.has_tool_calls
 
 
-def test_ids() -> None:
-    assert len({new_call_id(TAGS) for _ in range(100)}) == 100
-    assert new_call_id(TAGS).startswith("call_") and len(new_call_id(TAGS)) == 29
-    # its template takes no other
-    assert len(new_call_id(MISTRAL)) == 9 and new_call_id(MISTRAL).isalnum()
-
-
 def pieces_of(answer: str, reason: str) -> tuple[str, str | None, list[tuple[int, str]]]:
     """Text, finish reason and calls of an answer in two events."""
-    choice = CallingChoice(PlainChoice(), ToolCallParser(TAGS))
+    choice = CallingChoice(PlainChoice(), ToolCallParser(TAGS, lambda: "id"))
     end: object = reason
     first = choice.feed(TokenEvent("s", text=answer))
     last = choice.feed(TokenEvent("s", finish_reason=end))  # type: ignore[arg-type]  # either
