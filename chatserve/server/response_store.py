@@ -21,7 +21,7 @@ import orjson
 
 from chatserve import environment
 from chatserve.errors import StorageFailed
-from chatserve.server.private_database import (
+from chatserve.private_database import (
     DatabaseFailed,
     NotPrivate,
     PrivateDatabase,

@@ -17,6 +17,7 @@ from pathlib import Path
 BUSY_TIMEOUT_S = 5.0
 _RETRY_S = 0.01
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # closing any descriptor of a file ends this process's locks on it, those of SQLite as well: no file
 # is made while another thread may open it
 _opening = threading.Lock()
@@ -30,18 +31,29 @@ class NotPrivate(DatabaseFailed):
     """Others than its owner may read the file."""
 
 
+class Damaged(DatabaseFailed):
+    """What is in the file is no database, or no longer a whole one."""
+
+
 class PrivateDatabase:
     """One connection, opened by the first use and kept, for one thread at a time; others wait.
 
     `schema` makes the tables; without one, a file that is there is read and nothing is made. A file
-    that was removed or replaced is opened anew. Everything raises `DatabaseFailed`.
+    that was removed or replaced is opened anew. What was written outlives this process, and where
+    it `is_durable` also the machine. Everything raises `DatabaseFailed`.
     """
 
     def __init__(
-        self, path: Path, schema: str = "", *, busy_timeout_s: float = BUSY_TIMEOUT_S
+        self,
+        path: Path,
+        schema: str = "",
+        *,
+        is_durable: bool = False,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> None:
         self._path = path
         self._schema = schema
+        self._is_durable = is_durable
         self._busy_timeout_s = busy_timeout_s
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
@@ -56,7 +68,8 @@ class PrivateDatabase:
                 yield connection
             except (sqlite3.Error, OSError) as error:
                 self._discard()
-                raise DatabaseFailed(_reason(error)) from error
+                kind = Damaged if _code(error) in _DAMAGED else DatabaseFailed
+                raise kind(_reason(error)) from error
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -132,8 +145,7 @@ class PrivateDatabase:
             try:
                 return self._open_once()
             except sqlite3.Error as error:
-                code = getattr(error, "sqlite_errorcode", None)
-                if code is None or code & 0xFF not in _BUSY or time.monotonic() > deadline:
+                if _code(error) not in _BUSY or time.monotonic() > deadline:
                     raise
             time.sleep(_RETRY_S)
 
@@ -148,7 +160,11 @@ class PrivateDatabase:
             if self._schema:
                 # a reader, or another process, never waits for a writer
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
+                if self._is_durable:
+                    connection.execute("PRAGMA synchronous = FULL")
+                    connection.execute("PRAGMA fullfsync = ON")  # macOS: past the disk's own cache
+                else:
+                    connection.execute("PRAGMA synchronous = NORMAL")
                 connection.execute("PRAGMA journal_size_limit = 0")
                 # what was deleted is not to be found in the file
                 connection.execute("PRAGMA secure_delete = ON")
@@ -185,6 +201,12 @@ def prune(
     if last is not None:
         which = f"{which} AND" if which else "WHERE"
         connection.execute(f"DELETE FROM {table} {which} place <= ?", (*values, last))
+
+
+def _code(error: sqlite3.Error | OSError) -> int | None:
+    """SQLite's, without what it says beside it."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _reason(error: sqlite3.Error | OSError) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from chatserve.server import private_database
-from chatserve.server.private_database import DatabaseFailed, PrivateDatabase
+from chatserve import private_database
+from chatserve.private_database import DatabaseFailed, PrivateDatabase
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS words (word TEXT);"
 
