@@ -92,16 +92,17 @@ class UnitReader:
 
     def feed(self, chunk: bytes) -> bytes:
         if not self._held:
-            # nearly always a chunk is one unit of one token
-            place = chunk.find(_BLOCK)
+            # nearly always a chunk is one unit of one token: a frame and a block, which has no line
+            # break inside. Of the two ways to see that there is only one block the first is quick
+            place = chunk.rfind(b"\n", 0, -2) + 1
             if (
-                place > 0
-                and chunk.startswith(b"t", place + 3)
+                chunk.startswith(b":t", place)
+                and chunk.endswith(_END)
+                and (chunk.find(b"\n") == place - 2 or chunk.find(_BLOCK) == place - 2)
                 and chunk[0] != _COLON
-                and chunk.find(_END, place + 4) == len(chunk) - 2
             ):
-                self._memory.keep(chunk[place + 2 :])
-                return chunk[: place + 2]
+                self._memory.keep(chunk[place:])
+                return chunk[:place]
         return self._feed_any(chunk)
 
     def _feed_any(self, chunk: bytes) -> bytes:
