@@ -79,8 +79,10 @@ class House:
         self.port = 0
         self._stack = stack
 
-    def start_controller(self, *flags: str) -> Process:
-        self.controller = self.start("tests.faults.controller", "--port=0", *flags)
+    def start_controller(self, *flags: str, **environment: str) -> Process:
+        self.controller = self.start(
+            "tests.faults.controller", "--port=0", *flags, **environment
+        )  # fmt: skip
         self.port = self.controller.wait_for_port()
         return self.controller
 

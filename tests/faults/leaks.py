@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from tests.faults.house import Process
+from tests.faults.loop_lag import STALL_S
 from tests.faults.window import View, look, look_until
 
 MAX_SLOPE_BYTES = 1024
@@ -19,7 +20,7 @@ KEPT_S = 4.5
 
 @dataclass(frozen=True)
 class Growth:
-    """Of one process over a run: bytes a request, and what it holds more of at rest."""
+    """Of one process over a run: bytes a request, what more it holds at rest, its loop's lag."""
 
     slope_bytes: float
     rss_bytes: int
@@ -27,6 +28,7 @@ class Growth:
     num_threads: int
     num_tasks: int
     num_objects: int
+    max_lag_ms: float
 
     def faults(self, max_slope_bytes: float = MAX_SLOPE_BYTES) -> list[str]:
         found = []
@@ -36,6 +38,8 @@ class Growth:
         found += [f"{number} more {what}" for what, number in counts.items() if number > 0]
         if self.num_objects > MAX_OBJECTS:
             found.append(f"{self.num_objects} more objects")
+        if self.max_lag_ms > 1000 * STALL_S:
+            found.append(f"the loop was late by {self.max_lag_ms:.0f} ms")
         return found
 
 
@@ -47,6 +51,7 @@ class Gauge:
         self._pid = pid or process.pid
         self._memory: list[tuple[int, int]] = []
         self._first: View | None = None
+        self._max_lag_ms = 0.0
 
     def begin(self) -> None:
         """What is there when it holds the least, in this and later calls, is what the end is
@@ -56,8 +61,10 @@ class Gauge:
             self._first = view
 
     def note(self, num_requests: int) -> None:
-        """Memory, now."""
-        self._memory.append((num_requests, look(self._folder, self._pid).rss_bytes))
+        """Memory, now, and how late the loop was since the last look."""
+        view = look(self._folder, self._pid)
+        self._memory.append((num_requests, view.rss_bytes))
+        self._max_lag_ms = max(self._max_lag_ms, view.lag["max_ms"])
 
     def growth(self, *, rest_s: float = REST_S) -> Growth:
         """Once it holds no more than at first, or does not come to that in `rest_s`."""
@@ -72,6 +79,7 @@ class Gauge:
                 last.num_threads - first.num_threads,
                 last.num_tasks - first.num_tasks,
                 last.num_objects - first.num_objects,
+                self._max_lag_ms,
             )
             if (last.is_calm and not growth.faults()) or time.monotonic() > deadline:
                 break

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +61,8 @@ class LagProbe:
         """Call it on the loop."""
         self._loop = loop
         self._queued_s = Queued(threading.get_native_id())
-        self._due = loop.time() + INTERVAL_S
         self._before_s = self._queued_s()
-        self._handle = loop.call_at(self._due, self._note)
+        self._wind()
 
     def stop(self) -> None:
         if self._handle is not None:
@@ -74,16 +74,19 @@ class LagProbe:
         return Lag(tuple(sorted(late)))
 
     def _note(self) -> None:
-        now, queued_s = self._loop.time(), self._queued_s()
+        now, queued_s = time.monotonic(), self._queued_s()
         late_s = now - self._due
         if not self._is_strict:
             late_s -= queued_s - self._before_s
         if len(self._late) < MAX_KEPT:
             self._late.append(max(0.0, late_s))
         # what this very call took is not late
-        self._due = self._loop.time() + INTERVAL_S
         self._before_s = queued_s
-        self._handle = self._loop.call_at(self._due, self._note)
+        self._wind()
+
+    def _wind(self) -> None:
+        self._due = time.monotonic() + INTERVAL_S
+        self._handle = self._loop.call_later(INTERVAL_S, self._note)
 
 
 class Queued:
@@ -112,6 +115,18 @@ async def watched() -> AsyncIterator[LagProbe]:
         yield probe
     finally:
         probe.stop()
+    assert_prompt(probe.take())
+
+
+@contextlib.contextmanager
+def watching(loop: asyncio.AbstractEventLoop) -> Iterator[LagProbe]:
+    """The same of a loop in another thread, as that of a `RunningServer`."""
+    probe = LagProbe()
+    loop.call_soon_threadsafe(probe.start, loop)
+    try:
+        yield probe
+    finally:
+        loop.call_soon_threadsafe(probe.stop)
     assert_prompt(probe.take())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,21 @@ def _leak() -> None:
         await serve(self, *arguments)
 
     _replace(edge.Edge, _serve=leaking)
+
+
+def _block() -> None:
+    """Now and then the loop does what takes its time."""
+    serve = edge.Edge._serve
+    count = 0
+
+    async def blocking(self: edge.Edge, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count % 100 == 0:
+            time.sleep(0.3)
+        await serve(self, *arguments)
+
+    _replace(edge.Edge, _serve=blocking)
 
 
 def _double() -> None:
@@ -76,5 +92,5 @@ def _cut() -> None:
 
 
 _BUGS: dict[str, Callable[[], None]] = {
-    "leak": _leak, "double": _double, "keep slots": _keep_slots, "cut": _cut,
+    "leak": _leak, "block": _block, "double": _double, "keep slots": _keep_slots, "cut": _cut,
 }  # fmt: skip

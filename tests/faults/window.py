@@ -27,6 +27,7 @@ from tests.faults.engine import ScriptedEngine
 from tests.faults.loop_lag import INTERVAL_S, LagProbe
 
 FOLDER = "FAULT_WINDOWS"
+STRICT = "FAULT_STRICT_LAG"  # set: waiting for a processor is lag, too
 TIMEOUT_S = 20.0
 
 
@@ -62,7 +63,7 @@ def open_window() -> None:
     folder = os.environ.get(FOLDER)
     if folder is None:
         return
-    probe = LagProbe()
+    probe = LagProbe(is_strict=STRICT in os.environ)
     loops: list[asyncio.AbstractEventLoop] = []
     make = process._loop_factory() or asyncio.new_event_loop
 
