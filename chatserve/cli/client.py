@@ -181,6 +181,11 @@ class ChatClient:
                     )
                 yield response
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if "certificate verify failed" in str(error):
+                raise NoWorkerAvailable(
+                    f"{self.base_url} shows a certificate that nobody here vouches for "
+                    f"({_cause(error)}); name its authority by --ssl-ca-certs"
+                ) from error
             raise NoWorkerAvailable(
                 f"cannot reach {self.base_url} ({_cause(error)}); is the server running? "
                 f"`chatserve serve` starts one"
