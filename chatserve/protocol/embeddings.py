@@ -25,7 +25,6 @@ TRUNCATE_SCHEMA = {
 EMBEDDINGS_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "normalize": (None, True),
     "add_special_tokens": (None, True),
-    "priority": (None, 0),
 }
 SCORE_NO_OPS = EMBEDDINGS_NO_OPS
 POOLINGS = ("mean", "last", "cls")

@@ -15,6 +15,7 @@ from chatserve.cli.render import (
     MarkdownDrawer,
     MarkdownPrinter,
     PlainDrawer,
+    place_text,
     progress_text,
 )
 
@@ -202,3 +203,45 @@ def test_markdown_that_is_printed_moves_no_cursor() -> None:
         assert lines == [" " * 17 + "Title", "", " • one", " • two"] * 2 + [""]
         assert set(re.findall(r"\x1b\[[0-9;]*(.)", out.getvalue())) == {"m"}
         assert "\r" not in out.getvalue()
+
+
+def test_a_place_in_the_queue_is_one_line_that_goes_when_the_answer_begins() -> None:
+    screen, out = pyte.Screen(40, 3), io.StringIO()
+    display = Display(PlainDrawer(out), out, is_terminal=True)
+    with display.answer() as draw:
+        draw("")
+        for place in (3, 2):
+            display.place(place)
+        assert "2nd in the queue" in out.getvalue()
+        draw("Hello")
+        draw(" there")
+    pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
+    assert screen.display[0].rstrip() == "Hello there"
+
+
+def test_a_place_in_the_queue_goes_when_no_answer_comes() -> None:
+    screen, out = pyte.Screen(40, 3), io.StringIO()
+    display = Display(PlainDrawer(out), out, is_terminal=True)
+    with pytest.raises(KeyboardInterrupt), display.answer():
+        display.place(1)
+        raise KeyboardInterrupt
+    pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
+    assert "".join(screen.display).strip() == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"is_terminal": True, "has_free_line": False}])
+def test_a_place_in_the_queue_is_not_for_pipes_and_programs(options: dict[str, bool]) -> None:
+    err = io.StringIO()
+    Display(PlainDrawer(io.StringIO()), err, **options).place(2)
+    assert err.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (1, "next"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"),
+        (13, "13th"), (21, "21st"), (111, "111th"), (1022, "1,022nd"),
+    ],
+)  # fmt: skip
+def test_places_in_words(place: int, text: str) -> None:
+    assert place_text(place) == f"{text} in the queue"

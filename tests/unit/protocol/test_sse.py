@@ -14,6 +14,8 @@ from chatserve.protocol.sse import (
     SSEDecoder,
     encode_comment,
     encode_event,
+    encode_place,
+    read_place,
 )
 
 
@@ -106,3 +108,29 @@ def test_a_long_line_in_one_byte_cuts() -> None:
     for _ in range(200_000):
         decoder.feed(b"x")
     assert decoder.feed(b"\n\n") == []
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_comments_go_to_who_wants_them(cut: int) -> None:
+    data = b": ping\n\n:none\n\ndata: a\n:\n: queue 3\n\n"
+    comments: list[str] = []
+    decoder = SSEDecoder(on_comment=comments.append)
+    events = [e for i in range(0, len(data), cut) for e in decoder.feed(data[i : i + cut])]
+    assert [each.data for each in events] == ["a"]
+    assert comments == ["ping", "none", "", "queue 3"]
+
+
+@pytest.mark.parametrize(
+    ("comment", "place"),
+    [
+        ("queue 3", 3), ("queue 64", 64), ("queue", None), ("queue ", None), ("queue x", None),
+        ("queue -1", None), ("queue ٣", None), ("queue 9999999999", None), ("ping", None),
+        ("queue 3 4", None), ("", None),
+    ],
+)  # fmt: skip
+def test_places_in_comments(comment: str, place: int | None) -> None:
+    assert read_place(comment) == place
+
+
+def test_a_place_is_a_comment_with_a_space() -> None:
+    assert encode_place(3) == b": queue 3\n\n"
