@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
 LEAVE_TIMEOUT_S = 2.0
 FIRST_RETRY_S = 0.2
-MAX_RETRY_S = 5.0
+MAX_RETRY_S = 1.8
 MAX_REPLY_BYTES = 64 * 1024
 
 Reply = TypeVar("Reply", bound=ControlMessage)
