@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from chatserve.errors import ChatserveError
 from chatserve.server.request_id import NO_REQUEST, current_request_id
 
 LogFormat = Literal["text", "json"]
@@ -22,7 +21,8 @@ LogFormat = Literal["text", "json"]
 # control characters of both sets, what turns the direction of a line, and line ends of Unicode
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # their words are ours, the system's or the device's; those of others may be what they choked on
-_QUOTES_NOTHING = (ChatserveError, OSError, MemoryError, ImportError, RuntimeError)
+_QUOTES_NOTHING = (OSError, MemoryError, ImportError, RuntimeError)
+_ROOMS_THAT_QUOTE_NOTHING = ("chatserve", "sqlite3")
 _MAX_WORDS = 300
 
 
@@ -39,7 +39,9 @@ def shown(text: str) -> str:
 def told(error: BaseException) -> str:
     """What may be written of `error`: its kind, and what it says if it quotes nobody."""
     kind = type(error).__name__
-    words = str(error).partition("\n")[0] if isinstance(error, _QUOTES_NOTHING) else ""
+    room = type(error).__module__.partition(".")[0]
+    is_plain = isinstance(error, _QUOTES_NOTHING) or room in _ROOMS_THAT_QUOTE_NOTHING
+    words = str(error).partition("\n")[0] if is_plain else ""
     return f"{kind}: {words[:_MAX_WORDS]}" if words else kind
 
 

@@ -66,7 +66,7 @@ def test_the_terminal_client(server: RunningServer, files: Certificates) -> None
     assert "".join(delta.text for delta in client.stream(MESSAGES, "fake")) == ANSWER
     client.close()
     stranger = ChatClient(server.url, sleep=lambda _s: None)
-    with pytest.raises(NoWorkerAvailable, match="certificate verify failed.*--ssl-ca-certs"):
+    with pytest.raises(NoWorkerAvailable, match=r"certificate verify failed.*--ssl-ca-certs"):
         stranger.models()
     stranger.close()
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
 
+from chatserve.errors import Overloaded
+from chatserve.server.heartbeat import Unreachable
 from chatserve.server.log_lines import formatter, shown
 from chatserve.server.process import configure_logging, forbid_core_dumps
 
@@ -102,6 +105,19 @@ def test_what_an_error_quotes_is_not_written(
 ) -> None:
     logger.error("failed: %s", error, exc_info=error)
     assert "SECRET" not in stream.getvalue() and type(error).__name__ in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unreachable("the controller is away"), Overloaded("the queue is full"),
+     sqlite3.OperationalError("database or disk is full"), RuntimeError("CUDA error: bad device"),
+     ConnectionRefusedError(111, "Connect call failed")],
+)  # fmt: skip
+def test_what_it_says_for_itself_is(
+    logger: logging.Logger, stream: io.StringIO, error: Exception
+) -> None:
+    logger.warning("failed: %s", error)
+    assert str(error) in stream.getvalue()
 
 
 def test_causes_of_errors_are_told_in_their_order(
