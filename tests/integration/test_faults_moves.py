@@ -172,6 +172,23 @@ def test_a_worker_is_stopped_under_streams(faulty: House, resumes: bool) -> None
     assert ends(later) == {"whole": 8}
 
 
+def test_a_worker_that_is_told_to_stop_hands_its_streams_over(faulty: House) -> None:
+    """An upgrade worker by worker: nobody waits for the longest answer, and nobody loses one."""
+    controller = faulty.start_controller()
+    leaving = faulty.start_worker()
+    faulty.wait_for_workers(1)
+
+    def stop() -> None:
+        faulty.start_worker()
+        faulty.wait_for_workers(2)
+        leaving.popen.terminate()
+
+    records = asyncio.run(harmed(faulty.port, [asked(i, 600) for i in range(8)], stop))
+    assert check(records) == [] and ends(records) == {"whole": 8}
+    assert controller.log.count("a stream goes on at") == 8
+    assert leaving.popen.wait(WAIT_S) == 0
+
+
 def test_the_controller_is_killed_under_streams(faulty: House) -> None:
     """Row 8: its clients are let go, the workers' places are free, and they come back to the next
     one."""

@@ -5,6 +5,7 @@ Workers are scripts here, so that what they have said when they are lost is exac
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,9 +20,9 @@ import pytest
 from chatserve.errors import ShuttingDown
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.sse import DONE_FRAME, PING, encode_comment, encode_event
-from chatserve.server import moves
+from chatserve.server import controller, moves
 from chatserve.server.moves import ResumePolicy
-from chatserve.server.registry import WorkerRegistry
+from chatserve.server.registry import Worker, WorkerRegistry
 from tests.house import CHAT, STREAM, TOKEN, House
 from tests.servers import STREAM_HEAD, Script, ScriptedWorker, chunked, read_until
 
@@ -235,12 +236,17 @@ def test_the_only_worker_comes_back(stack: ExitStack) -> None:
     is_idle(house)
 
 
-def test_only_the_very_same_numbers_go_on(stack: ExitStack) -> None:
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_only_the_very_same_numbers_go_on(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, is_guarded: bool
+) -> None:
+    if not is_guarded:
+        monkeypatch.setattr(Worker, "fingerprint", lambda _worker, _model: "fp")
     house = house_of(stack, ResumePolicy(timeout_s=0.05))
     add(house, "a", [HEAD, BEGIN, token(0)])
-    other = house.add_scripted("b", FULL, status=status("other"))
-    assert last_error(house.post().content)["code"] == "worker_died"
-    assert other.requests == []
+    other = house.add_scripted("b", REST, status=status("other"))
+    content = house.post().content
+    assert (b"worker_died" in content) == is_guarded == (other.requests == [])
 
 
 def test_a_worker_that_cannot_go_on_with_this_one_is_passed_over(stack: ExitStack) -> None:
@@ -372,6 +378,24 @@ def test_a_worker_that_hangs(stack: ExitStack, how: str, resumes: bool) -> None:
     assert (b"worker_stalled" in content) != resumes
     assert lost.closed_by_peer.wait(20)
     is_idle(house)
+
+
+def test_without_the_watch_nobody_is_told_of_a_worker_that_hangs(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teeth of the one above."""
+
+    async def asleep(_registry: WorkerRegistry) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(controller, "watch_workers", asleep)
+    house = house_of(stack, expiry_s=0.05)
+    hanging(house)
+    with closing(house.open()) as sock:
+        read_until(sock, encode_event("1"))
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
 
 
 def _beat(house: House, worker_id: str, until: threading.Event) -> None:
