@@ -16,6 +16,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]I?)?B?", re.IGNORECASE)
 _MOST = 1 << 60
+_ADDRESSES_TO_SPARE = 256 << 20
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
     "out of memory", "bad_alloc", "Cannot allocate memory", "can't start new thread",
@@ -37,7 +38,7 @@ def available_bytes(device: torch.device) -> int:
 
 def available_host_bytes() -> int:
     """Bytes of main memory that this process may still allocate; without PyTorch."""
-    return min(_available_memory(), _address_space_left())
+    return min(_available_memory(), address_space_left())
 
 
 def _available_memory() -> int:
@@ -54,8 +55,12 @@ def _available_from_proc() -> int:
     return int(table["MemAvailable"].split()[0]) * 1024
 
 
-def _address_space_left() -> int:
-    """What `ulimit -v` leaves; practically unlimited without one."""
+def address_space_left() -> int:
+    """What `ulimit -v` leaves; practically unlimited without one.
+
+    Stacks of threads and the allocator's arenas take addresses where they take no memory; native
+    code that finds none ends the process without a word.
+    """
     if sys.platform == "win32":
         return sys.maxsize
     import resource
@@ -65,7 +70,7 @@ def _address_space_left() -> int:
         return sys.maxsize
     with open("/proc/self/statm", encoding="ascii") as line:
         used = int(line.read().split()[0]) * resource.getpagesize()
-    return max(0, limit - used)
+    return max(0, limit - used - _ADDRESSES_TO_SPARE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

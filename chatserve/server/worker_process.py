@@ -24,7 +24,12 @@ from chatserve.byte_bar import ByteBar
 from chatserve.config import WorkerConfig, served_names
 from chatserve.errors import DoesNotFit, GenerationFailed, StartupError, UsageError
 from chatserve.grammar.compiler import GrammarCompiler
-from chatserve.models.memory import available_host_bytes, in_gb, is_out_of_memory
+from chatserve.models.memory import (
+    address_space_left,
+    available_host_bytes,
+    in_gb,
+    is_out_of_memory,
+)
 from chatserve.progress import Progress
 from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.connection import within_file_limit
@@ -55,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 ENGINE_CHECK_S = 0.5
 LOAD_THREAD = "load"
+LEAST_ADDRESSES = 640 << 20
+"""Native code that finds none ends the process: whoever has fewer should not begin."""
 _SWITCH_S = 1e-4
 """How long the web server's thread may keep the interpreter lock while the engine wants it back.
 
@@ -69,6 +76,8 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     sys.setswitchinterval(_SWITCH_S)
     environment.limit_spinning()
     try:
+        if address_space_left() < LEAST_ADDRESSES:
+            raise MemoryError(f"PyTorch takes {in_gb(LEAST_ADDRESSES)} of addresses by itself")
         # here and not above: this is where torch comes in
         from chatserve.engine.serving import load
 
@@ -159,7 +168,13 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             jobs.append(heartbeat.run())
         drain_s = 0.0
         try:
-            await run_until(stop.asked, *jobs, _watch_engine(slot, 2 * stall_s))
+            try:
+                await run_until(stop.asked, *jobs, _watch_engine(slot, 2 * stall_s))
+            except MemoryError as error:
+                if slot.engine is not None:
+                    raise
+                # what goes on beside the loading may be the first to find none left
+                raise DoesNotFit(_no_memory_for(config.weights, error)) from error
             drain_s = config.drain_timeout_s
         finally:
             slot.is_draining = True
