@@ -443,35 +443,51 @@ def test_a_ping_that_is_a_frame_belongs_to_no_event() -> None:
         data = b""
         for chunk in reply.iter_raw():
             data += chunk
-            if data.count(b":p\n\n") >= 2:
+            if data.count(b"event: ping") >= 3:
                 break
     ping = b'event: ping\ndata: {"type":"ping"}\n\n'
-    assert data.count(ping) == data.count(ping + b":p\n\n") >= 2
+    whole = data[: data.rindex(b":p\n\n") + 4]
+    assert whole.count(ping) == whole.count(ping + b":p\n\n") >= 2
     start = data.index(b":s ")
     # and between a journal's other blocks they leave no trace
     assert units_of(data[:start] + data[start : data.index(b"\n\n", start) + 2])
 
 
-def test_a_cancelled_response_has_ended() -> None:
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_a_response_goes_on_where_it_still_is(
+    leaves_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first stream is lost, and not known to be: the second is the one to be cancelled."""
     engine = FakeEngine(["a", "b"], hangs=True)
     with worker(engine) as server:
-        with httpx.stream(
-            "POST", server.url + "/v1/responses", json=RESPONSE, headers=HEADERS, timeout=60
-        ) as reply:
-            data, chunks = b"", reply.iter_raw()
+
+        def begin(path: str, body: Any) -> tuple[httpx.Response, Iterator[bytes]]:
+            stack = contexts.pop()
+            reply = stack.enter_context(
+                httpx.stream("POST", server.url + path, json=body, headers=HEADERS, timeout=60)
+            )
+            return reply, reply.iter_raw()
+
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+            contexts = [second, first]
+            data, (_, chunks) = b"", begin("/v1/responses", RESPONSE)
             while data.count(b"\n:t ") < 2:
                 data += next(chunks)
             begun = units_of(data)
             response_id = json.loads(begun[0].block[3:])["id"]
-            # the same response goes on here, before its first stream is known to be lost
-            body = resume_body("/v1/responses", RESPONSE, begun)
-            with httpx.stream(
-                "POST", server.url + RESUME_PATH, json=body, headers=HEADERS, timeout=60
-            ) as second:
-                path = f"/v1/responses/{response_id}/cancel"
-                reply_to_cancel = post(server.url, path, {}, dict(bearer(TOKEN)))
-                assert reply_to_cancel.json()["status"] == "cancelled"
-                *_, last = units_of(second.read())
+            _, more = begin(RESUME_PATH, resume_body("/v1/responses", RESPONSE, begun))
+            assert next(more).startswith(b":s ")
+            if leaves_first:
+                first.close()
+                engine.wait_for(lambda e: len(e.aborted) == 1)
+                # whatever follows the end of the first has happened
+                assert post(server.url, "/v1/responses", {**RESPONSE, "input": 5}).is_client_error
+            path = f"/v1/responses/{response_id}/cancel"
+            cancelled = post(server.url, path, {}, dict(bearer(TOKEN)))
+            assert cancelled.json()["status"] == "cancelled"
+            *_, last = units_of(b"".join(more))
         assert last.block == b":e\n\n" and b"response.incomplete" in last.frames
-        engine.wait_for(lambda e: not e.running)
-        assert post(server.url, path, {}, dict(bearer(TOKEN))).status_code == 404
+        engine.wait_for(lambda e: len(e.aborted) == 2)
+        gone = post(server.url, path, {}, dict(bearer(TOKEN)))
+        assert gone.status_code == 404
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
