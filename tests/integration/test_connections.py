@@ -191,6 +191,19 @@ def test_headers_at_their_limits(house: RunningServer, head: bytes, is_allowed: 
             assert json.loads(body + read_all(sock))["error"]["code"] == "headers_too_large"
 
 
+def test_without_limits_headers_have_none(
+    house: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_HEADERS", 10**9)
+    monkeypatch.setattr(connection, "MAX_HEADER_BYTES", 10**9)
+    for head in (
+        request_with(*(b"x-%d: y" % i for i in range(10_000))),
+        request_with(b"x: " + b"y" * 1_000_000),
+    ):
+        with send_raw(house.port, head) as sock:
+            assert read_until(sock, b"}").startswith(b"HTTP/1.1 200 ")
+
+
 def flood(server: RunningServer, start: bytes, num_bytes: int) -> int:
     """Send `start` and then filler without an end; how much went out before it was cut."""
     sent = 0

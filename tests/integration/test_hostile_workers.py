@@ -260,6 +260,9 @@ TRICKS = (
 )  # fmt: skip
 
 
+CLOSE = {"Connection": "close"}
+
+
 @pytest.mark.parametrize("kind", ["controller", "worker"])
 def test_paths_that_look_like_others_need_a_key_too(kind: str, registry: WorkerRegistry) -> None:
     def build() -> Edge:
@@ -271,9 +274,19 @@ def test_paths_that_look_like_others_need_a_key_too(kind: str, registry: WorkerR
     with serving(build) as server:
         for path in TRICKS:
             for method in ("GET", "POST", "HEAD", "OPTIONS"):
-                request = http_request(method, path, headers={"Connection": "close"})
+                request = http_request(method, path, headers=CLOSE)
                 answer = read_all(send_raw(server.port, request))
                 assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 400 ")), (method, path)
                 if answer.startswith(b"HTTP/1.1 400 "):
                     # what no HTTP path can hold has not come as far as to be asked for a key
                     assert method != "HEAD" and json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def test_without_keys_they_do_not(registry: WorkerRegistry) -> None:
+    with serving(house(registry)) as server:
+        statuses = {
+            read_all(send_raw(server.port, http_request("GET", path, headers=CLOSE)))[9:12]
+            for path in TRICKS
+            if "control" not in path.lower()
+        }
+    assert b"200" in statuses and b"401" not in statuses

@@ -67,3 +67,9 @@ def test_model_of() -> None:
         with pytest.raises(InvalidRequest) as caught:
             model_of(body)
         assert caught.value.param == "model"
+
+
+def test_of_a_field_that_is_given_twice_the_last_counts() -> None:
+    """For whoever dispatches and for whoever answers: the same parser reads for both."""
+    body = b'{"model":"a","messages":[{"role":"user","content":"hi"}],"model":"b"}'
+    assert model_of(body) == read_object(body)["model"] == parse_chat(body).model == "b"
