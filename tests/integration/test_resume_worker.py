@@ -97,7 +97,7 @@ def worker(
 
 
 def post(url: str, path: str, body: Any, headers: dict[str, str] = HEADERS) -> httpx.Response:
-    return httpx.post(url + path, json=body, headers=headers, timeout=60)
+    return httpx.post(url + path, json=body, headers=headers, timeout=60, verify=False)
 
 
 # --- who has a journal ---
