@@ -17,6 +17,7 @@ import torch
 
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams
+from chatserve.errors import UsageError
 from chatserve.models.batch import Batch, Model, Segment
 from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import choose_policy
@@ -101,7 +102,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=FORMS)
 def house(request: pytest.FixtureRequest, folder: Path) -> House:
-    policy = choose_policy("cpu", **FORMS[request.param])
+    try:
+        policy = choose_policy("cpu", **FORMS[request.param])
+    except UsageError as error:
+        pytest.skip(error.message)
     if policy.packing is not None and policy.kernels is None:
         pytest.skip("the CPU kernels are not here")
     checkpoint = open_checkpoint(folder)
