@@ -8,7 +8,13 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chatserve.errors import CannotResume, ContextLengthExceeded, InvalidRequest, ModelNotFound
+from chatserve.errors import (
+    CannotResume,
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    UnsupportedParameter,
+)
 from chatserve.protocol.control import RESUME_PATH, ResumeRequest, parse
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.resumption import Resumption, read_journal
@@ -38,7 +44,7 @@ class ResumeRoutes:
             )
         try:
             return await go_on(request, asked.body.encode(), resumption)
-        except (ContextLengthExceeded, ModelNotFound) as error:
+        except (ContextLengthExceeded, ModelNotFound, UnsupportedParameter) as error:
             # it was no fault of the request where it began
             raise CannotResume(f"{error.message} (where it began, it could be answered)") from error
 

@@ -241,6 +241,13 @@ def test_a_worker_that_would_go_on_otherwise_refuses(
     assert not engine.submitted
 
 
+def test_what_is_not_offered_here_is_offered_where_it_began(url: str, units: list[Unit]) -> None:
+    """As by a worker without `--lenient`, or without grammars."""
+    body = {**CHAT, "response_format": {"type": "json_object"}}
+    reply = post(url, RESUME_PATH, resume_body(BEGUN, body, units))
+    assert reply.status_code == 409 and "where it began" in reply.text
+
+
 def test_another_prompt_is_another_answer(url: str, units: list[Unit]) -> None:
     """As of a template that shows today's date."""
     other = {**CHAT, "messages": [{"role": "user", "content": "ho"}]}
