@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chatserve.engine.grammar import GrammarOrigin
-from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.sequence import Begun, SamplingParams
 from chatserve.errors import GenerationFailed, Overloaded
 from chatserve.server.recording import RecordingEngine
 from chatserve.server.replay_log import LoggedAnswer, ReplayLog, newest
@@ -49,6 +49,15 @@ def test_what_is_asked_and_said(tmp_path: Path) -> None:
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {"5": 1.0},
         "min_tokens": 0, "ignore_eos": False, "seed": 9,
     }  # fmt: skip
+
+
+def test_an_answer_that_was_begun_elsewhere_is_logged_whole(tmp_path: Path) -> None:
+    params = SamplingParams(seed=9, max_tokens=4)
+    begun = Begun(((0,), (1, 2)), ((), ()))
+    engine = FakeEngine()
+    [answer] = logged(tmp_path / "log.db", engine, ("id-1", params, {"begun": begun}))
+    assert engine.submitted[0].begun == begun
+    assert answer.token_ids == [0, 1, 2, 3] and answer.finish_reason == "length"
 
 
 def test_choices_share_a_seed_that_was_drawn_and_prompts_do_not(tmp_path: Path) -> None:
