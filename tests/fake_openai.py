@@ -167,6 +167,13 @@ def _echo(stream: Stream) -> None:
     stream.end()
 
 
+def _queue(stream: Stream) -> None:
+    stream.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    for comment in ("queue 3", "ping", "queue 2", "queue none"):
+        stream.raw(f": {comment}\n\n".encode())
+    _hello(stream)
+
+
 SCRIPTS: dict[str, Callable[[Stream], None]] = {
     "hello": _hello,
     "chinese": _chinese,
@@ -182,6 +189,7 @@ SCRIPTS: dict[str, Callable[[Stream], None]] = {
     "ten megabytes": _ten_megabytes,
     "flaky": _flaky,
     "slow": _slow,
+    "queue": _queue,
 }
 REFUSALS: dict[str, tuple[int, dict[str, str], bytes]] = {
     "too long": (

@@ -396,3 +396,9 @@ def test_ctrl_c_where_nobody_owns_the_response_still_closes_the_connection(
             ask(client, "silent")
     assert server.cancelled.wait(5)
     assert text_of(ask(client, "hello")) == "Hello there."
+
+
+def test_places_in_the_queue_come_before_the_answer(client: ChatClient) -> None:
+    deltas = ask(client, "queue")
+    assert [each.place for each in deltas if each.place is not None] == [3, 2]
+    assert text_of(deltas) == "Hello there." and ChatDelta(place=3) in deltas[:2]

@@ -15,11 +15,18 @@ from typing import Any
 
 import pytest
 
+from chatserve.engine.admission import Admission
 from chatserve.engine.prompt import PromptBuilder
+from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.server.controller import create_controller_app
 from chatserve.server.door import Door
+from chatserve.server.edge import AccessPolicy, Edge
+from chatserve.server.registry import WorkerRegistry
+from chatserve.server.worker import create_worker_app
 from tests import tiny
+from tests.fakes import FakeEngine, FakeModel
 from tests.faults.client import LoadClient, Record, Request
-from tests.servers import http_request, read_until, reset, send_raw
+from tests.servers import RunningServer, http_request, read_until, reset, send_raw, serving
 from tests.turnstile import House, read_tokens, wait_for
 
 DOORS = ["worker", "controller"]
@@ -301,3 +308,59 @@ def test_batch_leaves_room_and_priority_is_one_of_two_words(house: House) -> Non
     for wrong in ("urgent", 0, True, ["batch"]):
         [record] = asyncio.run(load.send_all([asked(house, priority=wrong)], at_once=1))
         assert status(record) == 400 and body(record)["error"]["param"] == "priority"
+
+
+def full_engine(mean_answer: int) -> FakeEngine:
+    """One that has no place, and says a token a second."""
+    engine = FakeEngine()
+    engine.admission = Admission(1, 2)
+    for _ in range(3):
+        engine.admission.add(b"")
+    engine.admission.pace.mean_answer = mean_answer
+    engine.admission.pace.note_step(1, 1.0)
+    return engine
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def controller_of(stack: ExitStack, *engines: FakeEngine) -> RunningServer:
+    registry = WorkerRegistry(time.monotonic, expiry_s=1000)
+    policy = AccessPolicy.build("127.0.0.1", api_keys=("token",))
+    for index, engine in enumerate(engines):
+
+        def build(engine: FakeEngine = engine) -> Edge:
+            return create_worker_app(engine, FakeModel(), policy=policy, control_token="token")
+
+        worker = stack.enter_context(serving(build))
+        card = ModelCard(name="fake", created=1)
+        # the first is the one that seems to have the least to do
+        said = WorkerStatus(state="ready", models=[card], num_waiting=index)
+        registry.register(f"w{index}", worker.url, said)
+    return stack.enter_context(
+        serving(lambda: create_controller_app(registry, control_token="token"))
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_one_full_worker_does_not_speak_for_the_others(stack: ExitStack, stream: bool) -> None:
+    engines = [full_engine(1), full_engine(1), FakeEngine()]
+    load = LoadClient(controller_of(stack, *engines).port, timeout_s=60)
+    question = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+    record = asyncio.run(load.send(Request(question)))
+    assert status(record) == 200
+    assert [len(engine.submitted) for engine in engines] == [0, 0, 1]
+
+
+def test_when_all_are_full_the_earliest_time_to_come_back_is_told(stack: ExitStack) -> None:
+    engines = [full_engine(20), full_engine(3), full_engine(9)]
+    load = LoadClient(controller_of(stack, *engines).port, timeout_s=60)
+    question = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+    record = asyncio.run(load.send(Request(question)))
+    # two wait there, for three tokens each
+    assert (status(record), head(record)["retry-after"]) == (429, "6")
+    assert body(record)["error"]["code"] == "rate_limit_exceeded"
+    assert not any(engine.submitted for engine in engines)
