@@ -1,7 +1,8 @@
 """Faults of single sequences: what they are told, and when they are the engine's own.
 
 A network may fail at one request and go on with all others. Where it fails several times in a row,
-with no token between, the engine tries itself out: what fails at that, too, has to be replaced.
+with no token between, or at all requests of a step, the engine tries itself out: what fails at
+that, too, has to be replaced.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Faults:
         """
         if any(event.error is None for event in events):
             self.num_in_a_row = 0
-        if self.num_in_a_row >= MAX_IN_A_ROW:
+        is_common = len(events) > 1 and self.num_in_a_row >= len(events)
+        if is_common or self.num_in_a_row >= MAX_IN_A_ROW:
             logger.warning("%d faults in a row: the engine tries itself out", self.num_in_a_row)
             self.num_in_a_row = 0
             self._try_out()

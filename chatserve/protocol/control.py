@@ -31,7 +31,7 @@ MAX_NONCE_LEN = 64
 ADAPTER_KEY = "adapter"
 """In a card's description: the fingerprint of the adapter's own numbers."""
 
-WorkerState = Literal["loading", "ready", "draining"]
+WorkerState = Literal["loading", "ready", "stalled", "draining"]
 
 # no control characters: names are drawn in terminals and logs
 ModelName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}$")]

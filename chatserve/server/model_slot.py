@@ -46,6 +46,8 @@ class ModelSlot:
     def state(self) -> WorkerState:
         if self.is_draining:
             return "draining"
+        if self.is_stalled:
+            return "stalled"
         return "ready" if self._served else "loading"
 
     @property

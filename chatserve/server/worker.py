@@ -187,7 +187,7 @@ class WorkerRoutes:
         return json_response(reply)
 
     async def ready(self) -> Response:
-        state = "stalled" if self._slot.is_stalled else self._slot.state
+        state = self._slot.state
         models = [
             {
                 "name": name,

@@ -221,7 +221,7 @@ def test_a_request_that_fails_each_time_it_comes_costs_nobody_the_engine() -> No
     assert text(generate(engine, a=GREEDY)["a"]) == "Hello"
 
 
-@pytest.mark.parametrize("num_at_once", [1, 8])
+@pytest.mark.parametrize("num_at_once", [1, 2, 8])
 @pytest.mark.parametrize(
     "forward",
     [

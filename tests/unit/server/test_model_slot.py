@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from chatserve.errors import NoWorkerAvailable
+from chatserve.errors import GenerationFailed, NoWorkerAvailable
+from chatserve.server import worker_process
 from chatserve.server.model_slot import ModelSlot
 from tests.fakes import FakeEngine, FakeModel, FakeStats
 
@@ -46,3 +49,26 @@ def test_an_engine_that_hangs_or_has_died(age_s: float, is_alive: bool, is_stall
     engine.current = FakeStats(last_token_age_s=age_s, is_alive=is_alive)
     slot.fill(engine, FakeModel())
     assert slot.is_stalled == is_stalled
+    assert slot.status().state == ("stalled" if is_stalled else "ready")
+    slot.is_draining = True
+    assert slot.status().state == "draining"
+
+
+@pytest.mark.parametrize(
+    ("stats", "words"),
+    [
+        (FakeStats(last_token_age_s=2.5), "no step for 2 s"),
+        (FakeStats(is_alive=False), "has died"),
+    ],
+)
+def test_a_worker_ends_itself_when_its_engine_hangs_for_long(stats: FakeStats, words: str) -> None:
+    async def main() -> None:
+        slot = ModelSlot(["m"])
+        engine = FakeEngine()
+        engine.current = stats
+        slot.fill(engine, FakeModel())
+        async with asyncio.timeout(20):
+            await worker_process._watch_engine(slot, 2)
+
+    with pytest.raises(GenerationFailed, match=words):
+        asyncio.run(main())
