@@ -103,9 +103,11 @@ def outcome(record: Record) -> Any:
     """All that two runs have in common."""
     reply = Reply(record)
     assert reply.is_done, reply.error
-    usages = [f.json["usage"] for f in reply.frames if not f.is_done and f.json.get("usage")]
-    numbers = [
-        {name: count for name, count in usage.items() if isinstance(count, int)} for usage in usages
+    # what was in a cache is another matter from run to run
+    counts = [
+        frame.json["usage"].get("completion_tokens", frame.json["usage"].get("output_tokens"))
+        for frame in reply.frames
+        if not frame.is_done and frame.json.get("usage")
     ]
     finishes = sorted(
         (index, reason) for frame in reply.frames for index, _, reason in frame.choices if reason
@@ -117,7 +119,7 @@ def outcome(record: Record) -> Any:
         for choice in frame.json.get("choices", ())
         for each in (choice["logprobs"] or {}).get("content", ())
     ]
-    return reply.texts, finishes, numbers[-1:], logprobs
+    return reply.texts, finishes, counts[-1:], logprobs
 
 
 def disturbed(house: House, workers: Workers, *, num_workers: int, kills: int) -> int:
