@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 Then = Literal["stall", "close", "reset", "close half"]
 TIMEOUT_S = 30.0
 READ_BYTES = 64 * 1024
+PAUSE_S = 0.005
 _SIZES = (1, 1, 2, 3, 5, 8, 13, 34)
 
 
@@ -28,7 +29,8 @@ class Fault:
     """What becomes of the bytes in one direction.
 
     After `after` bytes it does `then`. Before each piece it waits for `delay_s`. A piece is of at
-    most `piece_bytes`; with `seed` of a random size instead, most of them tiny.
+    most `piece_bytes`; with `seed` of a random size instead, most of them tiny. Behind `pause_at`
+    bytes the rest waits for a moment.
     """
 
     after: int | None = None
@@ -36,6 +38,7 @@ class Fault:
     delay_s: float = 0.0
     piece_bytes: int | None = None
     seed: int | None = None
+    pause_at: int | None = None
 
     def pieces(self, choose: random.Random, data: bytes) -> Iterator[bytes]:
         start = 0
@@ -220,6 +223,11 @@ class _Link:
         num_passed = 0
         try:
             while data := await reader.read(READ_BYTES):
+                if fault.pause_at is not None and 0 < fault.pause_at - num_passed < len(data):
+                    first = fault.pause_at - num_passed
+                    await self._send(writer, data[:first], fault, choose)
+                    await asyncio.sleep(PAUSE_S)
+                    num_passed, data = num_passed + first, data[first:]
                 left = len(data) if fault.after is None else fault.after - num_passed
                 num_passed += len(data)
                 await self._send(writer, data[:left], fault, choose)
