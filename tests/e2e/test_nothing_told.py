@@ -55,7 +55,8 @@ def bad(client: httpx.Client, number: int) -> httpx.Response:
         {"json": CHAT, "headers": {"Authorization": f"Basic {WRONG_KEY}", "x-api-key": WRONG_KEY}},
         {"json": CHAT, "headers": {"Host": "evil.example", "Cookie": PROMPT, "Referer": PROMPT}},
         {"json": {**CHAT, "model": "quoting"}},
-        {"json": {**CHAT, "model": "quoting", "stream": True}},
+        # a stream that has got nothing is tried again for a while: twice is enough
+        {"json": {**CHAT, "model": "quoting", "stream": number < 28}},
         {"json": {**CHAT, "response_format": {"type": PROMPT}}},
         {"json": {**CHAT, "tools": [{"type": "function", "function": {"name": PROMPT + "\n"}}]}},
     ]
