@@ -364,3 +364,26 @@ def test_when_all_are_full_the_earliest_time_to_come_back_is_told(stack: ExitSta
     assert (status(record), head(record)["retry-after"]) == (429, "6")
     assert body(record)["error"]["code"] == "rate_limit_exceeded"
     assert not any(engine.submitted for engine in engines)
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+    "/v1/responses": {"input": "hi", "store": False},
+}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_the_place_goes_through_on_each_route(stack: ExitStack, path: str) -> None:
+    engine = FakeEngine([], hangs=True)
+    engine.place = 3
+    front = controller_of(stack, engine)
+    question = {"model": "fake", "stream": True, **STREAMS[path]}
+    sock = send_raw(front.port, http_request("POST", path, question))
+    stack.callback(sock.close)
+    assert b": queue 3\n\n" in read_until(sock, b": queue 3\n\n")
+    engine.place = 1
+    assert b": queue 1\n\n" in read_until(sock, b": queue 1\n\n")
+    reset(sock)
+    engine.wait_for(lambda engine: bool(engine.aborted))
