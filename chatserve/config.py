@@ -328,6 +328,9 @@ class ChatConfig(ModelOptions):
     prompt: str | None = setting(
         None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
     )
+    resume: str | None = setting(
+        None, "go on with a kept chat: its name, its id, or `last`", group="chat", metavar="CHAT"
+    )
     temperature: float | None = setting(
         None, "0 is greedy; default 0.7 in a chat, 0 with -p or a pipe", group="sampling",
         ge=0, le=2,

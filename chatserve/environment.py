@@ -31,6 +31,16 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatserve"
 
 
+def data() -> Path:
+    """What nobody could make again, chats for one: `CHATSERVE_HOME`, else the platform's folder
+    for users' data; caches may be emptied by anyone at any time."""
+    if os.environ.get("CHATSERVE_HOME") or sys.platform == "win32":
+        return home()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "chatserve"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "chatserve"
+
+
 def settings_file() -> Path | None:
     """The TOML file with settings, when there is one.
 

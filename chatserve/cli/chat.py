@@ -51,6 +51,26 @@ class Server(Protocol):
         """
 
 
+class Kept(Protocol):
+    """Where a chat is kept; what goes wrong there is told, never raised."""
+
+    @property
+    def name(self) -> str | None:
+        """What finds the chat again; None when nothing of it is kept."""
+
+    def keep(self, transcript: Transcript, model: str) -> None:
+        """Save what has changed, if anything has."""
+
+    def begin_anew(self) -> None:
+        """What comes is another chat."""
+
+    def rename(self, name: str) -> str | None:
+        """Call the chat so; what hinders that, if anything does."""
+
+    def listed(self) -> str:
+        """The newest chats, a line each."""
+
+
 class Lines(Protocol):
     def read(self) -> str:
         """The next line. Raises `EOFError` at the end, `KeyboardInterrupt` on Ctrl-C."""
@@ -147,17 +167,22 @@ class Chat:
         transcript: Transcript,
         options: ChatOptions,
         *,
+        kept: Kept | None = None,
         hush: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`hush` is entered while an answer runs: it keeps typed keys off the screen."""
+        """`kept` saves each turn when it is over. `hush` is entered while an answer runs: it keeps
+        typed keys off the screen.
+        """
         self._server = server
         self._display = display
         self._transcript = transcript
         self._options = options
+        self._kept = kept
         self._hush = hush
         self._clock = clock
         self._last_answer = Answer()
+        self._last_model = ""
         self._commands: Mapping[str, Callable[[str], None]] = {
             "help": lambda _: display.note(help_text()),
             "reset": self._reset,
@@ -167,10 +192,19 @@ class Chat:
             "system": self._system,
             "save": self._save,
             "load": self._load,
+            "name": self._name,
+            "sessions": self._sessions,
         }
 
     def run(self, lines: Lines) -> None:
         """Until the lines end or say `/exit`. Raises `StartupError` when the server has ended."""
+        try:
+            self._run(lines)
+        finally:
+            # a Ctrl-C may have come while the last turn was saved
+            self._save_turns()
+
+    def _run(self, lines: Lines) -> None:
         while True:
             try:
                 if not self._take(lines.read()):
@@ -212,7 +246,8 @@ class Chat:
             except KeyboardInterrupt:
                 self._keep(answer, is_partial=True)
                 self._display.note("stopped; /regen asks again")
-            except StartupError:
+            except (StartupError, SystemExit):
+                self._keep(answer, is_partial=True)
                 raise
             except ChatserveError as error:
                 self._keep(answer, is_partial=True)
@@ -227,6 +262,7 @@ class Chat:
 
     def _answer(self, answer: Answer) -> None:
         wait_until_ready(self._server, self._display)
+        self._last_model = self._server.model().name
         messages = self._transcript.messages(with_history=self._options.with_history)
         deltas = ask(self._server, messages, self._options, answer)
         stream_answer(deltas, self._display, answer, self._clock)
@@ -234,13 +270,20 @@ class Chat:
     def _keep(self, answer: Answer, *, is_partial: bool) -> None:
         self._transcript.answer(answer.text, is_partial=is_partial)
         self._last_answer = answer
+        self._save_turns()
+
+    def _save_turns(self) -> None:
+        if self._kept is not None:
+            self._kept.keep(self._transcript, self._last_model)
 
     def _reset(self, _: str) -> None:
+        self._begin_anew()
         self._transcript.reset()
         self._display.note("the conversation is empty")
 
     def _remove(self, _: str) -> None:
         has_removed = self._transcript.remove_last()
+        self._save_turns()
         self._display.note("removed the last question" if has_removed else "nothing to remove")
 
     def _regen(self, _: str) -> None:
@@ -291,13 +334,44 @@ class Chat:
             self._display.error("/load needs a file name")
             return
         try:
-            self._transcript = Transcript.load(file)
+            loaded = Transcript.load(file)
         except UsageError as error:
             self._display.error(error.message)
             return
+        self._begin_anew()
+        self._transcript = loaded
+        self.show_turns()
+
+    def show_turns(self, most: int | None = None) -> None:
+        """Draw the conversation so far, or the last turns of it."""
+        turns = self._transcript.turns[self._transcript.offset :]
+        shown = turns[-most:] if most is not None else turns
+        if len(shown) < len(turns):
+            self._display.note(f"… {len(turns) - len(shown)} earlier turns")
         roles = dict(zip(("user", "assistant"), self._transcript.roles, strict=True))
-        for turn in self._transcript.turns[self._transcript.offset :]:
+        for turn in shown:
             self._display.turn(roles[turn.role], turn.content)
+
+    def _begin_anew(self) -> None:
+        self._save_turns()
+        if self._kept is not None:
+            self._kept.begin_anew()
+
+    def _name(self, name: str) -> None:
+        if self._kept is None:
+            self._display.error("this chat is not kept (--no-save)")
+        elif not name:
+            self._display.note(f"this chat is called {self._kept.name or 'nothing yet'}")
+        elif (hindrance := self._kept.rename(name)) is not None:
+            self._display.error(hindrance)
+        else:
+            self._display.note(f"--resume {one_line(name)} goes on with this chat")
+
+    def _sessions(self, _: str) -> None:
+        if self._kept is None:
+            self._display.error("no chat is kept (--no-save)")
+        else:
+            self._display.note(self._kept.listed())
 
 
 def status_text(model: ModelInfo, answer: Answer) -> str:

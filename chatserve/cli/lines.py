@@ -46,6 +46,8 @@ COMMANDS = (
     CommandHelp("system", "[TEXT]", "set the system message; without TEXT: show it"),
     CommandHelp("save", "FILE", "write the conversation to FILE.json"),
     CommandHelp("load", "FILE", "go on with a saved conversation"),
+    CommandHelp("name", "[NAME]", "call this chat NAME, for --resume; without NAME: show it"),
+    CommandHelp("sessions", "", "list the newest chats that are kept"),
 )
 _NAMES = {name: entry.name for entry in COMMANDS for name in (entry.name, *entry.aliases)}
 

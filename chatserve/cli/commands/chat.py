@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,7 +22,7 @@ from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, Markdown
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
 from chatserve.cli.transcript import Transcript
 from chatserve.config import ChatConfig, ModelOptions, build
-from chatserve.errors import UsageError
+from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 from chatserve.settings import fields_of, flags_of
 
@@ -33,6 +34,7 @@ MAX_NEW_TOKENS = 512
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 STDIN_HINT_S = 1.0
 HISTORY_FILE = "lines.jsonl"
+MOST_SHOWN = 4  # turns of a chat that is gone on with
 
 ServerCommand = Callable[[ChatConfig], Sequence[str]]
 
@@ -65,11 +67,19 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
     flags = _with_weights(parser.flags(argv))
     config = build(ChatConfig, flags, file=environment.settings_file())
     _check(config, flags)
+    is_program = config.style == "programmatic"
+    is_person = _is_terminal(sys.stdin) and sys.stdout.isatty() and not is_program
+    if config.prompt is None and is_person:
+        # before the server: a chat that is not there must not cost the loading of a model
+        person = _Person(config)
+        with exits_on_signals(), _server(config, server_command) as server:
+            person.chat(server)
+        return 0
+    if config.resume is not None:
+        raise UsageError("--resume is for a chat in a terminal, not for -p, pipes and programs")
     with exits_on_signals(), _server(config, server_command) as server:
-        if config.prompt is None and config.style == "programmatic":
+        if config.prompt is None and is_program:
             _chat_with_program(server, config)
-        elif config.prompt is None and _is_terminal(sys.stdin) and sys.stdout.isatty():
-            _chat_with_person(server, config)
         else:
             _answer_once(server, config)
     return 0
@@ -113,24 +123,62 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
         yield server
 
 
-def _chat_with_person(server: Server, config: ChatConfig) -> None:
-    drawer: AnswerDrawer = PlainDrawer(
-        sys.stdout, blank_line_after=True, columns=_wrap_columns(config)
-    )
+class _Person:
+    """Somebody at a terminal, with what is kept of their chats."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        """Raises `UsageError` when the chat to go on with is not there."""
+        from chatserve.cli.kept_chat import KeptChat
+        from chatserve.cli.session_store import SessionStore
+
+        self._config = config
+        self._display = _display(_drawer(config), config)
+        self._transcript = _transcript(config)
+        self._kept: KeptChat | None = None
+        if not config.no_save or config.resume is not None:
+            kept = KeptChat(SessionStore.of_user(), self._display.note)
+            if config.resume is not None:
+                self._transcript = kept.resume(config.resume)
+                self._transcript.system = config.conv_system_msg or self._transcript.system
+            self._kept = None if config.no_save else kept
+
+    def chat(self, server: Server) -> None:
+        chat = Chat(
+            server, self._display, self._transcript, _options(self._config, CHAT_TEMPERATURE),
+            kept=self._kept, hush=lambda: keys_unseen(sys.stdin),
+        )  # fmt: skip
+        self._display.note("/help lists commands, Ctrl-D leaves")
+        chat.show_turns(MOST_SHOWN)
+        try:
+            chat.run(_line_editor(chat, self._display, self._config))
+        except StartupError:
+            self._tell_name()
+            raise
+        self._tell_name()
+
+    def _tell_name(self) -> None:
+        if self._kept is not None and (name := self._kept.name) is not None:
+            again = shlex.join(["chatserve", "chat", *_whom(self._config), "--resume", name])
+            self._display.note(f"{again} goes on with this chat")
+
+
+def _whom(config: ChatConfig) -> list[str]:
+    """The words of the command line that say who answers."""
+    if config.base_url is None:
+        return [] if config.model is None else [config.model]
+    model = [] if config.model is None else ["--model", config.model]
+    return ["--base-url", config.base_url, *model]
+
+
+def _drawer(config: ChatConfig) -> AnswerDrawer:
     if _is_rich(config):
-        drawer = MarkdownDrawer(
+        return MarkdownDrawer(
             sys.stdout,
             _terminal_size,
             has_color=environment.is_color_wanted(),
             blank_line_after=True,
         )
-    display = _display(drawer, config)
-    chat = Chat(
-        server, display, _transcript(config), _options(config, CHAT_TEMPERATURE),
-        hush=lambda: keys_unseen(sys.stdin),
-    )  # fmt: skip
-    display.note("/help lists commands, Ctrl-D leaves")
-    chat.run(_line_editor(chat, display, config))
+    return PlainDrawer(sys.stdout, blank_line_after=True, columns=_wrap_columns(config))
 
 
 def _line_editor(chat: Chat, display: Display, config: ChatConfig) -> LineEditor:

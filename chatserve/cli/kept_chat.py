@@ -1,0 +1,140 @@
+"""One chat's place on disk. Losing it never disturbs the chat: it is told once, and the chat goes
+on.
+
+Knows the store and sentences; no terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from chatserve.cli.escapes import one_line
+from chatserve.cli.session_store import Session, SessionInfo, SessionStore
+from chatserve.cli.transcript import Transcript
+from chatserve.errors import UsageError
+from chatserve.private_database import Damaged, DatabaseFailed, NotPrivate
+
+MOST_LISTED = 10
+_MAX_TITLE_LEN = 40
+
+
+class KeptChat:
+    """`tell` gets what the user should know, a line each."""
+
+    def __init__(self, store: SessionStore, tell: Callable[[str], None]) -> None:
+        self._store = store
+        self._tell = tell
+        self._session = Session()
+        self._has_warned = False
+        self._is_whole = True
+        try:
+            store.check()
+        except DatabaseFailed as error:
+            self._fail(error)
+
+    def resume(self, wanted: str) -> Transcript:
+        """The chat of that name or id, or the last one; it is gone on with.
+
+        Raises `UsageError` when there is none, or it cannot be read.
+        """
+        path, flag = self._store.path, f"--resume {one_line(wanted)}"
+        try:
+            found = self._store.find(wanted) if self._store.exists() else None
+            if found is not None:
+                self._session, transcript = found
+                return transcript
+            there = self._recent()
+        except DatabaseFailed as error:
+            raise UsageError(f"{flag}: cannot read {path} ({error})") from error
+        known = ", ".join(info.name or info.id for info in there)
+        hint = f"the newest are {known}" if known else f"{path} holds none yet"
+        raise UsageError(f"{flag}: no chat has this name or id; {hint}")
+
+    def keep(self, transcript: Transcript, model: str) -> None:
+        """Save what has changed, if anything has."""
+        if not transcript.turns and self._session.writer is None:
+            return
+        if self._is_whole and transcript.turns == self._session.turns:
+            return
+        try:
+            self._save(transcript, model)
+        except DatabaseFailed as error:
+            self._fail(error)
+            if isinstance(error, Damaged) and not self._has_warned:
+                self._save_again(transcript, model)
+
+    def begin_anew(self) -> None:
+        """What comes is another chat; the one until now stays as it is."""
+        self._session = Session()
+
+    def listed(self) -> str:
+        """The newest chats, a line each."""
+        try:
+            there = self._recent()
+        except DatabaseFailed as error:
+            return f"cannot read {self._store.path}: {error}"
+        return "\n".join(map(_row, there)) or "no chat is kept yet"
+
+    def rename(self, name: str) -> str | None:
+        """Call this chat `name`; what hinders that, if anything does."""
+        if self._session.writer is None:
+            return "nothing of this chat is kept yet; ask something first"
+        try:
+            is_renamed = self._store.rename(self._session, name)
+        except DatabaseFailed as error:
+            return f"cannot write {self._store.path} ({error})"
+        return None if is_renamed else f"another chat is called {one_line(name)}"
+
+    @property
+    def name(self) -> str | None:
+        """What finds this chat again; None when nothing of it is kept."""
+        if self._session.writer is None or not self._session.turns:
+            return None
+        return self._session.name or self._session.id
+
+    def _recent(self) -> list[SessionInfo]:
+        return self._store.recent(MOST_LISTED) if self._store.exists() else []
+
+    def _save(self, transcript: Transcript, model: str) -> None:
+        self._is_whole = False
+        before = self.name
+        is_same = self._store.save(self._session, transcript, model)
+        self._is_whole = True
+        if not is_same and self.name != before:
+            self._tell(f"{before} was gone on with elsewhere: this chat is kept as {self.name}")
+
+    def _save_again(self, transcript: Transcript, model: str) -> None:
+        """In the new file."""
+        self._session = Session()
+        try:
+            self._save(transcript, model)
+        except DatabaseFailed as error:
+            self._warn(error)
+
+    def _fail(self, error: DatabaseFailed) -> None:
+        """A damaged file is put aside; what cannot be helped is told once."""
+        if not isinstance(error, Damaged):
+            self._warn(error)
+            return
+        try:
+            aside = self._store.put_aside()
+        except DatabaseFailed as worse:
+            self._warn(worse)
+            return
+        if aside is not None:
+            self._tell(
+                f"the kept chats were damaged ({error}): they are in {aside} now, "
+                f"and a new file is begun"
+            )
+
+    def _warn(self, error: DatabaseFailed) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            way_out = "; chmod 600 it" if isinstance(error, NotPrivate) else ""
+            self._tell(f"this chat goes on, but is not kept: {self._store.path}: {error}{way_out}")
+
+
+def _row(info: SessionInfo) -> str:
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.changed_at))
+    return f"{info.name or info.id}  {day}  {one_line(info.title or '')[:_MAX_TITLE_LEN]}"
