@@ -20,6 +20,7 @@ from chatserve.models.special_tokens import AddedToken, Special, SpecialTokens
 from chatserve.models.templates import jinja, jinja_bounds
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
+from tests.hostile_templates import BOMBS, DOUBLING, ENDLESS
 from tests.unit.models.test_tokenizer_json import LLAMA3
 from tests.unit.models.vocabularies import (
     save_byte_level,
@@ -359,121 +360,14 @@ def test_template_that_is_no_jinja(source: str) -> None:
         small(source)
 
 
-ESCAPES = [
-    "{{ ''.__class__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__.__subclasses__()[0] }}",
-    "{{ raise_exception.__globals__ }}{{ raise_exception.__globals__['json'] }}",
-    "{{ strftime_now.__globals__['datetime'].sys }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "{{ joiner.__init__.__globals__.os }}",
-    "{{ namespace.__init__.__globals__.os }}",
-    "{{ self.__init__.__globals__.os }}",
-    "{{ self._TemplateReference__context.environment.x }}",
-    "{{ (''|attr('__class__')).__mro__ }}",
-    "{{ ('{0.__class__.__init__.__globals__}').format(raise_exception) }}",
-    "{{ ''.format.__self__.__class__.x }}",
-    "{% set f = '{0.__class__.mro}'.format %}{{ f(1) }}",
-    "{{ [1]|map('attr', '__class__')|map('attr', '__mro__')|list }}{{ x.y }}",
-    "{% import 'os' as os %}{{ os.x }}",
-    "{% include '/etc/passwd' %}",
-    "{% extends 'x' %}",
-    "{{ messages.append({}) }}",
-    "{{ messages[0].update({'role': 'system'}) }}",
-    "{{ messages.clear() }}",
-    "{{ lipsum(n=10) }}",
-    "{{ config.items() }}",
-    "{{ nothing.at.all }}",
-    "{{ 1 / 0 }}",
-    "{{ [1][5].x }}",
-    "{{ 'x' + 1 }}",
-    "{{ 'é'.encode('ascii') }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-]
-
-
-@pytest.mark.parametrize("source", ESCAPES)
-def test_escape_or_failure_inside_a_template_is_refused(source: str) -> None:
-    with pytest.raises(InvalidRequest, match="chat template cannot render this chat"):
-        small(source).render(USER)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ [0] * 10**9 }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{{ 2 ** 'a' }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(99) %}"
-        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(99) %}"
-        "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}"
-        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{{ '%999999999d' % 1 }}",
-        "{{ '%*d' % (10**9, 1) }}",
-        "{{ ('%(a)s' * 9999) % {'a': 'x' * 9999} }}",
-        "{{ '%999999999d' | format(1) | length }}",
-        "{{ '{:999999999}'.format(1) | length }}",
-        "{{ '{:{}}'.format(1, 999999999) | length }}",
-        "{{ '{:{w}}'.format(1, w=999999999) | length }}",
-        "{{ ('{0}' * 9999).format('x' * 9999) | length }}",
-        "{{ 'a'.center(10**10) }}",
-        "{{ 'a'.ljust(10**10) }}",
-        "{{ 'a'.rjust(10**10) }}",
-        "{{ 'a'.zfill(10**10) }}",
-        "{{ ('\t' * 9999).expandtabs(9999) }}",
-        "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
-        "{{ 'a' | center(10**10) }}",
-        "{{ ('a' * 9999) | replace('a', 'b' * 9999) | length }}",
-        "{{ (['x' * 9999] * 9999) | join | length }}",
-        "{{ ''.join(['x' * 9999] * 9999) | length }}",
-        "{{ 'a' | indent(10**10, first=true) }}",
-        "{{ 'a\nb' | indent(width=10**10) }}",
-        "{{ [1] | batch(10**10, 0) | list }}",
-        "{{ ([[0] * 9999] * 9999) | sum(start=[]) | length }}",
-        "{% set x = [0] * 9999 %}{{ ('%(a)s' * 9999) % {'a': x} }}",
-        "{% set x = [0] * 9999 %}{{ ('{0}' * 9999).format(x) }}",
-        "{% set n = namespace(a='x' * 9999) %}{{ ('{0.a}' * 9999).format(n) }}",
-        "{{ '{a:999999999}'.format_map({'a': 1}) | length }}",
-        "{{ '\t'.expandtabs(tabsize=999999999) | length }}",
-        "{{ ('x' * 9999).join('a' * 9999) | length }}",
-        "{{ ('x' * 9999).join(range(9999) | map('string')) | length }}",
-        "{{ ('1' * 9999) | replace(1, 'b' * 9999) | length }}",
-        "{{ ('\n' * 9999) | indent('x' * 9999) | length }}",
-        "{{ ('a' * 9999).translate({97: 'x' * 9999}) | length }}",
-        "{{ ('a' | attr('encode'))() }}",
-        "{{ (1).to_bytes(999999999, 'big') | length }}",
-        "{% set x = 10 ** 64 %}{{ x ** 64 > 1 }}",
-        "{% set x = 10 ** 64 %}{% set x = x * x %}{% set x = x * x %}{% set x = x * x %}"
-        "{% set x = x * x %}{% set x = x * x %}{{ x > 1 }}",
-        "{% for i in range(99) %}{% set x = 'x' * 999999 %}{% endfor %}",
-    ],
-)
+@pytest.mark.parametrize("source", BOMBS)
 def test_bomb_is_refused(source: str) -> None:
     with pytest.raises(InvalidRequest, match="chat template cannot render this chat"):
         small(source).render(USER)
 
 
-@pytest.mark.parametrize(
-    ("first", "more", "last"),
-    [
-        ("'\"'", "{% set x = x|tojson %}", "{{ x|length }}"),
-        ("'&'", "{% set x = (x ~ x)|forceescape|string %}", "{{ x|length }}"),
-        ("'a'", "{% set x %}{{ x }}{{ x }}{% endset %}", "{{ x|length }}"),
-        ("[1]", "{% set x = [x, x] %}", "{{ x }}"),
-        ("[1]", "{% set x = (x, x) %}", "{{ x ~ '' }}"),
-        ("[1]", "{% set x = {'a': x, 'b': x} %}", "{{ x == 1 }}"),
-        ("[1]", "{% set x = dict(a=x, b=x) %}", "{{ x.items()|string|length }}"),
-        ("'a'", "{% set x = twice(x) %}", "{{ x|length }}"),
-    ],
-)
-def test_value_that_doubles_without_a_loop_is_refused(first: str, more: str, last: str) -> None:
-    macro = "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"
-    source = f"{macro}{{% set x = {first} %}}{more * 40}{last}"
+@pytest.mark.parametrize("source", DOUBLING)
+def test_value_that_doubles_without_a_loop_is_refused(source: str) -> None:
     with pytest.raises(InvalidRequest, match=r"makes a value of more than [\d,]+ characters"):
         small(source).render(USER)
 
@@ -498,21 +392,7 @@ def test_rendering_is_repeatable() -> None:
     assert template.render(USER) == template.render(USER) == ["1"]
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
-        "{% set r = range(99999) %}"
-        "{% for i in r %}{% for j in r if j < 0 %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ f(40) }}",
-        "{% set r = range(99999)|list %}{{ r|select('in', r)|list|length }}",
-        "{% set r = range(99999)|list %}" + "{% if -1 in r %}{% endif %}" * 500,
-        "{% set r = range(99999)|list %}" + "{% for i in r if i < 0 %}{% endfor %}" * 50,
-    ],
-    ids=["ranges", "one-range", "filtered", "macros", "select", "comparisons", "loops"],
-)
+@pytest.mark.parametrize("source", ENDLESS)
 def test_endless_computation_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja, "MAX_RENDER_S", 0.05)
     with pytest.raises(InvalidRequest, match=r"computes for more than 0\.05 s"):
