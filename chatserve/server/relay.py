@@ -210,7 +210,7 @@ class Relay:
             if upstream.status in (429, 503):
                 await moves.pause(_retry_after_s(upstream))
                 raise NotSent
-            raise told_error(content)
+            raise told_error(content, upstream.status)
         except BaseException:
             upstream.close()
             raise

@@ -17,7 +17,7 @@ import orjson
 from aiohttp.http_exceptions import HttpProcessingError
 
 from chatserve import errors
-from chatserve.errors import ChatserveError, ShuttingDown, WorkerLost
+from chatserve.errors import ChatserveError, NoWorkerAvailable, ShuttingDown, WorkerLost
 from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
 from chatserve.server.log_lines import told
 from chatserve.server.registry import Lease, WorkerRegistry
@@ -170,8 +170,8 @@ class Upstream:
         return Lost(_died())
 
     def _given_up(self, told: bytes) -> ChatserveError:
-        error = told_error(told)
-        if not isinstance(error, ShuttingDown):
+        error = told_error(told, self.status)
+        if not isinstance(error, ShuttingDown | NoWorkerAvailable):
             eject(self._registry, self.lease, error)
         return error
 
@@ -234,13 +234,15 @@ def _died() -> WorkerLost:
     return WorkerLost("the worker died while it was answering; send the request again")
 
 
-def told_error(body: bytes) -> ChatserveError:
-    """What a worker says in OpenAI's shape, as if it had been raised here."""
+def told_error(body: bytes, status: int = 0) -> ChatserveError:
+    """What a worker says, as if it had been raised here; not all APIs have codes."""
     try:
         error = orjson.loads(body)["error"]
-        code, message, param = error["code"], str(error["message"]), error.get("param")
+        message, code, param = str(error["message"]), error.get("code"), error.get("param")
     except (ValueError, KeyError, TypeError, AttributeError):
         return _died()
+    if code is None:
+        return (NoWorkerAvailable if status == 503 else WorkerLost)(message)
     kinds = {
         kind.code: kind
         for kind in vars(errors).values()
