@@ -34,7 +34,7 @@ from chatserve.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+_IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 
 
 def load_model(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from chatserve.errors import ModelLoadError
 from chatserve.models import fallback as fallback_module
 from chatserve.models.batch import Batch, Segment
+from chatserve.models.checkpoint import open_checkpoint
 from chatserve.models.device import DevicePolicy, choose_policy
 from chatserve.models.fallback import load_fallback, read_hf_config
+from chatserve.models.loader import load_model
 from tests import tiny
 
 FLOAT32 = choose_policy("cpu", "float32", load_8bit=False)
@@ -104,6 +108,20 @@ def test_code_that_comes_with_a_model_is_never_run() -> None:
               "auto_map": {"AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}}  # fmt: skip
     with pytest.raises(ModelLoadError, match="never run"):
         load_fallback(config, {}, FLOAT32)
+
+
+def test_a_folder_of_gpt2_is_read_whole(tmp_path: Path) -> None:
+    """Its c_attn.bias is a weight; a bias right below attn is a mask of old files."""
+    hf_model = tiny.save_model(tmp_path, "gpt2", **MODELS["gpt2"][1])
+    checkpoint = open_checkpoint(tmp_path)
+    with closing(checkpoint.weights):
+        fallback = load_model(checkpoint, FLOAT32)
+    ids = torch.arange(20)
+    batch = Batch(ids.tolist(), list(range(20)), [Segment(0, 20, 0, (0, 1))], [19])
+    logits = fallback.forward(batch, fallback.build_kv_pool(2, 16))
+    with torch.no_grad():
+        expected = hf_model(ids[None]).logits[0, -1:]
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
 def test_missing_weights_are_named() -> None:
