@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
+MAX_VALUES = MAX_TENSORS * (MAX_DIMS + 6)
+MAX_WIDE_BYTES = 16 << 20
+"""Of a header with characters that a Python string may keep in four bytes each."""
 MAX_NAME_CHARS = 1024
 DTYPES = {
     "BOOL": "bool",
@@ -92,15 +95,22 @@ class SafetensorsFile:
         num_bytes = int.from_bytes(self._file.read(0, 8), "little")
         if num_bytes > MAX_HEADER_BYTES:
             raise self._bad(f"its header claims {num_bytes} bytes, over {MAX_HEADER_BYTES}")
-        text = self._file.read(8, num_bytes)
-        if not text.startswith(b"{"):
+        raw = self._file.read(8, num_bytes)
+        if not raw.startswith(b"{"):
             raise self._bad("its header is not a JSON object")
-        # Counted before parsing: the objects of a 100 MB header would take gigabytes.
-        num_entries = text.count(b"{") - 1
+        # Counted before parsing: the values of a 100 MB header would take gigabytes.
+        num_entries = raw.count(b"{") - 1
         if num_entries > MAX_TENSORS + 1:
             raise self._bad(f"it lists {num_entries} tensors, over {MAX_TENSORS}")
+        num_values = raw.count(b",") + raw.count(b"[")
+        if num_values > MAX_VALUES:
+            raise self._bad(f"its header has {num_values} values, over {MAX_VALUES}")
+        if len(raw) > MAX_WIDE_BYTES and not raw.isascii():
+            raise self._bad(f"its header has over {MAX_WIDE_BYTES} bytes that are not all ASCII")
         try:
-            header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_names)
+            text = raw.decode("utf-8")
+            del raw  # not kept beside it
+            header = json.loads(text, object_pairs_hook=_unique_names)
         except (ValueError, RecursionError) as error:
             raise self._bad(f"its header is not valid ({error})") from error
         if len(header) > MAX_TENSORS:

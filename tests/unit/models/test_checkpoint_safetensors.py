@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.safetensors_file import DTYPES, MAX_HEADER_BYTES, SafetensorsFile
+from chatserve.models.safetensors_file import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    SafetensorsFile,
+)
 
 
 def all_dtypes() -> dict[str, torch.Tensor]:
@@ -134,6 +140,47 @@ def test_tensors_are_counted_before_the_header_is_parsed(
     monkeypatch.setattr(json, "loads", parse)
     with pytest.raises(ModelLoadError, match="100002 tensors"):
         SafetensorsFile(path)
+
+
+def test_a_hundred_thousand_tensors_are_read(tmp_path: Path) -> None:
+    """As many as there may be; each is looked up and compared once."""
+    one = b'"w%d":{"dtype":"F32","shape":[0,1],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(one % i for i in range(MAX_TENSORS)) + b"}"
+    with closing(SafetensorsFile(write_raw(tmp_path / "x.safetensors", header))) as source:
+        assert len(source.tensors()) == MAX_TENSORS
+
+
+WIDE = b'{"__metadata__":{"a":"\xf0\x9f\x99\x82'
+HEADERS = {
+    "lists in a list": (b'{"a":[', b"[],", b"[]]}", "[0-9]+ values, over 1400000"),
+    "many small texts": (b'{"__metadata__":{', b'"a":"",', b'"b":""}}', "values, over 1400000"),
+    "four bytes a character": (WIDE, b"x", b'"}}', "bytes that are not all ASCII"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_of_many_values_is_refused_before_it_is_parsed(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsed, such a file took up to twenty times its size."""
+    start, piece, end, reason = HEADERS[case]
+    header = start + piece * (20_000_000 // len(piece)) + end
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the header was parsed"))
+    with pytest.raises(ModelLoadError, match=reason):
+        SafetensorsFile(write_raw(tmp_path / "x.safetensors", header))
+
+
+def test_a_header_as_long_as_it_may_be_takes_twice_its_size(tmp_path: Path) -> None:
+    start, end = b'{"__metadata__":{"a":"', b'"}}'
+    num_bytes = MAX_HEADER_BYTES - len(start) - len(end)
+    path = write_raw(tmp_path / "x.safetensors", start + b"x" * num_bytes + end)
+    tracemalloc.start()
+    try:
+        with closing(SafetensorsFile(path)) as source:
+            assert not source.tensors()
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size + (64 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_git_lfs_placeholder_is_named(tmp_path: Path) -> None:
