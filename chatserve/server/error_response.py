@@ -154,7 +154,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(fault, request.url.path)
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        return Response(error_body(error, request.url.path), INTERNAL[0], media_type=JSON_TYPE)
+        body = error_body(error, request.url.path)
+        # uvicorn closes behind a bug: who keeps connections must not send a request into that
+        return Response(body, INTERNAL[0], headers={"Connection": "close"}, media_type=JSON_TYPE)
 
     app.add_exception_handler(ClientDisconnect, on_client_left)
     app.add_exception_handler(ChatserveError, on_chatserve_error)
