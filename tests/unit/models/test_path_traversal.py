@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from chatserve.errors import ModelLoadError
+from chatserve.models import weight_files
 from chatserve.models.adapter import load_adapter
 from chatserve.models.chat_template import load_template_sources
 from chatserve.models.checkpoint import open_checkpoint
@@ -116,8 +118,23 @@ def fifo(path: Path, outside: Path) -> None:
     os.mkfifo(path)
 
 
+def device(path: Path, outside: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def itself(path: Path, outside: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def directory(path: Path, outside: Path) -> None:
+    path.mkdir()
+
+
+WAYS = (link, relative_link, chain, fifo, device, itself, directory)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no links and fifos on Windows")
-@pytest.mark.parametrize("way", [link, relative_link, chain, fifo])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_lie_elsewhere_are_never_opened(
     name: str, way: Callable[[Path, Path], None], tmp_path: Path
@@ -134,8 +151,58 @@ def test_files_that_lie_elsewhere_are_never_opened(
     with opened_files() as opened, pytest.raises(ModelLoadError) as caught:
         use(folder)
     assert caught.value.exit_code == 3 and path.name in caught.value.message
-    assert not {str(outside), str(path)} & set(opened)
+    assert not {str(outside), str(path), "/dev/zero"} & set(opened)
     assert not (tmp_path / "target").exists()
+
+
+SHARDS = (
+    "../outside", "../../outside", "./outside", "a/../outside", "/{outside}", "\\outside",
+    "..\\outside", "outside\0", "\0", "", ".", "..", "~", "~/outside", "C:outside", "file:outside",
+    "outside\n", "outside ", "\u202eoutside", "%2e%2e/outside", "..%2foutside", "outside" * 50,
+    "//outside", "/dev/zero", "/dev/stdin", "/proc/self/environ",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of POSIX")
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards_of_other_folders_are_never_opened(name: str, suffix: str, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    model(folder)
+    outside = tmp_path / f"outside{suffix}"
+    next(folder.glob("*.safetensors")).rename(outside)
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text("utf-8"))
+    first = min(shards["weight_map"])
+    shards["weight_map"][first] = name.replace("{outside}", str(tmp_path / "outside")) + suffix
+    index.write_text(json.dumps(shards), "utf-8")
+    with opened_files() as opened, pytest.raises(ModelLoadError) as caught:
+        use_model(folder)
+    assert caught.value.exit_code == 3 and "\n" not in caught.value.message
+    assert all(Path(path).is_relative_to(folder) for path in opened if is_of_a_model(path))
+
+
+def is_of_a_model(path: str) -> bool:
+    """Not what Python reads for itself."""
+    return not path.startswith((sys.prefix, sys.base_prefix)) and not path.endswith((".py", ".pyc"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no links on Windows")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "adapter_model.safetensors"])
+def test_a_reader_that_follows_links_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teeth: with every root allowed the file outside is read as if it lay inside."""
+    monkeypatch.setattr(weight_files, "_allowed_roots", lambda _: [Path("/")])
+    build, use = FILES[name]
+    folder, outside = tmp_path / "m", tmp_path / "outside"
+    folder.mkdir()
+    build(folder)
+    (folder / name).rename(outside)
+    link(folder / name, outside)
+    with opened_files() as opened:
+        use(folder)
+    assert str(outside) in opened
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no links on Windows")
