@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatserve import environment
+from chatserve.default_model import SMOLLM2_135M
 from tests import tiny
 from tests.processes import run_chatserve
+from tests.unit.models.test_torch_bin_hostile import archive, opcodes
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,35 @@ def test_spoilt_weights_end_the_worker_with_one_line(
     result = run_chatserve("worker", folder, "--no-register", CHATSERVE_HOME=str(tmp_path))
     assert_one_line(result, exit_code, words)
     assert not Path("/tmp/chatserve-was-here").exists()
+
+
+@pytest.mark.parametrize("case", ["GLOBAL and REDUCE", "SETITEM on a list", "wrong storage size"])
+def test_a_hostile_pickle_ends_with_one_line(tiny_model: Path, tmp_path: Path, case: str) -> None:
+    folder, marker = copy(tiny_model, tmp_path), tmp_path / "marker"
+    for shard in folder.glob("model*"):
+        shard.unlink()
+    archive(folder / "pytorch_model.bin", opcodes(str(marker))[case])
+    result = run_chatserve("worker", folder, "--no-register", CHATSERVE_HOME=str(tmp_path))
+    assert_one_line(result, 3, "pytorch_model.bin")
+    assert not marker.exists()
+
+
+@pytest.mark.weights
+def test_a_damaged_default_model_ends_with_one_line(tmp_path: Path) -> None:
+    """One byte of it flipped: it does not have the SHA-256 that is pinned."""
+    name = SMOLLM2_135M.path.relative_to(environment.home())
+    if not SMOLLM2_135M.path.exists():
+        pytest.skip("the default model is not in the cache; `make chat` fetches it")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(SMOLLM2_135M.path, path)
+    with path.open("r+b") as file:
+        file.seek(50_000_000)
+        byte = file.read(1)[0]
+        file.seek(50_000_000)
+        file.write(bytes([byte ^ 1]))
+    result = run_chatserve("chat", "-p", "hi", "--offline", CHATSERVE_HOME=str(tmp_path))
+    assert_one_line(result, 3, "chatserve pull smollm2-135m")
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
