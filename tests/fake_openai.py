@@ -153,6 +153,15 @@ def _flaky(stream: Stream) -> None:
         _hello(stream)
 
 
+def _relieved(stream: Stream) -> None:
+    """Comments alone for a while, as behind a controller whose worker has died."""
+    stream.text("half ", "an")
+    for _ in range(3):
+        stream.raw(b": ping\n\n")
+    stream.text(" answer")
+    stream.end()
+
+
 def _slow(stream: Stream) -> None:
     """32 tokens, one every 10 ms: something to watch."""
     for index in range(32):
@@ -189,6 +198,7 @@ SCRIPTS: dict[str, Callable[[Stream], None]] = {
     "ten megabytes": _ten_megabytes,
     "flaky": _flaky,
     "slow": _slow,
+    "relieved": _relieved,
     "queue": _queue,
 }
 REFUSALS: dict[str, tuple[int, dict[str, str], bytes]] = {
@@ -201,6 +211,11 @@ REFUSALS: dict[str, tuple[int, dict[str, str], bytes]] = {
         429,
         {"retry-after": "7"},
         b'{"error": {"message": "queue is full", "code": "rate_limit_exceeded"}}',
+    ),
+    "full": (
+        429,
+        {"retry-after": "3600"},
+        b'{"error": {"message": "queue is full for long", "code": "rate_limit_exceeded"}}',
     ),
     "stopping": (
         503,
@@ -240,8 +255,8 @@ class Handler(BaseHTTPRequestHandler):
         question = self.body["messages"][-1]["content"]
         if not self._is_allowed():
             self._answer(401, b'{"error": {"message": "wrong key", "code": "invalid_api_key"}}')
-        elif question in REFUSALS:
-            status, headers, body = REFUSALS[question]
+        elif refusal := self._refusal(question):
+            status, headers, body = refusal
             self._answer(status, body, headers)
         else:
             self.send_response(200)
@@ -262,6 +277,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             model = {"name": "fake-1b", "state": "loading", **progress}
             self._answer(503, json.dumps({"status": "loading", "models": [model]}).encode())
+
+    def _refusal(self, question: str) -> tuple[int, dict[str, str], bytes] | None:
+        """`later` is refused once, and told to come back after a second."""
+        same = [body for body in self.server.bodies if body["messages"][-1]["content"] == question]
+        if question == "later" and len(same) == 1:
+            status, _, body = REFUSALS["busy"]
+            return status, {"retry-after": "1"}, body
+        return REFUSALS.get(question)
 
     def _is_allowed(self) -> bool:
         key = self.server.key

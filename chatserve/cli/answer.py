@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What one event adds to an answer; or, while it waits for its turn, its place in the queue."""
+    """What one event adds to an answer; or, before it begins, its place in the queue, or a note on
+    what it waits for."""
 
     text: str = ""
     finish_reason: str | None = None
     num_completion_tokens: int | None = None
     place: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,9 @@ def stream_answer(
             if delta.place is not None:
                 display.place(delta.place)
                 continue
+            if delta.note:
+                display.note(delta.note)
+                continue
             answer.take(delta, clock())
             draw(delta.text)
 

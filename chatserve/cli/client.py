@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import socket
 import ssl
 import time
 from collections import deque
@@ -38,9 +39,21 @@ from chatserve.protocol.sse import DONE, SSEDecoder, read_place
 
 CONNECT_TIMEOUT_S = 5.0
 CONTROL_TIMEOUT_S = 10.0
+SILENCE_S = 600.0
 MAX_EVENT_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 4 * 1024 * 1024
 RETRY_DELAYS_S = (0.1, 0.4)
+MAX_RETRY_AFTER_S = 30
+# a machine at the other end that is gone without a word is found out in a minute
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+class _Refusal(Exception):
+    """An answer other than 200, behind the error that tells of it."""
+
+    def __init__(self, retry_after: str) -> None:
+        super().__init__()
+        self.retry_after_s = int(retry_after) if retry_after.isdecimal() else None
 
 
 class ChatClient:
@@ -105,15 +118,16 @@ class ChatClient:
     ) -> Generator[ChatDelta, None, None]:
         """Ask for an answer and yield it as it comes; closing the generator cancels the request.
 
-        A connection that fails before the first delta is tried again. Raises `WorkerLost` when the
-        stream ends before the answer is complete, `BadStream` when it is no stream of OpenAI
+        Before the first text, a connection that fails is tried again, and so is a server that says
+        when to come back, unless that is too long; a note tells of it. Raises `WorkerLost` when
+        the stream ends before the answer is complete, `BadStream` when it is no stream of OpenAI
         events, else the error that the server names.
         """
         body = {
             "model": model, "messages": list(messages), "stream": True,
             "stream_options": {"include_usage": True}, **sampling,
         }  # fmt: skip
-        for delay_s in (*RETRY_DELAYS_S, None):
+        for num_tries, delay_s in enumerate((*RETRY_DELAYS_S, None), 1):
             has_begun = False
             try:
                 with contextlib.closing(self._stream_once(body)) as deltas:
@@ -126,10 +140,12 @@ class ChatClient:
                 self._http.close()
                 self._http = self._connect()
                 raise
-            except (NoWorkerAvailable, WorkerLost) as error:
-                is_broken_connection = isinstance(error.__cause__, httpx.TransportError)
-                if has_begun or delay_s is None or not is_broken_connection:
+            except (NoWorkerAvailable, Overloaded, ShuttingDown, WorkerLost) as error:
+                if has_begun or delay_s is None or not _is_worth_a_try(error):
                     raise
+                if isinstance(error.__cause__, _Refusal):
+                    delay_s = error.__cause__.retry_after_s or 1
+                    yield ChatDelta(note=_again_text(error, delay_s, num_tries))
                 self._sleep(delay_s)
 
     def _connect(self) -> httpx.Client:
@@ -139,11 +155,12 @@ class ChatClient:
             # a proxy of the environment never stands between two processes of this machine
             trust_env=not _is_loopback(self.base_url),
             verify=self._trust,
+            transport=httpx.HTTPTransport(verify=self._trust, socket_options=_keepalive()),
         )
 
     def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
-        # no limit on the time between two events: the server decides when a worker is stalled
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        # the server decides when a worker is stalled, and sends comments until then
+        timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_TIMEOUT_S)
         places: deque[int] = deque()
         decoder = SSEDecoder(
             max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places)
@@ -191,9 +208,8 @@ class ChatClient:
                 f"`chatserve serve` starts one"
             ) from error
         except httpx.TimeoutException as error:
-            raise NoWorkerAvailable(
-                f"{self.base_url} did not answer in {CONTROL_TIMEOUT_S:.0f} s"
-            ) from error
+            limit_s = options.get("timeout", self._http.timeout).read
+            raise NoWorkerAvailable(f"{self.base_url} said nothing for {limit_s:g} s") from error
         except httpx.TransportError as error:
             raise WorkerLost(f"lost the connection to {self.base_url} ({_cause(error)})") from error
         except httpx.InvalidURL as error:
@@ -208,7 +224,8 @@ class ChatClient:
         except BadStream:
             table = None
         error = table.get("error") if isinstance(table, dict) else None
-        raise _error(error, response, self.base_url)
+        refusal = _Refusal(response.headers.get("retry-after", ""))
+        raise _error(error, response, self.base_url) from refusal
 
     def _json(self, response: httpx.Response) -> Any:
         body = bytearray()
@@ -248,6 +265,30 @@ def _trust(ca_certs: str | None) -> ssl.SSLContext | bool:
         if isinstance(error, ssl.SSLError):
             reason = "it holds no certificate in PEM form"
         raise UsageError(f"cannot use --ssl-ca-certs {ca_certs}: {reason}") from error
+
+
+def _keepalive() -> list[tuple[int, int, int]]:
+    there = [(name, value) for name, value in _KEEPALIVE.items() if hasattr(socket, name)]
+    return [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in there),
+    ]
+
+
+def _is_worth_a_try(error: ChatserveError) -> bool:
+    """Whether nobody has begun to answer, and somebody soon may."""
+    cause = error.__cause__
+    if isinstance(cause, _Refusal):
+        wait_s = cause.retry_after_s
+        return wait_s is not None and wait_s <= MAX_RETRY_AFTER_S
+    return isinstance(cause, httpx.TransportError) and not isinstance(cause, httpx.ReadTimeout)
+
+
+def _again_text(error: ChatserveError, delay_s: float, num_tries: int) -> str:
+    what = "is too busy" if isinstance(error, Overloaded) else "cannot answer now"
+    return (
+        f"the server {what}: asking again in {delay_s:g} s ({num_tries} of {len(RETRY_DELAYS_S)})"
+    )
 
 
 def _is_loopback(url: str) -> bool:

@@ -258,6 +258,8 @@ class Display:
         self._err.flush()
 
     def _write(self, color: str, text: str) -> None:
+        if self._has_progress:
+            self._redraw(None)
         if (columns := self._columns()) is not None:
             text = wrapped(text, columns)
         colored = f"{color}{text}{_RESET}" if self._is_terminal and color else text

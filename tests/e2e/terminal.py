@@ -75,6 +75,10 @@ class Terminal:
         """Read until the whole screen is `expected`, one line each."""
         self._read_until(lambda: self.lines == list(expected), expected)
 
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Read until something beside the screen has come about."""
+        self._read_until(condition, (what,))
+
     def wait_for_end(self) -> int:
         """Read until the program ends; its exit code, or minus the signal that killed it."""
         deadline = time.monotonic() + TIMEOUT_S

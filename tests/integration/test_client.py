@@ -30,7 +30,7 @@ from chatserve.errors import (
     UsageError,
     WorkerLost,
 )
-from tests.fake_openai import FakeOpenAI, Stream
+from tests.fake_openai import REFUSALS, FakeOpenAI, Stream
 
 
 @pytest.fixture
@@ -210,10 +210,76 @@ def test_a_connection_that_fails_before_the_first_token_is_tried_again(
 def test_nothing_is_tried_again_after_the_first_token_or_an_answer_that_says_no(
     client: ChatClient, server: FakeOpenAI
 ) -> None:
-    for question in ("die", "cut", "busy", "failing", "junk"):
+    for question in ("die", "cut", "full", "failing", "junk", "bare 500", "too long"):
         failure(client, question)
         assert len(server.bodies) == 1
         server.bodies.clear()
+
+
+@pytest.mark.parametrize(
+    ("question", "kind", "note"),
+    [
+        ("busy", Overloaded, "the server is too busy: asking again in 7 s (%d of 2)"),
+        ("stopping", ShuttingDown, "the server cannot answer now: asking again in 5 s (%d of 2)"),
+    ],
+)
+def test_a_server_that_says_when_to_come_back_is_asked_again_and_no_more(
+    question: str, kind: type[ChatserveError], note: str, server: FakeOpenAI
+) -> None:
+    delays: list[float] = []
+    client = ChatClient(server.url, sleep=delays.append)
+    notes: list[str] = []
+    with pytest.raises(kind):
+        for delta in client.stream([{"role": "user", "content": question}], "fake-1b"):
+            notes.append(delta.note)
+    client.close()
+    assert notes == [note % number for number in (1, 2)]
+    assert delays == [int(note.split(" in ")[1].split()[0])] * 2
+    assert len(server.bodies) == 3
+
+
+def test_and_has_an_answer_then(client: ChatClient) -> None:
+    deltas = ask(client, "later")
+    assert deltas[0].note == "the server is too busy: asking again in 1 s (1 of 2)"
+    assert text_of(deltas) == "user: later"
+
+
+@pytest.mark.parametrize("retry_after", ["", "soon", "-1", "31", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_one_that_does_not_say_when_or_says_too_late_is_not_asked_again(
+    retry_after: str, client: ChatClient, server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, body = REFUSALS["busy"]
+    monkeypatch.setitem(REFUSALS, "busy", (status, {"retry-after": retry_after}, body))
+    assert type(failure(client, "busy")[1]) is Overloaded
+    assert len(server.bodies) == 1
+
+
+def test_an_answer_that_goes_on_after_comments_is_one_answer(client: ChatClient) -> None:
+    """Behind a controller a stream outlives its worker; meanwhile there are comments."""
+    assert text_of(ask(client, "relieved")) == "half an answer"
+
+
+def test_a_server_that_falls_silent_for_ever_is_given_up_once(
+    client: ChatClient, server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatserve.cli.client.SILENCE_S", 0.05)
+    text, error = failure(client, "endless")
+    assert text == "one two three"
+    assert error.message == f"{server.url} said nothing for 0.05 s"
+    assert server.cancelled.wait(10)
+    assert failure(client, "silent")[0] == ""
+    assert len(server.bodies) == 2
+
+
+def test_a_machine_that_is_gone_is_noticed(client: ChatClient, server: FakeOpenAI) -> None:
+    """The kernel asks, where a connection is silent, whether there is anybody."""
+    stream = client.stream([{"role": "user", "content": "endless"}], "fake-1b")
+    next(stream)
+    (connection,) = client._http._transport._pool.connections  # type: ignore[attr-defined]
+    own = connection._connection._network_stream.get_extra_info("socket")
+    assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    stream.close()
+    assert server.cancelled.wait(10)
 
 
 def test_no_server_is_said_at_once() -> None:
@@ -235,7 +301,7 @@ def test_a_server_that_says_nothing_is_given_up_where_no_answer_is_awaited(
     monkeypatch.setattr("chatserve.cli.client.CONTROL_TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         client = ChatClient(f"http://127.0.0.1:{mute.getsockname()[1]}")
-        with pytest.raises(NoWorkerAvailable, match="did not answer"):
+        with pytest.raises(NoWorkerAvailable, match=r"said nothing for 0\.05 s"):
             client.models()
         client.close()
 
