@@ -26,6 +26,9 @@ MAX_DIMS = 4
 MAX_NAME_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 64 * 1024 * 1024  # the largest vocabularies in use need about 20 MB
 MAX_ITEMS = 4 * 1024 * 1024  # of all arrays together: two bytes there may be forty in memory
+MAX_STRINGS = (
+    768 * 1024
+)  # of those: one takes eighty bytes in memory; large vocabularies have 650,000
 _DEFAULT_ALIGNMENT = 32
 _FIRST_READ_BYTES = 1 << 20
 
@@ -95,6 +98,7 @@ class _Cursor:
         self.size = size
         self.position = 0
         self.num_items = 0  # of the arrays so far
+        self.num_strings = 0
         self._file = file
         self._data = b""
 
@@ -245,6 +249,12 @@ def _read_array(cursor: _Cursor, key: str) -> list[Any]:
     if layout := _SCALARS.get(kind):
         return cursor.numbers(count, layout)
     if kind == _STRING:
+        cursor.num_strings += count
+        if cursor.num_strings > MAX_STRINGS:
+            cursor.fail(
+                f"{quote(key)} is an array of {count:,} strings, allowed are {MAX_STRINGS:,} in "
+                "all arrays"
+            )
         return cursor.strings(count, quote(key))
     if kind == _ARRAY:
         cursor.fail(f"{quote(key)} is an array of arrays, which is not supported")

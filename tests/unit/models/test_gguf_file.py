@@ -215,6 +215,10 @@ HOSTILE = {
         gguf_bytes([array("a", UINT8, 3 << 20, bytes(3 << 20)), array("b", UINT8, 2 << 20, b"")]),
         "'b' is an array of 2,097,152 items, allowed are 4,194,304 in all arrays",
     ),
+    "strings overflow together": (
+        gguf_bytes([array("a", STRING, 1, string("x")), array("b", STRING, 1 << 20, b"")]),
+        "'b' is an array of 1,048,576 strings, allowed are 786,432 in all arrays",
+    ),
     "array past the end": (
         gguf_bytes([array("k", UINT32, 100_000, b"")]),
         "asks for 400,000 bytes",
