@@ -212,7 +212,9 @@ class Edge:
         self.is_draining = True
         self._drained_at = time.monotonic() + seconds
         for reading in self._readings:
-            reading.reschedule(asyncio.get_running_loop().time())
+            # one whose time is just over cannot be told again
+            if not reading.expired():
+                reading.reschedule(asyncio.get_running_loop().time())
 
     async def idle(self) -> None:
         """Wait until no request is under way."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from typing import Any
 
 import pytest
 
 from chatserve.errors import UsageError
+from chatserve.server import edge as edge_module
 from chatserve.server.edge import AccessPolicy, Edge, check_exposure, is_loopback
 from tests.asgi import Answer, request
 
@@ -246,6 +248,29 @@ def test_draining_refuses_requests_and_answers_health() -> None:
     assert int(answer.headers["retry-after"]) >= 1
     assert get(app, "/health/ready").status == 200
     assert get(app, "/control/leave", ("authorization", "Bearer t")).status == 200
+
+
+def test_draining_while_a_body_runs_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge_module, "BODY_TIMEOUT_S", 0.0)
+    app = edge()
+    scope = {"type": "http", "method": "POST", "path": "/v1", "headers": [(b"host", b"localhost")]}
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    async def check() -> None:
+        asking = asyncio.create_task(app(scope, receive, send))
+        while not any(reading.expired() for reading in app._readings):
+            await asyncio.sleep(0)
+        app.drain()
+        await asking
+
+    asyncio.run(check())
+    assert statuses == [503]
 
 
 def test_requests_under_way_are_counted() -> None:
