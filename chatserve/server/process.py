@@ -111,6 +111,7 @@ def run_process(
     forbid_core_dumps()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.get_loop().set_exception_handler(_log_stray_error)
             return runner.run(main())
     except StartupError as error:
         logger.debug("startup failed", exc_info=debug)
@@ -122,6 +123,16 @@ def run_process(
         logger.debug("internal error", exc_info=debug)
         report(f"internal error: {type(error).__name__}: {error} (--debug shows where)", False)
         return StartupError.exit_code
+
+
+def _log_stray_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody has caught. asyncio's own line shows the arguments of a callback and what a
+    task's error says: prompts and answers among them."""
+    words, callback, _ = context["message"].partition(" callback ")
+    task = context.get("task") or context.get("future")
+    name = getattr(task.get_coro(), "__qualname__", "") if isinstance(task, asyncio.Task) else ""
+    line = " ".join(filter(None, (words, callback.strip(), name)))
+    logger.error("%s", line, exc_info=context.get("exception"))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

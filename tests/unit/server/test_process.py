@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+from typing import Any
 
 import pytest
 
 from chatserve.errors import DoesNotFit, UsageError
+from chatserve.server import process
+from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
@@ -55,6 +59,37 @@ def test_error_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_process(main) == 2
     assert capsys.readouterr() == ("", "chatserve: wrong flag\n")
+
+
+@pytest.mark.parametrize("make_loop", [None, asyncio.new_event_loop])
+def test_what_nobody_catches_is_logged_without_what_it_quotes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, make_loop: Any
+) -> None:
+    async def break_down() -> None:
+        raise ValueError("SECRET")
+
+    def call(_argument: str) -> None:
+        raise ValueError("SECRET")
+
+    async def main() -> int:
+        asyncio.get_running_loop().call_soon(call, "SECRET")
+        task = asyncio.create_task(break_down())
+        await asyncio.wait({task})
+        del task
+        gc.collect()
+        return 0
+
+    if make_loop:
+        monkeypatch.setattr(process, "_loop_factory", lambda: make_loop)
+    assert run_process(main) == 0
+    callback, task = caplog.records
+    assert callback.getMessage() == "Exception in callback"
+    assert task.getMessage().startswith("Task exception was never retrieved")
+    assert task.getMessage().endswith("break_down")
+    for record in caplog.records:
+        record.exc_text = None  # written by pytest's handler
+    lines = "\n".join(map(TextLines("x").format, caplog.records)) + "\n"
+    assert "SECRET" not in lines and lines.count("  ValueError\n") == 2
 
 
 def test_other_libraries_are_quiet(capsys: pytest.CaptureFixture[str]) -> None:
