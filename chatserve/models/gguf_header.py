@@ -26,9 +26,7 @@ MAX_DIMS = 4
 MAX_NAME_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 64 * 1024 * 1024  # the largest vocabularies in use need about 20 MB
 MAX_ITEMS = 4 * 1024 * 1024  # of all arrays together: two bytes there may be forty in memory
-MAX_STRINGS = (
-    768 * 1024
-)  # of those: one takes eighty bytes in memory; large vocabularies have 650,000
+MAX_STRINGS = 768 * 1024  # of those: one may take eighty bytes; large vocabularies have 650,000
 _DEFAULT_ALIGNMENT = 32
 _FIRST_READ_BYTES = 1 << 20
 
