@@ -373,3 +373,23 @@ def test_damage_that_is_found_late(store: SessionStore, monkeypatch: pytest.Monk
     chat.keep(said("q", "a"), "m")
     assert len(told) == 2
     assert "damaged (malformed)" in told[0] and "is not kept" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "folder"),
+    [
+        ("linux", {}, ".local/share/chatserve"),
+        ("linux", {"XDG_DATA_HOME": "/data"}, "/data/chatserve"),
+        ("darwin", {}, "Library/Application Support/chatserve"),
+        ("darwin", {"CHATSERVE_HOME": "/home"}, "/home"),
+    ],
+)
+def test_chats_lie_where_data_lies_and_not_in_a_cache(
+    platform: str, variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CHATSERVE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.platform", platform)
+    assert SessionStore.of_user().path == Path.home() / folder / "chats" / "chats.db"
