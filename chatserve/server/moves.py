@@ -14,6 +14,8 @@ from chatserve.server.registry import Lease, WorkerRegistry
 
 # a request that kills whoever answers it must not go through all workers
 MAX_FAILURES = 2
+# who says that it has time at once is not asked without a pause
+MIN_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,33 @@ class Moves:
         self._policy = policy
         self._num_failures = 0
         self._unfit: set[str] = set()
+        self._busy_until: dict[str, float] = {}
         self._loss: ChatserveError | None = None
-        self._deadline = 0.0
+        # of the move that is going on
+        self._deadline: float | None = None
 
     def lose(self, loss: ChatserveError, *, has_moved_on: bool = False) -> None:
         """A worker did not answer to the end. Raises `loss` when it is no use to go on.
 
         `has_moved_on`: it has brought the answer further.
         """
-        if self._loss is None or has_moved_on:
-            self._deadline = asyncio.get_running_loop().time() + self._policy.timeout_s
         self._num_failures = 0 if has_moved_on else self._num_failures + 1
-        self._loss = loss
-        if not self._policy.is_on or self._registry.is_over or self._num_failures >= MAX_FAILURES:
+        self.leave(loss)
+        if self._num_failures >= MAX_FAILURES:
             raise loss
+
+    def leave(self, loss: ChatserveError) -> None:
+        """A worker shall not answer to the end, but has not failed. Raises `loss`, as `lose`."""
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._policy.timeout_s
+        self._loss = loss
+        if not self._policy.is_on or self._registry.is_over:
+            raise loss
+
+    def arrive(self) -> None:
+        """A worker answers: what comes next is another move."""
+        self._deadline = None
+        self._busy_until.clear()
 
     @property
     def has_lost(self) -> bool:
@@ -58,8 +73,15 @@ class Moves:
         return self._loss is not None
 
     def rule_out(self, worker_id: str) -> None:
-        """It is well, but it has no place for this answer, or cannot go on with it."""
+        """It is well, but cannot go on with this answer."""
         self._unfit.add(worker_id)
+
+    def put_off(self, worker_id: str, seconds: float) -> None:
+        """It has no room just now. Raises the loss when time is over."""
+        now = asyncio.get_running_loop().time()
+        if self._loss is not None and now >= self._deadline_of_move:
+            raise self._loss
+        self._busy_until[worker_id] = now + max(seconds, MIN_PAUSE_S)
 
     async def next(self, fingerprint: str | None = None) -> Lease:
         """A worker to ask: before the first loss at once, then as soon as there is one.
@@ -68,24 +90,23 @@ class Moves:
         nobody has come in time.
         """
         if self._loss is None:
-            return self._registry.pick(self._model, without=self._unfit)
-        with self._registry.changes() as change, contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._deadline):
-                while True:
-                    change.clear()
-                    with contextlib.suppress(NoWorkerAvailable, ModelNotFound):
-                        return self._registry.pick(
-                            self._model, fingerprint=fingerprint, without=self._unfit
-                        )
-                    if self._registry.is_closing:
-                        break
-                    await change.wait()
-        raise self._loss
+            return self._registry.pick(self._model, without={*self._unfit, *self._busy_until})
+        now = asyncio.get_running_loop().time
+        with self._registry.changes() as change:
+            while True:
+                change.clear()
+                busy = {each: until for each, until in self._busy_until.items() if until > now()}
+                with contextlib.suppress(NoWorkerAvailable, ModelNotFound):
+                    return self._registry.pick(
+                        self._model, fingerprint=fingerprint, without={*self._unfit, *busy}
+                    )
+                if self._registry.is_closing or now() >= self._deadline_of_move:
+                    raise self._loss
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min([self._deadline_of_move, *busy.values()])):
+                        await change.wait()
 
-    async def pause(self, seconds: float) -> None:
-        """Give a worker time that cannot go on just now. Raises the loss when time is over."""
-        assert self._loss is not None
-        left = self._deadline - asyncio.get_running_loop().time()
-        if left <= seconds or self._registry.is_closing:
-            raise self._loss
-        await asyncio.sleep(seconds)
+    @property
+    def _deadline_of_move(self) -> float:
+        assert self._deadline is not None
+        return self._deadline

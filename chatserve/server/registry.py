@@ -98,8 +98,9 @@ def _cannot_move() -> bool:
 class Lease:
     """One request's claim on a worker; counted until it is released, at best by `with`.
 
-    `on_loss` is called when the worker is lost, or goes and another one could take over; `loss`
-    says why. `can_move`: whether the request could go on at another worker now.
+    `on_loss` is called when the worker is lost, or goes and another one could take over
+    (`is_sent_on`); `loss` says why. `can_move`: whether the request could go on at another worker
+    now.
     """
 
     def __init__(self, worker: Worker, model: str = "") -> None:
@@ -107,6 +108,7 @@ class Lease:
         self.model = model
         self.loss: ChatserveError | None = None
         self.on_loss: Callable[[], object] | None = None
+        self.is_sent_on = False
         self.can_move: Callable[[], bool] = _cannot_move
         worker.leases.add(self)
 
@@ -115,6 +117,16 @@ class Lease:
             self.loss = loss
             if self.on_loss is not None:
                 self.on_loss()
+
+    def send_on(self) -> None:
+        """Its worker goes, and another one is there."""
+        self.is_sent_on = self.loss is None
+        self.lose(
+            WorkerLost(
+                "the worker was stopped while it was answering, and no other one could go on; send "
+                "the request again"
+            )
+        )
 
     def release(self) -> None:
         self.on_loss = None
@@ -425,7 +437,7 @@ class WorkerRegistry:
                     other is not worker and other.fingerprint(lease.model) == fingerprint
                     for other in self.ready(lease.model)
                 ):
-                    lease.lose(_died())
+                    lease.send_on()
 
     def _readiness(self, name: str) -> ModelReadiness:
         order: tuple[ModelState, ...] = (

@@ -150,7 +150,7 @@ class Relay:
                     return response
                 # its queue is full; another worker's may not be
                 refusal = _sooner(refusal, response)
-                moves.rule_out(lease.worker.worker_id)
+                moves.put_off(lease.worker.worker_id, _retry_after_s(response))
             except NotSent:
                 continue  # another worker may take the request as if it were the first
             except Lost as lost:
@@ -208,7 +208,7 @@ class Relay:
                 moves.rule_out(lease.worker.worker_id)
                 raise NotSent
             if upstream.status in (429, 503):
-                await moves.pause(_retry_after_s(upstream))
+                moves.put_off(lease.worker.worker_id, _retry_after_s(upstream))
                 raise NotSent
             raise told_error(content, upstream.status)
         except BaseException:
@@ -322,21 +322,29 @@ class RelayedStream(Response):
 
     async def _move(self, send: Send, loss: ChatserveError) -> None:
         """Let another worker go on. Raises what is to be said when there is none."""
+        upstream, memory = self._upstream, self._memory
+        assert upstream is not None
         self._close_upstream()
-        memory = self._memory
         if memory is None or not memory.is_kept:
             raise loss
-        self._moves.lose(loss, has_moved_on=memory.has_tokens_since(self._place))
+        if upstream.lease.is_sent_on:
+            self._moves.leave(loss)
+        else:
+            self._moves.lose(loss, has_moved_on=memory.has_tokens_since(self._place))
         going_on = asyncio.ensure_future(self._relay.go_on(self._asked, self._moves, memory))
         self._going_on = going_on
         try:
             while not going_on.done():
                 await send(_body(PING))
                 await asyncio.wait({going_on}, timeout=self._relay.policy.ping_s)
+        except BaseException:
+            going_on.cancel()
+            [late] = await asyncio.gather(going_on, return_exceptions=True)
+            if not isinstance(late, BaseException):
+                late.close()  # it has come for nobody
+            raise
         finally:
             self._going_on = None
-            if going_on.cancel():
-                await asyncio.gather(going_on, return_exceptions=True)
         if going_on.cancelled():
             return  # the client has left
         upstream = going_on.result()
@@ -346,6 +354,7 @@ class RelayedStream(Response):
 
     def _come_from(self, upstream: Upstream) -> None:
         self._upstream = upstream
+        self._moves.arrive()
         upstream.lease.can_move = self._can_move
 
     def _can_move(self) -> bool:

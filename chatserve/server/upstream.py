@@ -98,6 +98,9 @@ class Upstream:
         headers: Mapping[str, str],
     ) -> Upstream:
         """Raises `NotSent` or `Lost`; the lease is released then."""
+        if lease.loss is not None:
+            lease.release()
+            raise Lost(lease.loss)
         # bytes over 1 MiB would be written in one go, with a warning
         sending = session.post(
             lease.worker.base_url + path, data=io.BytesIO(body), headers=headers,
