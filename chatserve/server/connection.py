@@ -10,6 +10,7 @@ import asyncio
 import logging
 import resource
 from http import HTTPStatus
+from ssl import SSLContext
 from typing import Any, cast
 
 import uvicorn
@@ -27,6 +28,7 @@ from chatserve.errors import (
 )
 from chatserve.server import request_id
 from chatserve.server.error_response import error_response
+from chatserve.server.handshakes import MAX_HANDSHAKES
 from chatserve.server.slow_reader import DEFAULT_TIMEOUT_S, SlowReader
 
 logger = logging.getLogger(__name__)
@@ -47,19 +49,21 @@ FILES_PER_CONNECTION = 3
 RESERVED_FILES = 64
 
 
-def within_file_limit(wished: int) -> int:
-    """How many of `wished` connections this process may hold, with a worker's behind each.
+def within_file_limit(wished: int, tls: SSLContext | None = None) -> int:
+    """How many of `wished` connections this process may hold, with a worker's behind each, and
+    with `tls` handshakes beside them.
 
     Raises its soft limit on open files as far as it may.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = RESERVED_FILES + FILES_PER_CONNECTION * wished
+    reserved = RESERVED_FILES + (MAX_HANDSHAKES if tls else 0)
+    needed = reserved + FILES_PER_CONNECTION * wished
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wished
-    fitting = max(1, (soft - RESERVED_FILES) // FILES_PER_CONNECTION)
+    fitting = max(1, (soft - reserved) // FILES_PER_CONNECTION)
     logger.warning(
         "at most %d connections at once instead of %d: this process may open %d files (ulimit -n)",
         fitting, wished, soft,

@@ -68,7 +68,7 @@ async def _serve(config: ControllerConfig) -> int:
     tls = server_context(config.ssl_certfile, config.ssl_keyfile)
     sock = bind(config.host, config.port, tls)
     listener = Listener(
-        edge, sock, max_connections=within_file_limit(config.max_connections),
+        edge, sock, max_connections=within_file_limit(config.max_connections, tls),
         write_timeout_s=config.write_timeout_s,
     )  # fmt: skip
     stop = StopSignals()

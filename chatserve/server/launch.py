@@ -127,7 +127,7 @@ class _Server:
         control = public if is_shared else bind("127.0.0.1", 0)
         listener = Listener(
             edge, *dict.fromkeys((public, control)),
-            max_connections=within_file_limit(config.max_connections),
+            max_connections=within_file_limit(config.max_connections, tls),
             write_timeout_s=config.write_timeout_s,
         )  # fmt: skip
         control_url = url_of("127.0.0.1", control)

@@ -13,19 +13,20 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 
 from chatserve.errors import CannotBind
 from chatserve.server.connection import DEFAULT_CONNECTIONS, Connection, Connections
 from chatserve.server.edge import Edge
+from chatserve.server.handshakes import TlsServer
 from chatserve.server.slow_reader import DEFAULT_TIMEOUT_S, limit_unsent
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEPALIVE_S = 5
-HANDSHAKE_TIMEOUT_S = 10.0
 ABORT_S = 2
 
 
@@ -105,16 +106,13 @@ class _Server(uvicorn.Server):
         if self.lifespan.should_exit:
             raise RuntimeError("the app did not start; its traceback is in the log")
         loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(
-                self._connect,
-                sock=door,
-                backlog=BACKLOG,
-                ssl=door.tls,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if door.tls else None,
-            )
+        servers: list[Any] = [
+            TlsServer(door, door.tls, self._connect)
+            if door.tls
+            else await loop.create_server(self._connect, sock=door, backlog=BACKLOG)
             for door in self._doors
         ]
+        self.servers = servers  # uvicorn closes them and waits for their end
         self.started = True
         self.is_up.set()
 

@@ -151,7 +151,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         ),
     )  # fmt: skip
     listener = Listener(
-        edge, sock, max_connections=within_file_limit(config.max_connections),
+        edge, sock, max_connections=within_file_limit(config.max_connections, tls),
         # a controller knows its client: what the worker takes for a deaf one may be slow
         write_timeout_s=0 if token is not None else config.write_timeout_s,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 
 from chatserve.cli.client import ChatClient
 from chatserve.errors import NoWorkerAvailable, UsageError
-from chatserve.server import listener
+from chatserve.server import handshakes
 from chatserve.server.edge import Edge
 from chatserve.server.tls import server_context
 from chatserve.server.worker import create_worker_app
@@ -115,7 +115,7 @@ def test_plain_http_at_an_https_door(
 def test_a_handshake_that_does_not_go_on_is_closed(
     files: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(handshakes, "TIMEOUT_S", 0.2)
     tls = server_context(str(files.cert), str(files.key))
     with serving(build, tls=tls) as server, ExitStack() as stack:
         socks = [stack.enter_context(send_raw(server.port, b"\x16\x03\x01")) for _ in range(20)]
@@ -123,6 +123,21 @@ def test_a_handshake_that_does_not_go_on_is_closed(
             sock.settimeout(WAIT_S)
             with suppress(ConnectionResetError):
                 assert sock.recv(100) in (b"", b"\x15\x03\x01\x00\x02\x02\x50")
+
+
+def test_handshakes_that_do_not_go_on_make_room(
+    files: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshakes, "MAX_HANDSHAKES", 8)
+    tls = server_context(str(files.cert), str(files.key))
+    with serving(build, tls=tls) as server, ExitStack() as stack:
+        socks = [stack.enter_context(send_raw(server.port, b"")) for _ in range(20)]
+        for sock in socks[:12]:
+            # those that came first are gone long before their time is over
+            sock.settimeout(handshakes.TIMEOUT_S / 2)
+            with suppress(ConnectionResetError):
+                assert sock.recv(100) == b""
+        assert httpx.get(f"{server.url}/health/live", verify=trusting(files)).status_code == 200
 
 
 class Process:
