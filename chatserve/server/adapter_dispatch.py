@@ -30,7 +30,8 @@ from chatserve.protocol.control import ADAPTER_KEY, WorkerStatus, bearer
 from chatserve.server.adapter_beliefs import AdapterBeliefs, Belief, Key, base_of
 from chatserve.server.error_response import error_response, status_of
 from chatserve.server.json_response import JSON_TYPE
-from chatserve.server.registry import Worker, WorkerRegistry
+from chatserve.server.leases import Worker
+from chatserve.server.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)
 

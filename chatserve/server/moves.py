@@ -10,7 +10,8 @@ import contextlib
 from dataclasses import dataclass
 
 from chatserve.errors import ChatserveError, ModelNotFound, NoWorkerAvailable
-from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.leases import Lease
+from chatserve.server.registry import WorkerRegistry
 
 # a request that kills whoever answers it must not go through all workers
 MAX_FAILURES = 2

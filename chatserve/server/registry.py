@@ -12,8 +12,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Literal
 
 from chatserve.errors import (
@@ -26,6 +25,7 @@ from chatserve.errors import (
     WorkerStalled,
 )
 from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.server.leases import Lease, Worker
 
 EJECTION_S = 0.5
 MAX_EJECTION_S = 30.0
@@ -33,52 +33,6 @@ FORGIVE_S = 120.0
 MAX_RETRY_S = 60
 
 ModelState = Literal["unreachable", "starting", "loading", "draining", "stalled", "ready"]
-
-
-@dataclass
-class Worker:
-    """One registered worker, as far as the controller knows."""
-
-    worker_id: str
-    base_url: str
-    status: WorkerStatus
-    seen_at: float
-    moved_at: float
-    leases: set[Lease] = field(default_factory=set)
-    is_refusing: bool = False
-    num_ejections: int = 0
-    ejected_at: float = 0.0
-    ejected_until: float | None = None
-    last_pick: int = 0
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self.leases)
-
-    @property
-    def has_work(self) -> bool:
-        """As far as it has said, or was given since."""
-        return bool(self.leases or self.status.num_running or self.status.num_waiting)
-
-    @property
-    def load(self) -> int:
-        """Sequences running or waiting; requests dispatched since the last heartbeat count too."""
-        return max(self.num_in_flight, self.status.num_running + self.status.num_waiting)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it was given all that it takes, and has not answered any of it."""
-        return 0 < self.status.num_places <= self.num_in_flight
-
-    def serves(self, model: str) -> bool:
-        return any(card.name == model for card in self.status.models)
-
-    def fingerprint(self, model: str) -> str | None:
-        """Of the numbers that answer for `model`."""
-        for card in self.status.models:
-            if card.name == model:
-                return str(card.description.get("fingerprint", self.status.fingerprint))
-        return None
 
 
 @dataclass(frozen=True)
@@ -89,59 +43,6 @@ class ModelReadiness:
     state: ModelState
     loaded_bytes: int = 0
     total_bytes: int = 0
-
-
-def _cannot_move() -> bool:
-    return False
-
-
-class Lease:
-    """One request's claim on a worker; counted until it is released, at best by `with`.
-
-    `on_loss` is called when the worker is lost, or goes and another one could take over
-    (`is_sent_on`); `loss` says why. `can_move`: whether the request could go on at another worker
-    now.
-    """
-
-    def __init__(self, worker: Worker, model: str = "") -> None:
-        self.worker = worker
-        self.model = model
-        self.loss: ChatserveError | None = None
-        self.on_loss: Callable[[], object] | None = None
-        self.is_sent_on = False
-        self.can_move: Callable[[], bool] = _cannot_move
-        worker.leases.add(self)
-
-    def lose(self, loss: ChatserveError) -> None:
-        if self.loss is None:
-            self.loss = loss
-            if self.on_loss is not None:
-                self.on_loss()
-
-    def send_on(self) -> None:
-        """Its worker goes, and another one is there."""
-        self.is_sent_on = self.loss is None
-        self.lose(
-            WorkerLost(
-                "the worker was stopped while it was answering, and no other one could go on; send "
-                "the request again"
-            )
-        )
-
-    def release(self) -> None:
-        self.on_loss = None
-        self.worker.leases.discard(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class WorkerRegistry:
@@ -195,7 +96,7 @@ class WorkerRegistry:
         """End all that is under way, with `reason`."""
         self._is_over = True
         for worker in [*self._workers.values(), *self._leaving]:
-            _lose(worker, reason)
+            worker.lose(reason)
         self.close()
 
     @contextlib.contextmanager
@@ -224,7 +125,7 @@ class WorkerRegistry:
             del self._workers[other.worker_id]
             if other.worker_id != worker_id:
                 # one process listens on an address: whoever had it before is gone
-                _lose(other, _died())
+                other.lose(_died())
         now = self._clock()
         worker = known or Worker(worker_id, base_url, status, seen_at=now, moved_at=now)
         worker.seen_at, worker.moved_at, worker.status = now, now, status
@@ -266,7 +167,7 @@ class WorkerRegistry:
         worker = self._workers.pop(worker_id, None)
         for each in [worker] if worker else self._leaving:
             if each.worker_id == worker_id:
-                _lose(each, _died())
+                each.lose(_died())
         if worker is not None:
             self._tell()
 
@@ -407,7 +308,7 @@ class WorkerRegistry:
         """
         self._expire()
         for worker in self.stalled():
-            _lose(worker, _stalled())
+            worker.lose(_stalled())
         now = self._clock()
         deadlines = [
             deadline
@@ -472,14 +373,9 @@ class WorkerRegistry:
         deadline = self._clock() - self._expiry_s
         silent = [w.worker_id for w in self._workers.values() if w.seen_at < deadline]
         for worker_id in silent:
-            _lose(self._workers.pop(worker_id), _stalled())
+            self._workers.pop(worker_id).lose(_stalled())
         if silent:
             self._tell()
-
-
-def _lose(worker: Worker, loss: ChatserveError) -> None:
-    for lease in list(worker.leases):
-        lease.lose(loss)
 
 
 def _died() -> WorkerLost:

@@ -26,8 +26,9 @@ from chatserve.server.cache_salt import header_for_worker
 from chatserve.server.controller_door import takes_place
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
+from chatserve.server.leases import Lease, Worker
 from chatserve.server.moves import Moves, ResumePolicy
-from chatserve.server.registry import Lease, Worker, WorkerRegistry
+from chatserve.server.registry import WorkerRegistry
 from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
 from chatserve.server.request_id import current_request_id
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory

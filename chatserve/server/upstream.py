@@ -19,8 +19,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from chatserve import errors
 from chatserve.errors import ChatserveError, NoWorkerAvailable, ShuttingDown, WorkerLost
 from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
+from chatserve.server.leases import Lease
 from chatserve.server.log_lines import told
-from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.registry import WorkerRegistry
 from chatserve.server.units import Reader, UnitReader
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chatserve.server import edge, registry, relay, streaming
+from chatserve.server import edge, leases, relay, streaming
 
 PLANTED = "FAULT_PLANTED"
 _KEPT: list[Any] = []
@@ -74,16 +74,16 @@ def _double() -> None:
 
 def _keep_slots() -> None:
     """Claims on workers are not given back where an answer was cut."""
-    release = registry.Lease.release
+    release = leases.Lease.release
     count = 0
 
-    def kept(self: registry.Lease) -> None:
+    def kept(self: leases.Lease) -> None:
         nonlocal count
         count += 1
         if count % 50:
             release(self)
 
-    _replace(registry.Lease, release=kept)
+    _replace(leases.Lease, release=kept)
 
 
 def _cut() -> None:

@@ -21,8 +21,9 @@ from chatserve.errors import ShuttingDown
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.sse import DONE_FRAME, PING, encode_comment, encode_event
 from chatserve.server import controller, moves
+from chatserve.server.leases import Worker
 from chatserve.server.moves import ResumePolicy
-from chatserve.server.registry import Worker, WorkerRegistry
+from chatserve.server.registry import WorkerRegistry
 from tests.house import CHAT, STREAM, TOKEN, House
 from tests.servers import STREAM_HEAD, Script, ScriptedWorker, chunked, read_until
 

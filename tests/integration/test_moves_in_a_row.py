@@ -19,8 +19,9 @@ from starlette.types import Message
 
 from chatserve.errors import WorkerLost
 from chatserve.protocol.sse import encode_event
+from chatserve.server.leases import Lease, Worker
 from chatserve.server.moves import Moves, ResumePolicy
-from chatserve.server.registry import Lease, Worker, WorkerRegistry
+from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Asked, Relay, RelayedStream
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.units import UnitReader

@@ -14,7 +14,8 @@ from chatserve.protocol.adapters import SETTLE_PATH, STAGE_PATH, UNLOAD_PATH, Lo
 from chatserve.server import adapter_beliefs, adapter_dispatch
 from chatserve.server.adapter_beliefs import AdapterBeliefs
 from chatserve.server.adapter_dispatch import AdapterDispatch
-from chatserve.server.registry import Worker, WorkerRegistry
+from chatserve.server.leases import Worker
+from chatserve.server.registry import WorkerRegistry
 from tests.fakes import FakeClock
 from tests.unit.server.test_adapter_changes import (
     WAIT_S,

@@ -9,7 +9,8 @@ import pytest
 
 from chatserve.errors import NoWorkerAvailable, ShuttingDown
 from chatserve.protocol.control import ModelCard, WorkerStatus
-from chatserve.server.registry import Lease, WorkerRegistry
+from chatserve.server.leases import Lease
+from chatserve.server.registry import WorkerRegistry
 from tests.fakes import FakeClock
 
 
