@@ -282,8 +282,9 @@ class ControllerConfig(KeepingOptions, DrainOptions, ListenOptions):
         10.0, "seconds of silence after which a worker is gone", group="network",
         env=("FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",), ge=0.1, le=86400,
     )  # fmt: skip
-    stall_timeout_s: float = setting(
-        30.0, "seconds without a step after which a worker that has work is stalled; 0: never",
+    stall_timeout_s: float | None = setting(
+        None, "seconds without a step after which a worker that has work is stalled; 0: never; "
+        "default: that of --token-gap-timeout-s, of a controller by itself 30",
         group="limits", metavar="S", ge=0, le=86400,
     )  # fmt: skip
     resume: bool = setting(

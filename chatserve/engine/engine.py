@@ -143,6 +143,10 @@ class Engine:
         """
         return self._runner.read(token_ids)
 
+    def limit_steps(self, num_tokens: int) -> None:
+        """No step has more tokens than so many, or than running sequences need."""
+        self._scheduler.limit_steps(num_tokens)
+
     def check(self, prompt_ids: Rows[int], params: SamplingParams) -> None:
         """Raises `InvalidRequest` for a prompt that is empty or has ids the model has no row for,
         `ContextLengthExceeded` when memory could never hold such a sequence.

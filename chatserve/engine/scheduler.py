@@ -104,6 +104,12 @@ class Scheduler:
         self._leaders: dict[str, Sequence] = {}
         self.num_preempted = 0
 
+    def limit_steps(self, num_tokens: int) -> None:
+        """Plan no more tokens for a step than so many, but twice the sequences that may run."""
+        if not self._by_blocks:
+            least = min(self._max_num_batched_tokens, max(num_tokens, 2 * self._max_num_seqs))
+            self._max_num_batched_tokens = least
+
     @property
     def num_waiting(self) -> int:
         return len(self._line)

@@ -26,6 +26,7 @@ from chatserve.engine.no_answers import NoAnswers
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.served_model import ServedModel
+from chatserve.engine.step_size import fit_steps
 from chatserve.engine.tokenization import Tokenization
 from chatserve.errors import (
     AdapterRefused,
@@ -161,8 +162,10 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
             speculation=speculates,
         )
         _try_out(engine, checkpoint.path)
+        most = min(config.max_num_batched_tokens, limits.context_length)
+        if checkpoint.has_head:
+            fit_steps(engine, most, config.token_gap_timeout_s)
         if config.self_check and checkpoint.has_head:
-            most = min(config.max_num_batched_tokens, limits.context_length)
             _let_read(engine, checkpoint, tokenizer, most)
         if config.deterministic:
             logger.info("%s", determinism.price(model, tokenizer))

@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 from chatserve import environment
-from chatserve.config import ControllerConfig
+from chatserve.config import ControllerConfig, TimeLimits
 from chatserve.errors import ShuttingDown
 from chatserve.server.connection import within_file_limit
 from chatserve.server.control_token import own_token
@@ -54,9 +54,9 @@ def access_policy(config: ControllerConfig, control_token: str) -> AccessPolicy:
 async def _serve(config: ControllerConfig) -> int:
     token = own_token()
     policy = access_policy(config, token)
-    registry = WorkerRegistry(
-        time.monotonic, expiry_s=config.heartbeat_expiry_s, stall_s=config.stall_timeout_s
-    )
+    given_s = config.stall_timeout_s
+    stall_s = TimeLimits.token_gap_timeout_s if given_s is None else given_s
+    registry = WorkerRegistry(time.monotonic, expiry_s=config.heartbeat_expiry_s, stall_s=stall_s)
     edge = create_controller_app(
         registry,
         control_token=token,

@@ -103,7 +103,7 @@ class _Server:
         self._registry = WorkerRegistry(
             time.monotonic,
             expiry_s=config.heartbeat_expiry_s,
-            stall_s=config.stall_timeout_s,
+            stall_s=_stall_s(config),
             expected=[name for name, _ in self._models],
             on_change=self._has_changed.set,
         )
@@ -221,6 +221,12 @@ class _Server:
             self._policy(),
             on_exit=lambda: self._registry.remove(worker_id),
         )
+
+
+def _stall_s(config: ServeConfig) -> float:
+    """Whom its worker waits for is not given up here before."""
+    given = config.stall_timeout_s
+    return config.token_gap_timeout_s if given is None else given
 
 
 def named(weights: Sequence[str], model_names: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from chatserve.config import ServeConfig
 from chatserve.errors import DoesNotFit, UsageError
-from chatserve.server import process
+from chatserve.server import launch, process
 from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
@@ -166,3 +167,27 @@ def test_first_signal_asks_and_second_insists(kind: signal.Signals) -> None:
             await asyncio.wait_for(stop.insisted.wait(), 5)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("flags", "stall_s"),
+    [
+        ({}, 30.0),
+        ({"token_gap_timeout_s": 200.0}, 200.0),
+        ({"token_gap_timeout_s": 0.0}, 0.0),
+        ({"token_gap_timeout_s": 200.0, "stall_timeout_s": 3.0}, 3.0),
+        ({"stall_timeout_s": 0.0}, 0.0),
+    ],
+)
+def test_a_server_is_as_patient_as_its_workers(
+    flags: dict[str, float], stall_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def refuse(*_: Any, **options: Any) -> None:
+        given.append(options["stall_s"])
+        raise UsageError("that is all")
+
+    monkeypatch.setattr(launch, "WorkerRegistry", refuse)
+    assert launch.run_server(ServeConfig(**flags), ["m"]) == 2  # type: ignore[arg-type]  # mixed
+    assert given == [stall_s]
