@@ -35,8 +35,10 @@ from chatserve.protocol.fields import MAX_BODY_BYTES, read_object
 from chatserve.protocol.response_items import input_items
 from chatserve.protocol.responses import RESPONSES_PATH
 from chatserve.server.cache_salt import given_key
+from chatserve.server.caught_event import CaughtEvent
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.error_response import no_route
+from chatserve.server.item_pages import page_of
 from chatserve.server.json_response import JSON_TYPE, json_response
 from chatserve.server.own_items import OwnItems
 from chatserve.server.response_store import KeptResponse, ResponseStore
@@ -45,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 # parsing a larger body takes longer than a stream should wait for its next token
 MAX_INLINE_BODY_BYTES = 64 * 1024
-MAX_PAGE = 100
-USUAL_PAGE = 20
 _FIRST = re.compile(rb"^event: ?response\.created\r?\n", re.MULTILINE)
 _LAST = re.compile(rb"^event: ?response\.(?:completed|incomplete|failed)\r?\n", re.MULTILINE)
 _ABSENT = ("compact", "input_tokens")
@@ -166,7 +166,7 @@ class ResponseDoor:
     async def list_items(self, request: Request, response_id: str) -> Response:
         _check_query(request, {"after", "limit", "order", "include", "include[]"})
         kept = await self._find(owner_of(request.headers), response_id)
-        return json_response(_page(kept.items, request.query_params))
+        return json_response(page_of(kept.items, request.query_params))
 
     async def _find(self, owner: bytes, response_id: str) -> KeptResponse:
         """Raises `ResponseNotFound`."""
@@ -264,8 +264,8 @@ class _WatchedStream(Response):
         self.raw_headers = running.stream.raw_headers
         self._door = door
         self._running = running
-        self._first = _Caught(_FIRST)
-        self._last = _Caught(_LAST)
+        self._first = CaughtEvent(_FIRST)
+        self._last = CaughtEvent(_LAST)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched(message: Message) -> None:
@@ -281,34 +281,6 @@ class _WatchedStream(Response):
             await self._running.stream(scope, receive, watched)
         finally:
             self._door.forget(self._running)
-
-
-class _Caught:
-    """The data of the first event that `pattern` begins. Its line of data may be cut anywhere."""
-
-    def __init__(self, pattern: re.Pattern[bytes]) -> None:
-        self._pattern = pattern
-        self._parts: list[bytes] = []
-        self._is_begun = False
-        self._is_whole = False
-
-    def feed(self, data: bytes) -> bytes | None:
-        """What it is, once: when its end is there."""
-        if self._is_whole:
-            return None
-        if not self._is_begun:
-            if not (found := self._pattern.search(data)):
-                return None
-            self._is_begun = True
-            data = data[found.end() :]
-        line, newline, _ = data.partition(b"\n")
-        self._parts.append(line)
-        if not newline:
-            return None
-        self._is_whole = True
-        event = b"".join(self._parts).rstrip(b"\r")
-        self._parts.clear()
-        return event.removeprefix(b"data:")
 
 
 @contextlib.contextmanager
@@ -374,30 +346,3 @@ def _check_query(request: Request, known: set[str]) -> None:
             raise UnsupportedParameter(
                 f"{name[:64]!r} is not a known parameter; leave it out", param=name[:64]
             )
-
-
-def _page(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
-    """A piece of a list, newest item first unless the query says otherwise."""
-    order, after = query.get("order", "desc"), query.get("after")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order must be asc or desc, not {order[:20]!r}", param="order")
-    asked = query.get("limit", str(USUAL_PAGE))
-    limit = int(asked) if re.fullmatch("[0-9]{1,3}", asked, re.ASCII) else 0
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidRequest(
-            f"limit must be a number from 1 to {MAX_PAGE}, not {asked[:20]!r}", param="limit"
-        )
-    rest = items if order == "asc" else items[::-1]
-    if after is not None:
-        places = [place for place, item in enumerate(rest) if item["id"] == after]
-        if not places:
-            raise InvalidRequest(f"after: there is no item {after[:100]!r}", param="after")
-        rest = rest[places[0] + 1 :]
-    page = rest[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(rest) > limit,
-    }
