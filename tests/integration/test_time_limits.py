@@ -83,7 +83,8 @@ class Clinic:
             body["prompt"] = "hi"
         else:
             body["messages"] = [{"role": "user", "content": "hi"}]
-        return body
+        # a sampled end would give its turn to who waits
+        return body | {"temperature": 0}
 
     def ask(self, path: str) -> httpx.Response:
         return httpx.post(self.server.url + path, json=self.body(path), timeout=WAIT_S)
