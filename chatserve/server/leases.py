@@ -24,6 +24,8 @@ class Worker:
     moved_at: float
     leases: set[Lease] = field(default_factory=set)
     is_refusing: bool = False
+    has_stalled: bool = False
+    """What it had to do was taken from it, as it made no step; it has made none since."""
     num_ejections: int = 0
     ejected_at: float = 0.0
     ejected_until: float | None = None

@@ -130,7 +130,7 @@ class WorkerRegistry:
         worker = known or Worker(worker_id, base_url, status, seen_at=now, moved_at=now)
         worker.seen_at, worker.moved_at, worker.status = now, now, status
         worker.ejected_until = None
-        worker.is_refusing = False
+        worker.is_refusing = worker.has_stalled = False
         self._workers[worker_id] = worker
         self._remember(status)
         self._tell()
@@ -145,7 +145,7 @@ class WorkerRegistry:
         before, state_before = worker.status, self._state(worker)
         is_idle = not status.num_running and not status.num_waiting
         if is_idle or status.tick != before.tick:
-            worker.moved_at = now
+            worker.moved_at, worker.has_stalled = now, False
         worker.seen_at, worker.status = now, status
         self._remember(status)
         self._forget_unless_served(before.models)
@@ -308,6 +308,7 @@ class WorkerRegistry:
         """
         self._expire()
         for worker in self.stalled():
+            worker.has_stalled = True
             worker.lose(_stalled())
         now = self._clock()
         deadlines = [
@@ -355,7 +356,8 @@ class WorkerRegistry:
     def _state(self, worker: Worker) -> ModelState:
         if worker.ejected_until is not None:
             return "unreachable"
-        if worker.has_work and self._clock() - worker.moved_at > self._stall_s:
+        is_to_move = worker.has_work or worker.has_stalled
+        if is_to_move and self._clock() - worker.moved_at > self._stall_s:
             return "stalled"
         return worker.status.state
 

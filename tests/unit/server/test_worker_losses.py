@@ -208,3 +208,23 @@ def test_changes_are_told() -> None:
         assert not change.is_set()
     registry.leave("a")
     assert not change.is_set()
+
+
+def test_who_was_lost_in_a_stall_is_not_asked_again_until_it_moves() -> None:
+    """What it hung over had come since its last beat, and has gone elsewhere now."""
+    clock = FakeClock()
+    registry = WorkerRegistry(clock, expiry_s=60, stall_s=3)
+    told: list[str] = []
+    registry.register("a", "http://a", status())
+    lease = given(registry, "a", told)
+    clock.advance(3.1)
+    registry.check()
+    assert told == ["a worker_stalled"]
+    lease.release()
+    with pytest.raises(NoWorkerAvailable):
+        registry.pick("m")
+    clock.advance(10)
+    assert [worker.worker_id for worker in registry.stalled()] == ["a"]
+    registry.heartbeat("a", status())
+    clock.advance(10)
+    registry.pick("m").release()
