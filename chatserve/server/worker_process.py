@@ -276,15 +276,21 @@ async def _in_daemon_thread(
 
 async def _watch_engine(slot: ModelSlot, patience_s: float) -> None:
     """Raises `GenerationFailed` when the engine thread has died, or hangs for longer than
-    `patience_s`: a new process is the only cure."""
+    `patience_s`: a new process is the only cure.
+
+    By looks, not by the clock alone: a process that was stopped and goes on has a step to make.
+    """
+    hung_s = 0.0
     while True:
         if slot.engine is not None:
             stats = slot.engine.stats()
             if not stats.is_alive:
                 raise GenerationFailed("the engine has died")
-            if stats.last_token_age_s > patience_s:
+            hung_s = min(hung_s, stats.last_token_age_s)
+            if hung_s > patience_s:
                 raise GenerationFailed(f"the engine has made no step for {patience_s:g} s")
         await asyncio.sleep(ENGINE_CHECK_S)
+        hung_s += ENGINE_CHECK_S
 
 
 async def _stop_engine(slot: ModelSlot) -> None:

@@ -54,21 +54,42 @@ def test_an_engine_that_hangs_or_has_died(age_s: float, is_alive: bool, is_stall
     assert slot.status().state == "draining"
 
 
+def watch(*looks: FakeStats, patience_s: float) -> None:
+    """The last look stays."""
+
+    left = list(looks)
+
+    class Engine(FakeEngine):
+        def stats(self) -> FakeStats:
+            return left.pop(0) if len(left) > 1 else left[0]
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            slot = ModelSlot.filled(Engine(), FakeModel())
+            await worker_process._watch_engine(slot, patience_s)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("stats", "words"),
     [
-        (FakeStats(last_token_age_s=2.5), "no step for 2 s"),
+        (FakeStats(last_token_age_s=2.5), r"no step for 0.02 s"),
         (FakeStats(is_alive=False), "has died"),
     ],
 )
-def test_a_worker_ends_itself_when_its_engine_hangs_for_long(stats: FakeStats, words: str) -> None:
-    async def main() -> None:
-        slot = ModelSlot(["m"])
-        engine = FakeEngine()
-        engine.current = stats
-        slot.fill(engine, FakeModel())
-        async with asyncio.timeout(20):
-            await worker_process._watch_engine(slot, 2)
-
+def test_a_worker_ends_itself_when_its_engine_hangs_for_long(
+    stats: FakeStats, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "ENGINE_CHECK_S", 0.005)
     with pytest.raises(GenerationFailed, match=words):
-        asyncio.run(main())
+        watch(stats, patience_s=0.02)
+
+
+def test_a_process_that_was_stopped_and_goes_on_has_a_step_to_make(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_process, "ENGINE_CHECK_S", 0.005)
+    idle, late, dead = FakeStats(), FakeStats(last_token_age_s=1000), FakeStats(is_alive=False)
+    with pytest.raises(GenerationFailed, match="has died"):
+        watch(*[idle] * 9, late, late, idle, late, late, dead, patience_s=0.02)
