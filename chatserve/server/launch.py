@@ -197,6 +197,8 @@ class _Server:
                 CHATSERVE_CONTROL_TOKEN=self._token,
                 CHATSERVE_WORKER_ID=worker_id,
                 CHATSERVE_PARENT_PIPE=str(lifeline_fd),
+                # what a file of settings says to workers that are alone
+                CHATSERVE_NO_REGISTER="false",
                 # the clients' keys are none of a worker's business
                 CHATSERVE_API_KEYS="",
             )

@@ -6,11 +6,13 @@ import asyncio
 import gc
 import os
 import signal
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chatserve.config import ServeConfig
+from chatserve.config import ServeConfig, WorkerConfig, build
 from chatserve.errors import DoesNotFit, UsageError
 from chatserve.server import launch, process
 from chatserve.server.log_lines import TextLines
@@ -191,3 +193,22 @@ def test_a_server_is_as_patient_as_its_workers(
     monkeypatch.setattr(launch, "WorkerRegistry", refuse)
     assert launch.run_server(ServeConfig(**flags), ["m"]) == 2  # type: ignore[arg-type]  # mixed
     assert given == [stall_s]
+
+
+def test_workers_of_a_server_register_whatever_the_settings_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else it would wait for them for ever."""
+    monkeypatch.setenv("CHATSERVE_NO_REGISTER", "true")
+    (tmp_path / "config.toml").write_text("no_register = true\n")
+    environments: list[Mapping[str, str]] = []
+
+    def keep(_name: str, _command: Any, environment: Any, *_: Any, **__: Any) -> None:
+        environments.append(environment(3))
+
+    monkeypatch.setattr(launch, "Supervisor", keep)
+    server = launch._Server(ServeConfig(), ["m"], (), launch.default_policy)
+    server._supervisor("http://127.0.0.1:1", "m", "m")
+    [environ] = environments
+    worker = build(WorkerConfig, {}, file=tmp_path / "config.toml", environ=environ)
+    assert not worker.no_register and worker.parent_pipe == 3
