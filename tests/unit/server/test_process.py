@@ -191,7 +191,13 @@ def test_a_server_is_as_patient_as_its_workers(
         raise UsageError("that is all")
 
     monkeypatch.setattr(launch, "WorkerRegistry", refuse)
-    assert launch.run_server(ServeConfig(**flags), ["m"]) == 2  # type: ignore[arg-type]  # mixed
+    with pytest.raises(UsageError, match="all"):
+        launch._Server(
+            ServeConfig(**flags),
+            ["m"],
+            (),
+            launch.default_policy,  # type: ignore[arg-type]  # mixed
+        )
     assert given == [stall_s]
 
 
