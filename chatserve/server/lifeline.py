@@ -16,7 +16,6 @@ import threading
 from dataclasses import dataclass
 
 PR_SET_PDEATHSIG = 1
-LIFELINE_THREAD = "lifeline"
 MAX_LINE_CHARS = 4000
 MAX_WORDS_BYTES = 64 * 1024  # a character takes at most 12 bytes in JSON
 
@@ -65,9 +64,7 @@ def tie_to_parent(fd: int, *, by_kernel: bool = False) -> None:
     """
     if by_kernel and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    thread = threading.Thread(
-        target=_leave_at_end_of, args=(fd,), name=LIFELINE_THREAD, daemon=True
-    )
+    thread = threading.Thread(target=_leave_at_end_of, args=(fd,), name="lifeline", daemon=True)
     thread.start()
 
 

@@ -6,6 +6,7 @@ What an error quotes may be a prompt: of errors that quote values, only the kind
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -45,11 +46,12 @@ def told(error: BaseException) -> str:
     return f"{kind}: {words[:_MAX_WORDS]}" if words else kind
 
 
-def _message(record: logging.LogRecord) -> str:
+def _told(record: logging.LogRecord) -> logging.LogRecord:
+    """A copy, which names errors as `told` does; the record is other handlers', too."""
+    record = copy.copy(record)
     if isinstance(record.args, tuple):
-        arguments = [told(a) if isinstance(a, BaseException) else a for a in record.args]
-        record.args = tuple(arguments)
-    return record.getMessage()
+        record.args = tuple(told(a) if isinstance(a, BaseException) else a for a in record.args)
+    return record
 
 
 def _traceback(error: BaseException) -> str:
@@ -84,8 +86,7 @@ class TextLines(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        _message(record)
-        return super().format(record)
+        return super().format(_told(record))
 
     def formatException(self, ei: Any) -> str:
         return "\n".join("  " + shown(line) for line in _traceback(ei[1]).split("\n"))
@@ -106,7 +107,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname,
             "process": self._process,
             "logger": record.name,
-            "message": _message(record),
+            "message": _told(record).getMessage(),
         }
         if (request_id := current_request_id()) != NO_REQUEST:
             fields["request"] = request_id

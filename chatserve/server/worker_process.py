@@ -37,7 +37,7 @@ from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
 from chatserve.server.heartbeat import HeartbeatSender
-from chatserve.server.lifeline import LIFELINE_THREAD, report_to_parent, tie_to_parent
+from chatserve.server.lifeline import report_to_parent, tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.process import (
@@ -120,8 +120,9 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
     if config.parent_pipe is not None:
         tie_to_parent(config.parent_pipe, by_kernel=True)
         report = partial(report_to_parent, config.parent_pipe)
+    others = set(threading.enumerate())
     exit_code = run_process(partial(_serve, config, load), debug=config.debug, report=report)
-    if any(each.daemon and each.name != LIFELINE_THREAD for each in threading.enumerate()):
+    if any(each.daemon and each not in others for each in threading.enumerate()):
         # in the middle of loading, or of a step: native code must not outlive the interpreter
         sys.stderr.flush()
         os._exit(exit_code)

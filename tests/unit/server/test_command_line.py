@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("CHATSERVE_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path))
+    # the log of this process is other tests', too
+    monkeypatch.setattr(worker_process, "configure_logging", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -141,6 +144,32 @@ def test_worker_that_must_not_start(
 
     assert command_line.worker(arguments, load=load) == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_its_own", [False, True])
+def test_only_threads_of_its_own_make_a_worker_leave_at_once(
+    is_its_own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls it in the middle of something else goes on after it."""
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait, daemon=True)
+
+    async def serve(*_: Any) -> int:
+        if is_its_own:
+            thread.start()
+        return 5
+
+    monkeypatch.setattr(worker_process, "_serve", serve)
+    if not is_its_own:
+        thread.start()
+    try:
+        assert command_line.worker(["a"]) == 5
+    finally:
+        ended.set()
+        thread.join()
+    assert left == ([5] if is_its_own else [])
 
 
 def test_worker_gets_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,13 @@ def test_what_it_says_for_itself_is(
     assert str(error) in stream.getvalue()
 
 
+def test_the_record_stays_as_it_is_for_other_handlers(stream: io.StringIO) -> None:
+    error = ValueError("secret")
+    record = logging.LogRecord("x", logging.ERROR, "f.py", 1, "failed: %s", (error,), None)
+    assert "secret" not in formatter("text", "p").format(record)
+    assert record.args == (error,) and record.getMessage() == "failed: secret"
+
+
 def test_causes_of_errors_are_told_in_their_order(
     logger: logging.Logger, stream: io.StringIO
 ) -> None:
