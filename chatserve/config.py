@@ -249,6 +249,9 @@ class WorkerConfig(
     parent_pipe: int | None = setting(
         None, "file descriptor that closes when the supervisor dies", flag=False
     )
+    socket_path: str | None = setting(
+        None, "socket of the file system to listen on instead of a port", flag=False
+    )
     debug: bool = setting(False, "show more logs, and tracebacks", group="logging")
 
 

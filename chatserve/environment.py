@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def data() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "chatserve"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "chatserve"
+
+
+def runtime_folder() -> Path:
+    """Where sockets may lie: the session's own folder where the system has one."""
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    return folder if folder.is_dir() else Path(tempfile.gettempdir())
 
 
 def settings_file() -> Path | None:

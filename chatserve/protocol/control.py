@@ -19,6 +19,8 @@ from chatserve.errors import InvalidRequest
 REGISTER_PATH = "/control/register"
 HEARTBEAT_PATH = "/control/heartbeat"
 LEAVE_PATH = "/control/leave"
+SOCKET_SCHEME = "unix:"
+"""Of a worker's address: a socket of the file system follows."""
 RESUME_PATH = "/control/resume"
 MAX_RESUME_BYTES = 24 * 1024 * 1024
 """A request of the largest size and a journal, both as text in JSON."""
@@ -96,10 +98,13 @@ class WorkerStatus(ControlMessage):
 
 
 class Registration(ControlMessage):
-    """A worker's first message. The controller takes its host from the socket, never from here."""
+    """A worker's first message. The controller takes its host from the socket, never from here.
+
+    No `port`: it listens where its supervisor told it to, which the controller knows.
+    """
 
     worker_id: WorkerId
-    port: Annotated[int, Field(ge=1, le=65535)]
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
     status: WorkerStatus
 
 

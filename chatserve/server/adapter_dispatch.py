@@ -32,6 +32,7 @@ from chatserve.server.error_response import error_response, status_of
 from chatserve.server.json_response import JSON_TYPE
 from chatserve.server.leases import Worker
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,9 @@ class AdapterDispatch:
     it is ready; until then no request reaches what it should not serve.
     """
 
-    def __init__(
-        self, registry: WorkerRegistry, session: aiohttp.ClientSession, control_token: str
-    ) -> None:
+    def __init__(self, registry: WorkerRegistry, client: WorkerClient, control_token: str) -> None:
         self._registry = registry
-        self._session = session
+        self._client = client
         self._headers = {"Content-Type": "application/json", **bearer(control_token)}
         self._beliefs = AdapterBeliefs()
         self._changing = asyncio.Lock()
@@ -208,14 +207,12 @@ class AdapterDispatch:
     def _is_there(self, worker: Worker) -> bool:
         return worker in self._registry.ready(base_of(worker.status))
 
-    async def _tell(self, url: str, path: str, body: bytes) -> Response:
-        """What the worker at `url` says; that it says nothing is an answer, too."""
+    async def _tell(self, base_url: str, path: str, body: bytes) -> Response:
+        """What the worker at `base_url` says; that it says nothing is an answer, too."""
         try:
             async with (
                 asyncio.timeout(TIMEOUT_S),
-                self._session.post(
-                    url + path, data=body, headers=self._headers, allow_redirects=False
-                ) as reply,
+                self._client.post(base_url, path, data=body, headers=self._headers) as reply,
             ):
                 content = await reply.content.read(MAX_REPLY_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import hmac
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import aiohttp
 import orjson
@@ -51,7 +52,7 @@ from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_store import ResponseStore
-from chatserve.server.upstream import open_session
+from chatserve.server.worker_client import WorkerClient
 from chatserve.server.worker_watch import watch_workers
 
 CALL_BACK_TIMEOUT_S = 3.0
@@ -68,13 +69,15 @@ def create_controller_app(
     heartbeat_interval_s: float = 2.0,
     response_store: ResponseStore | None = None,
     resume: ResumePolicy = RESUME,
+    sockets: Mapping[str, str] = MappingProxyType({}),
 ) -> Edge:
     """The ASGI app of a controller. Without a `policy` it is open to loopback names.
 
     `response_store`: where responses are kept that others go on from; None keeps none. `resume`:
-    whether and for how long answers look for another worker when theirs is lost.
+    whether and for how long answers look for another worker when theirs is lost. `sockets`: where
+    workers listen, by their ids, that were told to by who runs this controller.
     """
-    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s, resume)
+    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s, resume, sockets)
     app = FastAPI(
         lifespan=controller.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
@@ -100,20 +103,22 @@ class ControllerRoutes:
         control_token: str,
         heartbeat_interval_s: float,
         resume: ResumePolicy,
+        sockets: Mapping[str, str],
     ) -> None:
         self._registry = registry
         self._token = control_token
         self._heartbeat_interval_s = heartbeat_interval_s
         self._resume = resume
-        self._session: aiohttp.ClientSession
+        self._sockets = sockets
+        self._client: WorkerClient
         self._relay: Relay
         self._adapters: AdapterDispatch
 
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        async with open_session() as self._session:
-            self._relay = Relay(self._registry, self._session, self._token, self._resume)
-            self._adapters = AdapterDispatch(self._registry, self._session, self._token)
+        async with WorkerClient() as self._client:
+            self._relay = Relay(self._registry, self._client, self._token, self._resume)
+            self._adapters = AdapterDispatch(self._registry, self._client, self._token)
             watch = asyncio.create_task(watch_workers(self._registry))
             try:
                 async with contextlib.aclosing(self._adapters):
@@ -218,9 +223,7 @@ class ControllerRoutes:
     async def register(self, request: Request) -> Response:
         """List a worker, once a call back to where it says it listens has proved that it is one."""
         message = parse(Registration, await request.body())
-        # the host comes from the socket: nobody can be named who did not call
-        host = request.client.host if request.client else ""
-        base_url = f"http://{f'[{host}]' if ':' in host else host}:{message.port}"
+        base_url = self._sockets.get(message.worker_id) or _caller_at(request, message.port)
         await self._call_back(base_url)
         status = self._adapters.hear(message.worker_id, message.status, registers=True)
         self._registry.register(message.worker_id, base_url, status)
@@ -258,8 +261,8 @@ class ControllerRoutes:
         try:
             async with (
                 asyncio.timeout(CALL_BACK_TIMEOUT_S),
-                self._session.get(
-                    base_url + "/health/live", headers={NONCE_HEADER: nonce}, allow_redirects=False
+                self._client.get(
+                    base_url, "/health/live", headers={NONCE_HEADER: nonce}
                 ) as response,
             ):
                 body = await response.content.read(MAX_CALL_BACK_BYTES)
@@ -272,6 +275,14 @@ class ControllerRoutes:
             raise RegistrationRefused(
                 f"whoever listens at {base_url} does not know the control token; check --port"
             )
+
+
+def _caller_at(request: Request, port: int | None) -> str:
+    """The host comes from the connection: nobody can be named who did not call."""
+    if request.client is None or port is None:
+        raise RegistrationRefused("the worker names no port; start it with --port")
+    host = request.client.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _is_proof(body: bytes, expected: str) -> bool:

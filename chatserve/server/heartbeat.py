@@ -55,7 +55,7 @@ class HeartbeatSender:
         token: str,
         *,
         worker_id: str,
-        port: int,
+        port: int | None,
         status: Callable[[], WorkerStatus],
         jitter: Callable[[], float] = random.random,
         tls: ssl.SSLContext | None = None,

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from chatserve import environment
 from chatserve.config import (
@@ -25,6 +26,7 @@ from chatserve.config import (
     served_names,
 )
 from chatserve.errors import ShuttingDown, UsageError
+from chatserve.protocol.control import SOCKET_SCHEME
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
@@ -41,6 +43,7 @@ from chatserve.server.process import (
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.service_manager import ServiceManager
+from chatserve.server.socket_folder import socket_folder
 from chatserve.server.supervisor import RestartPolicy, Supervisor
 from chatserve.server.tls import server_context
 from chatserve.settings import flags_of
@@ -99,6 +102,8 @@ class _Server:
         # whoever started us may want to use it, too
         self._token = environment.control_token() or secrets.token_urlsafe(32)
         self._stop = StopSignals()
+        # where the workers listen, by their ids
+        self._sockets: dict[str, str] = {}
         self._has_changed = asyncio.Event()
         self._registry = WorkerRegistry(
             time.monotonic,
@@ -118,6 +123,7 @@ class _Server:
             heartbeat_interval_s=config.heartbeat_interval_s,
             response_store=ResponseStore.at_home() if config.store_responses else None,
             resume=ResumePolicy(config.resume, config.resume_timeout_s),
+            sockets=self._sockets,
         )
         # before the workers: who finds the port taken should not load a model first
         tls = server_context(config.ssl_certfile, config.ssl_keyfile)
@@ -131,9 +137,13 @@ class _Server:
             write_timeout_s=config.write_timeout_s,
         )  # fmt: skip
         control_url = url_of("127.0.0.1", control)
-        workers = [self._supervisor(control_url, *model) for model in self._models]
         manager = ServiceManager.of_environment()
         async with contextlib.AsyncExitStack() as stack:
+            folder = stack.enter_context(socket_folder())
+            workers = [
+                self._supervisor(control_url, folder and folder / f"{index}.sock", *model)
+                for index, model in enumerate(self._models)
+            ]
             stack.enter_context(self._stop.installed())
             await stack.enter_async_context(manager.told(self._progress))
             await listener.start()
@@ -187,21 +197,30 @@ class _Server:
             if name in (card.name, card.parent)
         ]
 
-    def _supervisor(self, control_url: str, name: str, weights: str) -> Supervisor:
+    def _supervisor(
+        self, control_url: str, socket_path: Path | None, name: str, weights: str
+    ) -> Supervisor:
         worker_id = ""
 
         def worker_environment(lifeline_fd: int) -> Mapping[str, str]:
             nonlocal worker_id
             worker_id = uuid.uuid4().hex
+            if socket_path is not None:
+                self._sockets[worker_id] = f"{SOCKET_SCHEME}{socket_path}"
             return environment.child_environment(
                 CHATSERVE_CONTROL_TOKEN=self._token,
                 CHATSERVE_WORKER_ID=worker_id,
                 CHATSERVE_PARENT_PIPE=str(lifeline_fd),
+                CHATSERVE_SOCKET_PATH=str(socket_path or ""),
                 # what a file of settings says to workers that are alone
                 CHATSERVE_NO_REGISTER="false",
                 # the clients' keys are none of a worker's business
                 CHATSERVE_API_KEYS="",
             )
+
+        def forget() -> None:
+            self._sockets.pop(worker_id, None)
+            self._registry.remove(worker_id)
 
         command = [
             *self._worker_command,
@@ -221,7 +240,7 @@ class _Server:
             command,
             worker_environment,
             self._policy(),
-            on_exit=lambda: self._registry.remove(worker_id),
+            on_exit=forget,
         )
 
 

@@ -13,11 +13,13 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from chatserve.errors import CannotBind
+from chatserve.protocol.control import SOCKET_SCHEME
 from chatserve.server.connection import DEFAULT_CONNECTIONS, Connection, Connections
 from chatserve.server.edge import Edge
 from chatserve.server.handshakes import TlsServer
@@ -68,8 +70,32 @@ def bind(host: str, port: int, tls: ssl.SSLContext | None = None) -> Door:
     return sock
 
 
+def bind_path(path: Path) -> Door:
+    """Listen on a socket of the file system; one that nobody listens on any more gives way.
+
+    Raises `CannotBind`.
+    """
+    sock = Door(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        sock.bind(str(path))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise CannotBind(f"cannot listen on {path}: {_reason(error)}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def port_of(sock: Door) -> int | None:
+    """None of a socket of the file system."""
+    return None if sock.family == socket.AF_UNIX else int(sock.getsockname()[1])
+
+
 def url_of(host: str, sock: Door) -> str:
     """The URL by which this machine reaches `sock`; a wildcard address is reached over loopback."""
+    if sock.family == socket.AF_UNIX:
+        return f"{SOCKET_SCHEME}{sock.getsockname()}"
     name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     scheme = "https" if sock.tls else "http"
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{sock.getsockname()[1]}"
@@ -109,7 +135,7 @@ class _Server(uvicorn.Server):
         servers: list[Any] = [
             TlsServer(door, door.tls, self._connect)
             if door.tls
-            else await loop.create_server(self._connect, sock=door, backlog=BACKLOG)
+            else await _listening(loop, door)(self._connect, sock=door, backlog=BACKLOG)
             for door in self._doors
         ]
         self.servers = servers  # uvicorn closes them and waits for their end
@@ -119,6 +145,10 @@ class _Server(uvicorn.Server):
     def _connect(self) -> Connection:
         state = self.lifespan.state
         return Connection(self.config, self.server_state, state, self._connections)
+
+
+def _listening(loop: asyncio.AbstractEventLoop, door: Door) -> Callable[..., Awaitable[Any]]:
+    return loop.create_unix_server if door.family == socket.AF_UNIX else loop.create_server
 
 
 class Listener:

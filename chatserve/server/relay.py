@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import aiohttp
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,6 +34,7 @@ from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 from chatserve.server.units import FrameReader, Reader, UnitReader
 from chatserve.server.upstream import Lost, NotSent, Upstream, told_error
+from chatserve.server.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,13 @@ class Relay:
     def __init__(
         self,
         registry: WorkerRegistry,
-        session: aiohttp.ClientSession,
+        client: WorkerClient,
         control_token: str,
         policy: ResumePolicy,
     ) -> None:
         self.policy = policy
         self._registry = registry
-        self._session = session
+        self._client = client
         self._token = control_token
         self._budget = MemoryBudget()
         self._headers = {
@@ -159,7 +159,7 @@ class Relay:
 
     async def _open(self, asked: Asked, lease: Lease) -> Upstream:
         return await Upstream.open(
-            self._session, self._registry, lease, asked.path, asked.body, asked.headers
+            self._client, self._registry, lease, asked.path, asked.body, asked.headers
         )
 
     async def _whole(self, asked: Asked, lease: Lease) -> Response:
@@ -233,7 +233,7 @@ class Relay:
             lease.worker.base_url, asked.headers[REQUEST_ID_HEADER],
         )  # fmt: skip
         return await Upstream.open(
-            self._session, self._registry, lease, RESUME_PATH, body, asked.headers
+            self._client, self._registry, lease, RESUME_PATH, body, asked.headers
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import socket
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -23,36 +22,11 @@ from chatserve.server.leases import Lease
 from chatserve.server.log_lines import told
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.units import Reader, UnitReader
+from chatserve.server.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 2.0
-# under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
-KEEPALIVE_S = 2.0
-MAX_UNREAD_BYTES = 128 * 1024
-
 Result = TypeVar("Result")
-
-
-def open_session() -> aiohttp.ClientSession:
-    """The controller's HTTP client: no limit on time or number, no redirects, no proxies."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=_open_socket
-        ),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        trust_env=False,
-    )
-
-
-def _open_socket(info: aiohttp.AddrInfoType) -> socket.socket:
-    """The system would take in megabytes for a client that reads none of it."""
-    family, kind, protocol, *_ = info
-    sock = socket.socket(family, kind, protocol)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MAX_UNREAD_BYTES)
-    return sock
 
 
 class NotSent(Exception):
@@ -91,7 +65,7 @@ class Upstream:
     @classmethod
     async def open(
         cls,
-        session: aiohttp.ClientSession,
+        client: WorkerClient,
         registry: WorkerRegistry,
         lease: Lease,
         path: str,
@@ -103,10 +77,7 @@ class Upstream:
             lease.release()
             raise Lost(lease.loss)
         # bytes over 1 MiB would be written in one go, with a warning
-        sending = session.post(
-            lease.worker.base_url + path, data=io.BytesIO(body), headers=headers,
-            allow_redirects=False,
-        )  # fmt: skip
+        sending = client.post(lease.worker.base_url, path, data=io.BytesIO(body), headers=headers)
         try:
             return cls(await _unless_lost(lease, _opened(sending)), lease, registry)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from chatserve import environment
@@ -38,7 +39,7 @@ from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
 from chatserve.server.heartbeat import HeartbeatSender
 from chatserve.server.lifeline import report_to_parent, tie_to_parent
-from chatserve.server.listener import Listener, bind, url_of
+from chatserve.server.listener import Listener, bind, bind_path, port_of, url_of
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
@@ -142,8 +143,11 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
             "a worker behind a controller is reached over http; leave --ssl-certfile out, and put "
             "a tunnel between machines that do not trust the network"
         )
-    sock = bind(config.host, config.port, tls)
-    heartbeat = _heartbeat(config, token, slot, sock.getsockname()[1])
+    if config.socket_path is not None:
+        sock = bind_path(Path(config.socket_path))
+    else:
+        sock = bind(config.host, config.port, tls)
+    heartbeat = _heartbeat(config, token, slot, port_of(sock))
     edge = create_slot_app(
         slot, policy=policy, control_token=token, is_lenient=config.lenient,
         on_change=heartbeat.deliver if heartbeat is not None else nobody_to_tell,
@@ -201,7 +205,7 @@ def _policy(config: WorkerConfig, token: str | None) -> AccessPolicy:
 
 
 def _heartbeat(
-    config: WorkerConfig, token: str | None, slot: ModelSlot, port: int
+    config: WorkerConfig, token: str | None, slot: ModelSlot, port: int | None
 ) -> HeartbeatSender | None:
     if token is None or config.controller is None:
         return None

@@ -90,7 +90,7 @@ FIELDS: list[dict[str, Any]] = [
     {"base_url": "file:///etc/passwd"}, {"worker_name": "http://evil.example"},
     {"worker_addr": "gopher://127.0.0.1:25/"}, {"scheme": "file"}, {"uds": "/run/docker.sock"},
     {"port": f"80@{METADATA}"}, {"port": "80/../.."}, {"port": "80#"}, {"port": 0}, {"port": -1},
-    {"port": 65536}, {"port": 1.5}, {"port": True}, {"port": None}, {"port": [80]},
+    {"port": 65536}, {"port": 1.5}, {"port": True}, {"port": [80]},
     {"worker_id": "../x"}, {"worker_id": "a\r\nb"}, {"worker_id": ""}, {"worker_id": "x" * 65},
     {"worker_id": None}, {"status": None}, {"status": {**STATUS, "state": "root"}},
     {"status": {**STATUS, "models": []}}, {"check_heart_beat": True},
