@@ -25,7 +25,8 @@ from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Asked, Relay, RelayedStream
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.units import UnitReader
-from chatserve.server.upstream import Lost, Upstream, open_session
+from chatserve.server.upstream import Lost, Upstream
+from chatserve.server.worker_client import WorkerClient
 from tests.integration.test_moves import (
     BEGIN,
     DIED,
@@ -150,9 +151,9 @@ def test_a_lease_that_was_lost_before_its_request_went_out() -> None:
         registry.register("a", worker.url, status())
         lease = registry.pick("fake")
         registry.remove("a")
-        async with open_session() as session:
+        async with WorkerClient() as client:
             with pytest.raises(Lost, match="died"):
-                await asyncio.wait_for(Upstream.open(session, registry, lease, "/", b"", {}), 20)
+                await asyncio.wait_for(Upstream.open(client, registry, lease, "/", b"", {}), 20)
         assert lease.worker.num_in_flight == 0
 
     with ScriptedWorker([None]) as worker:
