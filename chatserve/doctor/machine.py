@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from chatserve.config import ModelOptions
 from chatserve.doctor.bandwidth import BUFFER_BYTES, Bandwidth, measure
 from chatserve.doctor.finding import Finding, refused
 from chatserve.doctor.notes import collected
@@ -17,6 +16,7 @@ from chatserve.errors import StartupError
 from chatserve.models.device import DevicePolicy, check, choose_policy
 from chatserve.models.llama_kernels import thread_counts
 from chatserve.models.memory import available_bytes, in_gb
+from chatserve.options import ModelOptions
 
 _LITTLE_BYTES = 1 << 30  # free memory below which even small models hardly start
 

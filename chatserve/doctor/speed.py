@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chatserve.config import ModelOptions, WorkerConfig
+from chatserve.config import WorkerConfig
 from chatserve.doctor.bandwidth import Bandwidth
 from chatserve.doctor.finding import Finding, refused
 from chatserve.doctor.notes import collected
@@ -20,6 +20,7 @@ from chatserve.engine.serving import load
 from chatserve.errors import StartupError
 from chatserve.models.memory import in_gb
 from chatserve.models.weight_bytes import WeightBytes, weight_bytes
+from chatserve.options import ModelOptions
 
 _CONTEXT = 512  # tokens; enough here, and no model's memory is spent on keys and values
 _PROMPT_TOKENS = 16

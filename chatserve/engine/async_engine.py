@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVarTuple
 
-from chatserve.config import TimeLimits
 from chatserve.engine.admission import Admission
 from chatserve.engine.deadlines import NO_LIMITS, Deadline, Watchdog, first_deadline
 from chatserve.engine.encoder_engine import EncoderEngine
@@ -25,6 +24,7 @@ from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError, EngineStopped, WorkerStalled
+from chatserve.options import TimeLimits
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from chatserve.config import TimeLimits
 from chatserve.engine.sequence import Phase
 from chatserve.errors import (
     ChatserveError,
@@ -24,6 +23,7 @@ from chatserve.errors import (
     TokenGapTimeout,
     WorkerStalled,
 )
+from chatserve.options import TimeLimits
 
 NO_LIMITS = TimeLimits(
     queue_timeout_s=0, first_token_timeout_s=0, token_gap_timeout_s=0, request_timeout_s=0

@@ -8,8 +8,9 @@ import time
 from functools import partial
 
 from chatserve import environment
-from chatserve.config import ControllerConfig, TimeLimits
+from chatserve.config import ControllerConfig
 from chatserve.errors import ShuttingDown
+from chatserve.options import TimeLimits
 from chatserve.server.connection import within_file_limit
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app

@@ -16,16 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from chatserve import environment
-from chatserve.config import (
-    MAX_CONNECTIONS,
-    ApiOptions,
-    EngineConfig,
-    ModelOptions,
-    ServeConfig,
-    TimeLimits,
-    served_names,
-)
+from chatserve.config import ServeConfig, served_names
 from chatserve.errors import ShuttingDown, UsageError
+from chatserve.options import MAX_CONNECTIONS, ApiOptions, EngineConfig, ModelOptions, TimeLimits
 from chatserve.protocol.control import SOCKET_SCHEME
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app

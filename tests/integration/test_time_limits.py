@@ -18,10 +18,10 @@ import httpx
 import openai
 import pytest
 
-from chatserve.config import TimeLimits
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.deadlines import NO_LIMITS
 from chatserve.engine.engine import Engine
+from chatserve.options import TimeLimits
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.worker import create_slot_app

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from chatserve.config import ChatConfig, EngineConfig, ModelOptions, ServeConfig, WorkerConfig
+from chatserve.config import (
+    ChatConfig,
+    ServeConfig,
+    WorkerConfig,
+)
 from chatserve.errors import UsageError
 from chatserve.flags import REFUSED_FLAGS, CommandParser
+from chatserve.options import EngineConfig, ModelOptions
 from chatserve.settings import flags_of
 
 

@@ -21,9 +21,10 @@ from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
 from chatserve.cli.transcript import Transcript
-from chatserve.config import ChatConfig, ModelOptions, build
+from chatserve.config import ChatConfig, build
 from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
+from chatserve.options import ModelOptions
 from chatserve.settings import fields_of, flags_of
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatserve import config, environment
-from chatserve.config import ModelOptions, ServeConfig
+from chatserve.config import ServeConfig
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.options import ModelOptions
 from chatserve.settings import setting
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 from chatserve import config, hub
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.options import DTYPES
 from chatserve.settings import setting
 
 USAGE = "chatserve merge-adapter [flags] BASE ADAPTER [ADAPTER ...] TARGET"
@@ -23,7 +24,7 @@ class MergeConfig:
 
     # not `dtype`: the variable CHATSERVE_DTYPE is about what runs
     save_dtype: str = setting(
-        "auto", "of the weights; auto keeps the base's", choices=config.DTYPES, flags=("--dtype",)
+        "auto", "of the weights; auto keeps the base's", choices=DTYPES, flags=("--dtype",)
     )
     force: bool = setting(False, "replace TARGET if it is a model folder")
     revision: str = setting("main", "revision of a hub id")

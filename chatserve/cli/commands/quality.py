@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from chatserve import config, hub
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.options import DTYPES
 from chatserve.settings import setting
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class QualityConfig:
     tokens: int = setting(4096, "read no more than so many tokens", metavar="N", ge=128, le=1 << 16)
     json: bool = setting(False, "print the receipt as JSON")
     device: str = setting("auto", "where the model runs", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("auto", "of what is not packed", choices=config.DTYPES)
+    dtype: str = setting("auto", "of what is not packed", choices=DTYPES)
     revision: str = setting("main", "revision of a hub id")
     offline: bool = setting(False, "never touch the network")
     debug: bool = setting(False, "show tracebacks")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from chatserve.config import ModelOptions
 from chatserve.doctor import machine
 from chatserve.doctor.bandwidth import BUFFER_BYTES, Bandwidth
 from chatserve.doctor.machine import (
@@ -20,6 +19,7 @@ from chatserve.doctor.machine import (
 from chatserve.errors import StartupError
 from chatserve.models import device as device_module
 from chatserve.models.device import DevicePolicy, choose_policy
+from chatserve.options import ModelOptions
 
 CPU = torch.device("cpu")
 

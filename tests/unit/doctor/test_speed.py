@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from chatserve.config import ModelOptions, WorkerConfig
+from chatserve.config import WorkerConfig
 from chatserve.doctor import speed
 from chatserve.doctor.bandwidth import Bandwidth
 from chatserve.doctor.speed import Decode, check_speed, check_weights, try_model
 from chatserve.engine.serving import load
 from chatserve.models.weight_bytes import WeightBytes
+from chatserve.options import ModelOptions
 from tests import tiny
 from tests.unit.models.vocabularies import smollm2
 

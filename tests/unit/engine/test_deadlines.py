@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from chatserve.config import TimeLimits
 from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.deadlines import NO_LIMITS, first_deadline
 from chatserve.engine.engine import Engine
@@ -26,6 +25,7 @@ from chatserve.errors import (
     WorkerStalled,
 )
 from chatserve.models.batch import Batch
+from chatserve.options import TimeLimits
 from tests.unit.engine.ledger import LedgerPool
 from tests.unit.engine.scripted import NUM_KV_TOKENS, ByteTokenizer, Scripted
 

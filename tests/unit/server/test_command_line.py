@@ -13,8 +13,6 @@ from chatserve.cli import commands
 from chatserve.config import (
     DEFAULT_WEIGHTS,
     MAX_CARDS,
-    EngineConfig,
-    ModelOptions,
     ServeConfig,
     WorkerConfig,
     build,
@@ -22,6 +20,7 @@ from chatserve.config import (
 )
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
+from chatserve.options import EngineConfig, ModelOptions
 from chatserve.server import command_line, launch, worker_process
 from chatserve.server.launch import named
 from chatserve.settings import fields_of, flags_of
