@@ -107,7 +107,7 @@ def _figures(loop: asyncio.AbstractEventLoop, probe: LagProbe) -> dict[str, Any]
         "rss_bytes": this.memory_info().rss,
         # without the connection that asks
         "num_fds": this.num_fds() - 1,
-        "num_threads": this.num_threads(),
+        "num_threads": this.num_threads() - _num_pooled(),
         "num_objects": len(objects),
         "num_tasks": len(_unchanging(lambda: asyncio.all_tasks(loop))),
         "num_requests": sum(edge.num_in_flight for edge in edges),
@@ -122,6 +122,12 @@ def _figures(loop: asyncio.AbstractEventLoop, probe: LagProbe) -> dict[str, Any]
     time.sleep(2 * INTERVAL_S)
     probe.take()
     return figures
+
+
+def _num_pooled() -> int:
+    """Threads of the loop's own pool: they come as they are wanted, up to its bound, and stay."""
+    names = ("asyncio_", "ThreadPoolExecutor-")  # asyncio's and uvloop's
+    return sum(each.name.startswith(names) for each in threading.enumerate())
 
 
 def _unchanging(look: Callable[[], set[Any]]) -> set[Any]:

@@ -442,7 +442,7 @@ def test_health() -> None:
 
         assert [status(path) for path in ("live", "ready", "decode")] == [200, 200, 200]
         engine.current = FakeStats(tick=9, last_token_age_s=31, num_running=1)
-        assert [status(path) for path in ("live", "ready", "decode")] == [200, 200, 503]
+        assert [status(path) for path in ("live", "ready", "decode")] == [200, 503, 503]
         engine.current = FakeStats(is_alive=False)
         assert status("decode") == 503
 

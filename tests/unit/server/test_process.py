@@ -214,7 +214,7 @@ def test_workers_of_a_server_register_whatever_the_settings_say(
 
     monkeypatch.setattr(launch, "Supervisor", keep)
     server = launch._Server(ServeConfig(), ["m"], (), launch.default_policy)
-    server._supervisor("http://127.0.0.1:1", "m", "m")
+    server._supervisor("http://127.0.0.1:1", None, "m", "m")
     [environ] = environments
     worker = build(WorkerConfig, {}, file=tmp_path / "config.toml", environ=environ)
     assert not worker.no_register and worker.parent_pipe == 3
