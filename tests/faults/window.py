@@ -126,7 +126,7 @@ def _figures(loop: asyncio.AbstractEventLoop, probe: LagProbe) -> dict[str, Any]
 
 def _num_pooled() -> int:
     """Threads of the loop's own pool: they come as they are wanted, up to its bound, and stay."""
-    names = ("asyncio_", "ThreadPoolExecutor-")  # asyncio's and uvloop's
+    names = ("asyncio_", "uvloop_")
     return sum(each.name.startswith(names) for each in threading.enumerate())
 
 
