@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from chatserve import environment
@@ -13,7 +15,8 @@ FILE_NAME = "control-token"
 
 
 def own_token() -> str:
-    """The controller's token; makes the file when there is none.
+    """The controller's token; makes the file when there is none. Of controllers that start together
+    one makes it, for all of them.
 
     Raises `UsageError` when the file can be read by others or cannot be used.
     """
@@ -21,17 +24,12 @@ def own_token() -> str:
         return token
     path = environment.home() / FILE_NAME
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # exclusive, and private from its first byte on
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read(path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path)
     except OSError as error:
         raise UsageError(_unusable(path, error)) from error
-    token = secrets.token_urlsafe(32)
-    with os.fdopen(fd, "w") as file:
-        file.write(token + "\n")
-    return token
+    return _read(path)
 
 
 def shared_token() -> str:
@@ -45,6 +43,22 @@ def shared_token() -> str:
             f"{FILE_NAME} file into CHATSERVE_CONTROL_TOKEN"
         )
     return _read(path)
+
+
+def _make(path: Path) -> None:
+    """A new token at `path`, whole when it can be seen there; or none where another one is."""
+    # private from its first byte on
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+            file.flush()
+            os.fsync(handle)
+        # a link, unlike a renaming, takes no file's place
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 def _read(path: Path) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,43 @@ def test_controller_makes_a_private_file_and_workers_read_it(file: Path) -> None
     assert len(token) >= 40
     assert own_token() == shared_token() == token
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_controllers_that_start_together_have_one_token(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first has settled on its token, and nobody can read it yet."""
+    draw = secrets.token_urlsafe
+    seconds: list[str] = []
+
+    def draw_late(num_bytes: int) -> str:
+        monkeypatch.setattr(secrets, "token_urlsafe", draw)
+        seconds.append(own_token())
+        return draw(num_bytes)
+
+    monkeypatch.setattr(secrets, "token_urlsafe", draw_late)
+    assert [own_token()] == seconds
+    assert shared_token() == seconds[0]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_processes_that_start_together_have_one_token(file: Path) -> None:
+    code = (
+        "import sys; from chatserve.server.control_token import own_token\n"
+        "sys.stdin.read(); print(own_token())"
+    )
+    command = [sys.executable, "-c", code]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    told = {process.communicate(timeout=60)[0] for process in processes}
+    assert told == {shared_token() + "\n"}
 
 
 def test_worker_without_a_token(file: Path) -> None:
