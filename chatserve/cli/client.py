@@ -21,17 +21,13 @@ from urllib.parse import urlsplit
 import httpx
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
+from chatserve.cli.server_json import read_delta, read_error, read_model, read_progress
 from chatserve.errors import (
     BadStream,
     ChatserveError,
-    GenerationFailed,
-    InvalidAPIKey,
-    InvalidRequest,
-    ModelNotFound,
     NoWorkerAvailable,
     Overloaded,
     ShuttingDown,
-    StartupError,
     UsageError,
     WorkerLost,
 )
@@ -93,7 +89,7 @@ class ChatClient:
         entries = table.get("data") if isinstance(table, dict) else None
         if not isinstance(entries, list):
             raise BadStream(f"{self.base_url} does not list its models; is it an OpenAI API?")
-        return [_model_info(entry) for entry in entries if isinstance(entry, dict)]
+        return [read_model(entry) for entry in entries if isinstance(entry, dict)]
 
     def progress(self) -> Progress | None:
         """How far the server is; None when it is ready. Raises `ChatserveError`."""
@@ -103,7 +99,7 @@ class ChatClient:
                 return None
             if response.status_code != 503:
                 self._check(response)
-            return _progress(self._json(response))
+            return read_progress(self._json(response))
 
     def post(self, path: str, body: Mapping[str, Any], *, below_v1: bool = True) -> Any:
         """The JSON that answers `body`; however long it takes. Raises `ChatserveError`."""
@@ -179,7 +175,7 @@ class ChatClient:
                 for event in events:
                     if event.data == DONE:
                         return
-                    yield _delta(event.data)
+                    yield read_delta(event.data)
         raise WorkerLost(
             f"the answer broke off: {self.base_url} closed the connection before its end"
         ) from httpx.RemoteProtocolError(f"no {DONE}")
@@ -224,8 +220,10 @@ class ChatClient:
         except BadStream:
             table = None
         error = table.get("error") if isinstance(table, dict) else None
-        refusal = _Refusal(response.headers.get("retry-after", ""))
-        raise _error(error, response, self.base_url) from refusal
+        retry_after = response.headers.get("retry-after", "")
+        otherwise = f"{self.base_url} answered with status {response.status_code}"
+        told = read_error(error, response.status_code, retry_after, otherwise=otherwise)
+        raise told from _Refusal(retry_after)
 
     def _json(self, response: httpx.Response) -> Any:
         body = bytearray()
@@ -305,110 +303,6 @@ def _cause(error: Exception) -> str:
     )
 
 
-def _model_info(entry: dict[str, Any]) -> ModelInfo:
-    extra = entry.get("chatserve")
-    extra = extra if isinstance(extra, dict) else {}
-
-    def text(key: str) -> str | None:
-        value = extra.get(key)
-        return value if isinstance(value, str) else None
-
-    parent = entry.get("parent")
-    context_length, bits = extra.get("context_length"), extra.get("weight_bits")
-    return ModelInfo(
-        name=str(entry.get("id", "")),
-        device=text("device"),
-        dtype=text("dtype"),
-        weight_bits=bits if type(bits) is int else None,
-        context_length=context_length if isinstance(context_length, int) else None,
-        template_name=text("template"),
-        parent=parent if isinstance(parent, str) else None,
-    )
-
-
-def _progress(table: Any) -> Progress:
-    """The first model that is not ready; a body of another shape says only "not ready"."""
-    models = table.get("models") if isinstance(table, dict) else None
-    for model in models if isinstance(models, list) else []:
-        if isinstance(model, dict) and model.get("state") != "ready":
-            return Progress(
-                name=str(model.get("name", "")),
-                state=str(model.get("state", "")),
-                loaded_bytes=_count(model.get("loaded_bytes")) or 0,
-                total_bytes=_count(model.get("total_bytes")) or 0,
-            )
-    return Progress()
-
-
-def _delta(data: str) -> ChatDelta:
-    """One event of a chat stream. Raises what it reports."""
-    try:
-        event = json.loads(data)
-        if not isinstance(event, dict):
-            raise ValueError
-        if event.get("error"):
-            raise _error(event["error"], None, "")
-        choice = (event.get("choices") or [{}])[0]
-        text = choice.get("delta", {}).get("content") or ""
-        finish_reason = choice.get("finish_reason")
-        num_tokens = _count((event.get("usage") or {}).get("completion_tokens"))
-        if not isinstance(text, str) or not isinstance(finish_reason, str | None):
-            raise ValueError
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
-        raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
-    return ChatDelta(_scalar_values(text), finish_reason, num_tokens)
-
-
 def _note_place(places: deque[int], comment: str) -> None:
     if (place := read_place(comment)) is not None:
         places.append(place)
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
-
-
-def _scalar_values(text: str) -> str:
-    """JSON can spell half a surrogate pair, which no terminal, file or request can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-_STATUS_ERRORS: dict[int, type[ChatserveError]] = {
-    401: InvalidAPIKey, 403: InvalidAPIKey, 404: ModelNotFound,
-    429: Overloaded, 502: WorkerLost, 503: NoWorkerAvailable,
-}  # fmt: skip
-
-
-def _error(body: Any, response: httpx.Response | None, base_url: str) -> ChatserveError:
-    """The error class for the `error` object of an event or of an answer other than 200."""
-    body = body if isinstance(body, dict) else {"message": body}
-    status = response.status_code if response else 500
-    message = body.get("message")
-    if not isinstance(message, str) or not message:
-        message = f"{base_url} answered with status {status}" if response else "the server failed"
-    code = body.get("code")
-    kind = _error_classes().get(code) if isinstance(code, str) else None
-    if kind is None:
-        default = InvalidRequest if 400 <= status < 500 else GenerationFailed
-        kind = _STATUS_ERRORS.get(status, default)
-    if kind in (Overloaded, ShuttingDown):
-        retry_after = response.headers.get("retry-after", "") if response else ""
-        return kind(message, retry_after_s=int(retry_after) if retry_after.isdecimal() else 1)
-    if kind is InvalidAPIKey:
-        message += " (the key is read from the environment variable CHATSERVE_API_KEY)"
-    param = body.get("param")
-    return kind(message, param=param if isinstance(param, str) else None)
-
-
-def _error_classes() -> dict[str, type[ChatserveError]]:
-    """`code` on the wire -> class, for all errors that a server may name."""
-    classes: dict[str, type[ChatserveError]] = {}
-    waiting = [ChatserveError]
-    while waiting:
-        kind = waiting.pop()
-        if not issubclass(kind, StartupError):
-            classes.setdefault(kind.code, kind)
-            waiting += kind.__subclasses__()
-    return classes

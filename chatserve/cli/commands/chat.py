@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatserve import environment
-from chatserve.cli.chat import Chat, ChatOptions, Server, answer_once
+from chatserve.cli.asking import ChatOptions, Server, answer_once
+from chatserve.cli.chat import Chat
 from chatserve.cli.lines import ProgramLines, spellings
 from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
-from chatserve.cli.chat import Chat, ChatOptions, answer_once, status_text
+from chatserve.cli.asking import ChatOptions, answer_once, status_text
+from chatserve.cli.chat import Chat
 from chatserve.cli.lines import ProgramLines
 from chatserve.cli.render import Display, PlainDrawer
 from chatserve.cli.transcript import Transcript

@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import pytest
 
-from chatserve.cli import chat, render
+from chatserve.cli import asking, render
 from chatserve.cli.answer import Answer, ModelInfo, Progress
-from chatserve.cli.chat import Chat, ChatOptions, length_text, status_text
+from chatserve.cli.asking import ChatOptions, length_text, status_text
+from chatserve.cli.chat import Chat
 from chatserve.cli.kept_chat import _row
 from chatserve.cli.render import Display, MarkdownPrinter, PlainDrawer
 from chatserve.cli.session_store import SessionInfo
+from chatserve.cli.slash import sessions, settings
 from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import BadStream, NoWorkerAvailable
 from tests.unit.cli.test_chat import ScriptedServer, Session
@@ -97,7 +99,7 @@ def test_each_would_be_without_the_filter(place: str, monkeypatch: pytest.Monkey
         def feed(self, text: str) -> str:
             return text
 
-    for module in (render, chat):
+    for module in (render, asking, settings, sessions):
         monkeypatch.setattr(module, "one_line", str)
     monkeypatch.setattr(render, "strip_escapes", str)
     monkeypatch.setattr(render, "EscapeFilter", Open)

@@ -1,0 +1,154 @@
+"""Asking for one answer: what a request carries, the deltas drawn as they come, how it ended.
+
+Knows the server behind a chat by its methods alone, and one answer; no conversation, no command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
+from chatserve.cli.escapes import one_line
+from chatserve.cli.render import Display
+from chatserve.cli.transcript import Transcript
+from chatserve.errors import ContextLengthExceeded
+
+WAIT_S = 0.1
+
+
+class Server(Protocol):
+    """The server behind a chat, which may still be loading its model."""
+
+    def progress(self) -> Progress | None:
+        """How far it is; None when it is ready. Raises `StartupError` when it has ended."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until it is ready or has ended, at most `timeout_s`."""
+
+    def model(self) -> ModelInfo:
+        """The model that answers; only when ready."""
+
+    def models(self) -> Sequence[ModelInfo]:
+        """All that it serves; only when ready. Raises `ChatserveError`."""
+
+    def choose(self, model: ModelInfo) -> None:
+        """Let `model` answer from now on; only when ready."""
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
+    ) -> Generator[ChatDelta, None, None]:
+        """Ask for an answer; only when ready. Closing the deltas cancels it on the server.
+
+        The deltas raise `ChatserveError`.
+        """
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """`sampling` goes into each request as it is; `wished_max_tokens` where the context has room.
+
+    A `max_tokens` in `sampling` comes before the wish.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    wished_max_tokens: int | None = None
+    with_history: bool = True
+    is_typed: bool = True
+
+
+def stream_answer(
+    deltas: Generator[ChatDelta, None, None],
+    display: Display,
+    answer: Answer,
+    clock: Callable[[], float],
+) -> None:
+    """Draw an answer while it comes and keep it in `answer`, however it ends."""
+    with contextlib.closing(deltas), display.answer() as draw:
+        for delta in deltas:
+            if delta.place is not None:
+                display.place(delta.place)
+                continue
+            if delta.note:
+                display.note(delta.note)
+                continue
+            answer.take(delta, clock())
+            draw(delta.text)
+
+
+def ask(
+    server: Server, messages: list[dict[str, str]], options: ChatOptions, answer: Answer
+) -> Generator[ChatDelta, None, None]:
+    """The deltas of an answer; its limit goes into `answer`.
+
+    A server refuses a limit that the context has no room for. Only a limit that the user gave is
+    worth that error: without the wished one the same question is asked once more.
+    """
+    answer.max_tokens = options.sampling.get("max_tokens", options.wished_max_tokens)
+    if answer.max_tokens is not None:
+        sampling = {**options.sampling, "max_tokens": answer.max_tokens}
+        try:
+            yield from server.stream(messages, sampling)
+            return
+        except ContextLengthExceeded as error:
+            is_wish = "max_tokens" not in options.sampling
+            if not is_wish or answer.text or error.param != "max_tokens":
+                raise
+        answer.max_tokens = None
+    yield from server.stream(messages, options.sampling)
+
+
+def wait_until_ready(server: Server, display: Display) -> None:
+    """Show the progress of a loading server. Raises `StartupError` when it ends instead."""
+    try:
+        while (progress := server.progress()) is not None:
+            display.progress(progress)
+            server.wait(WAIT_S)
+    finally:
+        display.progress(None)
+
+
+def answer_once(
+    server: Server,
+    display: Display,
+    transcript: Transcript,
+    options: ChatOptions,
+    *,
+    show_status: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Answer the question in `transcript`. Raises `ChatserveError`, `KeyboardInterrupt`."""
+    wait_until_ready(server, display)
+    answer = Answer()
+    deltas = ask(server, transcript.messages(), options, answer)
+    stream_answer(deltas, display, answer, clock)
+    if answer.finish_reason == "length":
+        display.note(length_text(answer, options, server.model()))
+    if show_status:
+        display.note(status_text(server.model(), answer))
+
+
+def status_text(model: ModelInfo, answer: Answer) -> str:
+    """`smollm2-135m · cpu · float32 · 8-bit · 41.3 tokens/s`, leaving out what is not known."""
+    parts = (
+        model.name,
+        model.device,
+        model.dtype,
+        f"{model.weight_bits}-bit" if model.weight_bits else None,
+        f"{answer.tokens_per_s:.1f} tokens/s" if answer.tokens_per_s else None,
+    )
+    return " · ".join(one_line(part) for part in parts if part)
+
+
+def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
+    """Why an answer ended before its end."""
+    limit = answer.max_tokens
+    if limit is not None and (answer.num_tokens is None or answer.num_tokens >= limit):
+        if "max_tokens" in options.sampling:
+            return f"the answer stopped at --max-new-tokens {limit}"
+        return f"the answer stopped at {limit} tokens; --max-new-tokens raises the limit"
+    size = f" of {model.context_length} tokens" if model.context_length else ""
+    return f"the answer stopped where the model's context{size} ends"

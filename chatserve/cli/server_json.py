@@ -1,0 +1,136 @@
+"""What a server's JSON says: models, progress, events of a stream, errors.
+
+Knows the shapes of the OpenAI API and `chatserve.errors`; no socket. Whatever a server sends
+becomes plain data or one of our errors.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
+from chatserve.errors import (
+    BadStream,
+    ChatserveError,
+    GenerationFailed,
+    InvalidAPIKey,
+    InvalidRequest,
+    ModelNotFound,
+    NoWorkerAvailable,
+    Overloaded,
+    ShuttingDown,
+    StartupError,
+    WorkerLost,
+)
+
+
+def read_model(entry: dict[str, Any]) -> ModelInfo:
+    extra = entry.get("chatserve")
+    extra = extra if isinstance(extra, dict) else {}
+
+    def text(key: str) -> str | None:
+        value = extra.get(key)
+        return value if isinstance(value, str) else None
+
+    parent = entry.get("parent")
+    context_length, bits = extra.get("context_length"), extra.get("weight_bits")
+    return ModelInfo(
+        name=str(entry.get("id", "")),
+        device=text("device"),
+        dtype=text("dtype"),
+        weight_bits=bits if type(bits) is int else None,
+        context_length=context_length if isinstance(context_length, int) else None,
+        template_name=text("template"),
+        parent=parent if isinstance(parent, str) else None,
+    )
+
+
+def read_progress(table: Any) -> Progress:
+    """The first model that is not ready; a body of another shape says only "not ready"."""
+    models = table.get("models") if isinstance(table, dict) else None
+    for model in models if isinstance(models, list) else []:
+        if isinstance(model, dict) and model.get("state") != "ready":
+            return Progress(
+                name=str(model.get("name", "")),
+                state=str(model.get("state", "")),
+                loaded_bytes=_count(model.get("loaded_bytes")) or 0,
+                total_bytes=_count(model.get("total_bytes")) or 0,
+            )
+    return Progress()
+
+
+def read_delta(data: str) -> ChatDelta:
+    """One event of a chat stream. Raises what it reports."""
+    try:
+        event = json.loads(data)
+        if not isinstance(event, dict):
+            raise ValueError
+        if event.get("error"):
+            raise read_error(event["error"])
+        choice = (event.get("choices") or [{}])[0]
+        text = choice.get("delta", {}).get("content") or ""
+        finish_reason = choice.get("finish_reason")
+        num_tokens = _count((event.get("usage") or {}).get("completion_tokens"))
+        if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+        raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
+    return ChatDelta(_scalar_values(text), finish_reason, num_tokens)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _scalar_values(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no terminal, file or request can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+_STATUS_ERRORS: dict[int, type[ChatserveError]] = {
+    401: InvalidAPIKey, 403: InvalidAPIKey, 404: ModelNotFound,
+    429: Overloaded, 502: WorkerLost, 503: NoWorkerAvailable,
+}  # fmt: skip
+
+
+def read_error(
+    body: Any,
+    status: int = 500,
+    retry_after: str = "",
+    *,
+    otherwise: str = "the server failed",
+) -> ChatserveError:
+    """The error that the `error` object of an event, or of an answer other than 200, tells of.
+
+    `otherwise` is its message where the object has none.
+    """
+    body = body if isinstance(body, dict) else {"message": body}
+    message = body.get("message")
+    if not isinstance(message, str) or not message:
+        message = otherwise
+    code = body.get("code")
+    kind = _error_classes().get(code) if isinstance(code, str) else None
+    if kind is None:
+        default = InvalidRequest if 400 <= status < 500 else GenerationFailed
+        kind = _STATUS_ERRORS.get(status, default)
+    if kind in (Overloaded, ShuttingDown):
+        return kind(message, retry_after_s=int(retry_after) if retry_after.isdecimal() else 1)
+    if kind is InvalidAPIKey:
+        message += " (the key is read from the environment variable CHATSERVE_API_KEY)"
+    param = body.get("param")
+    return kind(message, param=param if isinstance(param, str) else None)
+
+
+def _error_classes() -> dict[str, type[ChatserveError]]:
+    """`code` on the wire -> class, for all errors that a server may name."""
+    classes: dict[str, type[ChatserveError]] = {}
+    waiting = [ChatserveError]
+    while waiting:
+        kind = waiting.pop()
+        if not issubclass(kind, StartupError):
+            classes.setdefault(kind.code, kind)
+            waiting += kind.__subclasses__()
+    return classes

@@ -1,0 +1,18 @@
+"""All commands of a chat but `/exit`, by the names that `lines.COMMANDS` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from chatserve.cli.slash import conversation, files, sessions, settings
+
+if TYPE_CHECKING:
+    from chatserve.cli.chat import Chat
+
+RUNS: Mapping[str, Callable[[Chat, str], None]] = {
+    **conversation.RUNS,
+    **files.RUNS,
+    **sessions.RUNS,
+    **settings.RUNS,
+}
