@@ -1,6 +1,8 @@
 """PrivateDatabase: a SQLite file that only its owner can read, which several processes share.
 
-Knows no table but that of `prune`, and neither what is kept nor whom to tell that it failed.
+ReplaceableDatabase: the same for what nobody could make again: a damaged file is put aside, and
+never written over. Both know no table but that of `prune`, and neither what is kept nor whom to
+tell that it failed.
 """
 
 from __future__ import annotations
@@ -9,14 +11,21 @@ import contextlib
 import os
 import sqlite3
 import stat
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+if sys.platform != "win32":
+    import fcntl
+
+MAX_CHECKED_BYTES = 32 * 1024 * 1024
 BUSY_TIMEOUT_S = 5.0
 _RETRY_S = 0.01
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_ALONE_S = 5.0
+_MIN_PAGE_BYTES = 512
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # closing any descriptor of a file ends this process's locks on it, those of SQLite as well: no file
 # is made while another thread may open it
@@ -175,6 +184,138 @@ class PrivateDatabase:
         return connection
 
 
+class ReplaceableDatabase:
+    """A durable `PrivateDatabase` that nobody has open between two calls.
+
+    So it can be put aside when it is damaged, while other processes go on with the new one. Its
+    folder is its own. `version`: of `schema`; a file of a later one is left alone. Everything
+    raises `DatabaseFailed`.
+    """
+
+    def __init__(
+        self, path: Path, schema: str, *, version: int = 1, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._path = path
+        self._database = PrivateDatabase(path, schema, is_durable=True)
+        self._version = version
+        self._clock = clock
+        # the file is looked at beside SQLite, which ends the locks that another thread has on it
+        self._alone = threading.Lock()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        with (
+            self.held(),
+            self._opened() as database,
+            database.reading() as connection,
+        ):
+            self._refuse_newer(connection)
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        with (
+            self.held(),
+            self._opened() as database,
+            database.writing() as connection,
+        ):
+            if not self._refuse_newer(connection):
+                connection.execute(f"PRAGMA user_version = {self._version}")
+            yield connection
+
+    def exists(self) -> bool:
+        try:
+            return self._path.exists()
+        except OSError as error:
+            raise DatabaseFailed(error.strerror or str(error)) from error
+
+    def check(self) -> None:
+        """Raise `Damaged` when what is there is no whole database."""
+        if self.exists():
+            with self.reading() as connection:
+                if self._path.stat().st_size <= MAX_CHECKED_BYTES:
+                    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                    if verdict != "ok":
+                        raise Damaged(" ".join(str(verdict).split()))
+
+    def put_aside(self) -> Path | None:
+        """Give a damaged file another name, beside it; None when somebody else has been faster."""
+        with self.held(is_alone=True):
+            try:
+                with self._opened() as database, database.reading() as connection:
+                    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                    if verdict == "ok":
+                        return None
+            except Damaged:
+                pass
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._clock()))
+            aside, number = self._path.with_name(f"{self._path.name}.damaged-{stamp}"), 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = self._path.with_name(f"{self._path.name}.damaged-{stamp}-{number}")
+            try:
+                # the file comes last: without its journal it is damaged still, and found again
+                for suffix in ("-shm", "-wal", ""):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(f"{self._path}{suffix}", f"{aside}{suffix}")
+            except OSError as error:
+                raise DatabaseFailed(error.strerror or str(error)) from error
+            return aside
+
+    @contextlib.contextmanager
+    def held(self, *, is_alone: bool = False) -> Iterator[None]:
+        """Keep the file in its place; with `is_alone`, keep others from opening it."""
+        handle = None
+        try:
+            folder = self._path.parent
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_mode & 0o077:
+                folder.chmod(0o700)
+            handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _flock(handle, is_alone=is_alone)
+        except OSError as error:
+            if handle is not None:
+                os.close(handle)
+            raise DatabaseFailed(error.strerror or str(error)) from error
+        try:
+            with self._alone:
+                yield
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[PrivateDatabase]:
+        """The database, closed again in the end."""
+        self._refuse_cut()
+        with contextlib.closing(self._database):
+            yield self._database
+
+    def _refuse_cut(self) -> None:
+        """SQLite would take what is left of a page for a whole one, or the file for a new one."""
+        try:
+            with self._path.open("rb") as file:
+                head, size = file.read(18), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DatabaseFailed(error.strerror or str(error)) from error
+        journal = self._path.with_name(self._path.name + "-wal")
+        has_journal = journal.exists() and journal.stat().st_size > 0
+        page_bytes = int.from_bytes(head[16:], "big") or _MIN_PAGE_BYTES
+        if size == 0 and has_journal:
+            raise Damaged("it is empty, its journal is not")
+        if not has_journal and size % (65536 if page_bytes == 1 else page_bytes):
+            raise Damaged("it ends inside a page")
+
+    def _refuse_newer(self, connection: sqlite3.Connection) -> int:
+        """The version of the file, 0 when it is new. Raises for one that is not known yet."""
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > self._version:
+            raise DatabaseFailed(f"a newer chatserve has written it, version {version}")
+        return int(version)
+
+
 def prune(
     connection: sqlite3.Connection,
     table: str,
@@ -201,6 +342,22 @@ def prune(
     if last is not None:
         which = f"{which} AND" if which else "WHERE"
         connection.execute(f"DELETE FROM {table} {which} place <= ?", (*values, last))
+
+
+def _flock(handle: int, *, is_alone: bool) -> None:
+    """Raises `OSError`: nobody waits for ever for a process that was stopped."""
+    if sys.platform == "win32":
+        return
+    kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
+    deadline = time.monotonic() + _ALONE_S
+    while True:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_S)
 
 
 def _code(error: sqlite3.Error | OSError) -> int | None:

@@ -7,29 +7,19 @@ chat. Knows no terminal and whom to tell of nothing.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import sqlite3
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatserve import environment
 from chatserve.cli.transcript import Transcript, Turn
-from chatserve.private_database import Damaged, DatabaseFailed, PrivateDatabase
-
-if sys.platform != "win32":
-    import fcntl
+from chatserve.private_database import ReplaceableDatabase
 
 VERSION = 1
-MAX_CHECKED_BYTES = 32 * 1024 * 1024
 MIN_ID_LEN = 3
-_ALONE_S = 5.0
-_RETRY_S = 0.01
-_MIN_PAGE_BYTES = 512
 # rowids: a full-text index may point at turns
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -89,7 +79,7 @@ class SessionStore:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.path = path
-        self._database = PrivateDatabase(path, _SCHEMA, is_durable=True)
+        self._database = ReplaceableDatabase(path, _SCHEMA, version=VERSION, clock=clock)
         self._clock = clock
         self._writer = secrets.token_hex(8)
 
@@ -105,7 +95,7 @@ class SessionStore:
         has become a session of its own, with all its turns.
         """
         turns = list(transcript.turns)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             is_same = self._take(connection, session)
             session_id = session.id if is_same else _free_id(connection, session.id)
             num_same = _num_same(session.turns, turns) if is_same else 0
@@ -147,7 +137,7 @@ class SessionStore:
             "template_name, num_examples FROM sessions "
         )
         some = "EXISTS (SELECT 1 FROM turns WHERE session = id)"
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(
                 columns + "WHERE id = ? OR name = ?", (wanted, wanted)
             ).fetchall()
@@ -176,7 +166,7 @@ class SessionStore:
 
     def recent(self, most: int) -> list[SessionInfo]:
         """The sessions that hold something, the newest first."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return [
                 SessionInfo(*row)
                 for row in connection.execute(
@@ -190,7 +180,7 @@ class SessionStore:
 
     def rename(self, session: Session, name: str) -> bool:
         """False when another session has that name, or this one is gone."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             try:
                 renamed = connection.execute(
                     "UPDATE sessions SET name = ? WHERE id = ?", (_storable(name), session.id)
@@ -201,43 +191,15 @@ class SessionStore:
         return renamed > 0
 
     def exists(self) -> bool:
-        try:
-            return self.path.exists()
-        except OSError as error:
-            raise DatabaseFailed(error.strerror or str(error)) from error
+        return self._database.exists()
 
     def check(self) -> None:
         """Raise `Damaged` when what is there is no whole database."""
-        if self.exists():
-            with self._reading() as connection:
-                if self.path.stat().st_size <= MAX_CHECKED_BYTES:
-                    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-                    if verdict != "ok":
-                        raise Damaged(" ".join(str(verdict).split()))
+        self._database.check()
 
     def put_aside(self) -> Path | None:
         """Give a damaged file another name, beside it; None when another chat has been faster."""
-        with self._lock(is_alone=True):
-            try:
-                with self._opened() as database, database.reading() as connection:
-                    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-                    if verdict == "ok":
-                        return None
-            except Damaged:
-                pass
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._clock()))
-            aside, number = self.path.with_name(f"{self.path.name}.damaged-{stamp}"), 1
-            while os.path.lexists(aside):
-                number += 1
-                aside = self.path.with_name(f"{self.path.name}.damaged-{stamp}-{number}")
-            try:
-                # the file comes last: without its journal it is damaged still, and found again
-                for suffix in ("-shm", "-wal", ""):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-            except OSError as error:
-                raise DatabaseFailed(error.strerror or str(error)) from error
-            return aside
+        return self._database.put_aside()
 
     def _take(self, connection: sqlite3.Connection, session: Session) -> bool:
         """Whether nobody else has changed the session since this chat has last seen it."""
@@ -248,96 +210,6 @@ class SessionStore:
                 (self._writer, session.id, session.writer, session.revision),
             ).rowcount
         )
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with (
-            self._lock(),
-            self._opened() as database,
-            database.reading() as connection,
-        ):
-            _refuse_newer(connection)
-            yield connection
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with (
-            self._lock(),
-            self._opened() as database,
-            database.writing() as connection,
-        ):
-            if not _refuse_newer(connection):
-                connection.execute(f"PRAGMA user_version = {VERSION}")
-            yield connection
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[PrivateDatabase]:
-        """The database, closed again in the end."""
-        self._refuse_cut()
-        with contextlib.closing(self._database):
-            yield self._database
-
-    def _refuse_cut(self) -> None:
-        """SQLite would take what is left of a page for a whole one, or the file for a new one."""
-        try:
-            with self.path.open("rb") as file:
-                head, size = file.read(18), os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise DatabaseFailed(error.strerror or str(error)) from error
-        journal = self.path.with_name(self.path.name + "-wal")
-        has_journal = journal.exists() and journal.stat().st_size > 0
-        page_bytes = int.from_bytes(head[16:], "big") or _MIN_PAGE_BYTES
-        if size == 0 and has_journal:
-            raise Damaged("it is empty, its journal is not")
-        if not has_journal and size % (65536 if page_bytes == 1 else page_bytes):
-            raise Damaged("it ends inside a page")
-
-    @contextlib.contextmanager
-    def _lock(self, *, is_alone: bool = False) -> Iterator[None]:
-        """Keep the file in its place; with `is_alone`, keep others from opening it."""
-        handle = None
-        try:
-            folder = self.path.parent
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if folder.stat().st_mode & 0o077:
-                folder.chmod(0o700)
-            handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            _flock(handle, is_alone=is_alone)
-        except OSError as error:
-            if handle is not None:
-                os.close(handle)
-            raise DatabaseFailed(error.strerror or str(error)) from error
-        try:
-            yield
-        finally:
-            os.close(handle)
-
-
-def _flock(handle: int, *, is_alone: bool) -> None:
-    """Raises `OSError`: nobody waits for ever for a chat that was stopped."""
-    if sys.platform == "win32":
-        return
-    kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
-    deadline = time.monotonic() + _ALONE_S
-    while True:
-        try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_RETRY_S)
-
-
-def _refuse_newer(connection: sqlite3.Connection) -> int:
-    """The version of the file, 0 when it is new. Raises for one that this code does not know."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > VERSION:
-        raise DatabaseFailed(f"a newer chatserve has written it, version {version}")
-    return int(version)
 
 
 def _free_id(connection: sqlite3.Connection, wanted: str) -> str:

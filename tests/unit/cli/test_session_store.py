@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from chatserve import private_database
 from chatserve.cli import session_store
 from chatserve.cli.kept_chat import KeptChat
 from chatserve.cli.session_store import Session, SessionStore
 from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import UsageError
-from chatserve.private_database import Damaged, DatabaseFailed, PrivateDatabase
+from chatserve.private_database import (
+    Damaged,
+    DatabaseFailed,
+    PrivateDatabase,
+    ReplaceableDatabase,
+)
 
 FULL, WAL = 2, "wal"
 
@@ -99,14 +105,14 @@ def test_a_file_that_others_could_read_is_refused(store: SessionStore, path: Pat
 def test_what_is_saved_is_on_the_disk(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each transaction in a journal that is synced: PRAGMA synchronous is FULL, not NORMAL."""
     seen = []
-    refuse_newer = session_store._refuse_newer
+    refuse_newer = ReplaceableDatabase._refuse_newer
 
-    def looking(connection: sqlite3.Connection) -> int:
+    def looking(self: ReplaceableDatabase, connection: sqlite3.Connection) -> int:
         seen.append([connection.execute(f"PRAGMA {name}").fetchone()[0]
                      for name in ("synchronous", "journal_mode")])  # fmt: skip
-        return refuse_newer(connection)
+        return refuse_newer(self, connection)
 
-    monkeypatch.setattr(session_store, "_refuse_newer", looking)
+    monkeypatch.setattr(ReplaceableDatabase, "_refuse_newer", looking)
     kept(store, "a")
     assert seen == [[FULL, WAL]]
     careless = PrivateDatabase(store.path, session_store._SCHEMA)
@@ -343,9 +349,9 @@ def test_a_disk_that_was_full_for_a_while_has_all_turns_in_the_end(
 @pytest.fixture
 def stopped(path: Path, store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Another chat that was stopped while it had the file open."""
-    monkeypatch.setattr(session_store, "_ALONE_S", 0.02)
+    monkeypatch.setattr(private_database, "_ALONE_S", 0.02)
     kept(store, "a")
-    with SessionStore(path)._lock():
+    with SessionStore(path)._database.held():
         yield
 
 
