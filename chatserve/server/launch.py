@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import sys
 import time
@@ -20,6 +21,7 @@ from chatserve.config import ServeConfig, served_names
 from chatserve.errors import ShuttingDown, UsageError
 from chatserve.options import MAX_CONNECTIONS, ApiOptions, EngineConfig, ModelOptions, TimeLimits
 from chatserve.protocol.control import SOCKET_SCHEME
+from chatserve.running_servers import RunningModel, RunningServer, announced, full_weights
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
@@ -142,6 +144,9 @@ class _Server:
             await listener.start()
             running = [asyncio.create_task(worker.run()) for worker in workers]
             announcement = self._announce(url_of(config.host, public), manager)
+            if config.parent_pipe is None:
+                # who is found may be used by others; a private one is its starter's alone
+                stack.enter_context(announced(self._described(control_url)))
             if config.parent_pipe is not None:
                 # who started us wants to ask how far the model is, before it is ready
                 _tell(f"listening: {url_of(config.host, public)}/v1")
@@ -179,6 +184,16 @@ class _Server:
             await self._has_changed.wait()
         manager.ready()
         _tell(f"ready: {url}/v1 ({', '.join(self._served())})")
+
+    def _described(self, url: str) -> RunningServer:
+        return RunningServer(
+            url=url,
+            pid=os.getpid(),
+            started_at=time.time(),
+            models=tuple(RunningModel(name, full_weights(path)) for name, path in self._models),
+            control_token=self._token,
+            flags=tuple(flags_of(self._config, ModelOptions)),
+        )
 
     def _served(self) -> Sequence[str]:
         """Each model, and each with its adapters behind it."""

@@ -21,6 +21,7 @@ import openai
 import psutil
 import pytest
 
+from chatserve.running_servers import RunningModel, running_servers
 from tests.fakes import ANSWER
 from tests.servers import http_request, read_until, send_raw
 
@@ -165,9 +166,15 @@ def error_in(data: bytes) -> str:
     return str(json.loads(event)["error"]["code"])
 
 
-def test_from_start_to_a_clean_end(serve: Any) -> None:
-    process = serve("ok")
+def test_from_start_to_a_clean_end(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path / "home"))
+    process = serve("ok", "--load-8bit")
     url = process.ready_url()
+    [found] = running_servers()
+    assert (found.url, found.pid) == (url, process.popen.pid)
+    assert found.models == (RunningModel("ok", "ok"),) and "--load-8bit" in found.flags
     assert httpx.get(f"{url}/health/ready").json()["status"] == "ready"
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         reply = client.chat.completions.create(
@@ -180,6 +187,7 @@ def test_from_start_to_a_clean_end(serve: Any) -> None:
     assert process.wait(10) == 0
     assert gone(children, 0.1)
     assert process.out.get() == "" and process.lines_of_error() == []
+    assert not list((tmp_path / "home" / "running").iterdir())
 
 
 def test_the_ready_line_names_adapters(serve: Any) -> None:
@@ -230,12 +238,15 @@ def test_worker_that_dies_during_the_drain_is_not_started_again(serve: Any) -> N
 
 
 @pytest.mark.parametrize("weights", ["slow-load", "ok"])
-def test_nothing_survives_the_end_of_the_parents_pipe(serve: Any, weights: str) -> None:
+def test_nothing_survives_the_end_of_the_parents_pipe(
+    serve: Any, weights: str, tmp_path: Path
+) -> None:
     theirs, ours = os.pipe()
     process = serve(weights, pass_fds=(theirs,), CHATSERVE_PARENT_PIPE=str(theirs))
     os.close(theirs)
     word, url = process.next_line().split()
     assert word == "listening:" and httpx.get(url.removesuffix("/v1") + "/health/live").is_success
+    assert not (tmp_path / "home" / "running").exists()  # it is its starter's alone
     deadline = time.monotonic() + TIMEOUT_S
     while not process.children():
         assert time.monotonic() < deadline
