@@ -45,7 +45,8 @@ def serve(
     _add_weights(parser)
 
     def run(config: ServeConfig, weights: list[str]) -> int:
-        from chatserve.server.launch import WORKER_COMMAND, default_policy, run_server
+        from chatserve.server.launch import WORKER_COMMAND, run_server
+        from chatserve.server.supervisor import RestartPolicy
 
         if config.adapter and len(weights) > 1:
             raise UsageError(
@@ -63,7 +64,7 @@ def serve(
             config,
             weights or [DEFAULT_WEIGHTS],
             worker_command=worker_command or WORKER_COMMAND,
-            policy=policy or default_policy,
+            policy=policy or RestartPolicy,
         )
 
     return _parse_and_run(parser, ServeConfig, argv, run)

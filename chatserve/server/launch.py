@@ -25,6 +25,7 @@ from chatserve.running_servers import RunningModel, RunningServer, announced, fu
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
+from chatserve.server.leases import Worker
 from chatserve.server.lifeline import tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.moves import ResumePolicy
@@ -54,16 +55,12 @@ REACHED_OVER_IPV4_LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
 Policy = Callable[[], RestartPolicy]
 
 
-def default_policy() -> RestartPolicy:
-    return RestartPolicy(time.monotonic)
-
-
 def run_server(
     config: ServeConfig,
     weights: Sequence[str],
     *,
     worker_command: Sequence[str] = WORKER_COMMAND,
-    policy: Policy = default_policy,
+    policy: Policy = RestartPolicy,
 ) -> int:
     """Serve `weights` until a signal comes, and return the exit code.
 
@@ -78,6 +75,24 @@ def run_server(
         return await _Server(config, weights, worker_command, policy).serve()
 
     return run_process(serve, debug=config.debug)
+
+
+class _Child:
+    """One worker process of ours, as the registry knows it, or has known it."""
+
+    def __init__(self) -> None:
+        self.worker_id = ""
+        self._worker: Worker | None = None
+
+    def begin(self) -> None:
+        self.worker_id, self._worker = uuid.uuid4().hex, None
+
+    def look_at(self, registry: WorkerRegistry) -> None:
+        self._worker = registry.find(self.worker_id) or self._worker
+
+    @property
+    def ready_s(self) -> float:
+        return 0.0 if self._worker is None else self._worker.ready_s
 
 
 class _Server:
@@ -99,13 +114,14 @@ class _Server:
         self._stop = StopSignals()
         # where the workers listen, by their ids
         self._sockets: dict[str, str] = {}
+        self._children: list[_Child] = []
         self._has_changed = asyncio.Event()
         self._registry = WorkerRegistry(
             time.monotonic,
             expiry_s=config.heartbeat_expiry_s,
             stall_s=_stall_s(config),
             expected=[name for name, _ in self._models],
-            on_change=self._has_changed.set,
+            on_change=self._note_change,
         )
 
     async def serve(self) -> int:
@@ -175,6 +191,11 @@ class _Server:
         await asyncio.gather(*stops)
         await listener.close()
 
+    def _note_change(self) -> None:
+        self._has_changed.set()
+        for child in self._children:
+            child.look_at(self._registry)
+
     def _progress(self) -> str:
         return ", ".join(f"{model.name}: {model.state}" for model in self._registry.readiness())
 
@@ -208,16 +229,16 @@ class _Server:
     def _supervisor(
         self, control_url: str, socket_path: Path | None, name: str, weights: str
     ) -> Supervisor:
-        worker_id = ""
+        child = _Child()
+        self._children.append(child)
 
         def worker_environment(lifeline_fd: int) -> Mapping[str, str]:
-            nonlocal worker_id
-            worker_id = uuid.uuid4().hex
+            child.begin()
             if socket_path is not None:
-                self._sockets[worker_id] = f"{SOCKET_SCHEME}{socket_path}"
+                self._sockets[child.worker_id] = f"{SOCKET_SCHEME}{socket_path}"
             return environment.child_environment(
                 CHATSERVE_CONTROL_TOKEN=self._token,
-                CHATSERVE_WORKER_ID=worker_id,
+                CHATSERVE_WORKER_ID=child.worker_id,
                 CHATSERVE_PARENT_PIPE=str(lifeline_fd),
                 CHATSERVE_SOCKET_PATH=str(socket_path or ""),
                 # what a file of settings says to workers that are alone
@@ -226,9 +247,10 @@ class _Server:
                 CHATSERVE_API_KEYS="",
             )
 
-        def forget() -> None:
-            self._sockets.pop(worker_id, None)
-            self._registry.remove(worker_id)
+        def forget() -> float:
+            self._sockets.pop(child.worker_id, None)
+            self._registry.remove(child.worker_id)
+            return child.ready_s
 
         command = [
             *self._worker_command,

@@ -22,6 +22,7 @@ class Worker:
     status: WorkerStatus
     seen_at: float
     moved_at: float
+    ready_at: float | None = None
     leases: set[Lease] = field(default_factory=set)
     is_refusing: bool = False
     has_stalled: bool = False
@@ -49,6 +50,11 @@ class Worker:
     def is_full(self) -> bool:
         """Whether it was given all that it takes, and has not answered any of it."""
         return 0 < self.status.num_places <= self.num_in_flight
+
+    @property
+    def ready_s(self) -> float:
+        """For how long it has been ready, as far as it has been seen to move."""
+        return 0.0 if self.ready_at is None else self.moved_at - self.ready_at
 
     def serves(self, model: str) -> bool:
         return any(card.name == model for card in self.status.models)

@@ -132,7 +132,7 @@ class WorkerRegistry:
         worker.ejected_until = None
         worker.is_refusing = worker.has_stalled = False
         self._workers[worker_id] = worker
-        self._remember(status)
+        self._remember(worker)
         self._tell()
 
     def heartbeat(self, worker_id: str, status: WorkerStatus) -> bool:
@@ -147,7 +147,7 @@ class WorkerRegistry:
         if is_idle or status.tick != before.tick:
             worker.moved_at, worker.has_stalled = now, False
         worker.seen_at, worker.status = now, status
-        self._remember(status)
+        self._remember(worker)
         self._forget_unless_served(before.models)
         if self._state(worker) != state_before or status.models != before.models:
             self._tell()
@@ -265,6 +265,10 @@ class WorkerRegistry:
         serving = [worker for worker in self._workers.values() if worker.serves(model)]
         return [worker for worker in serving if self._state(worker) == "ready"]
 
+    def find(self, worker_id: str) -> Worker | None:
+        """What is known of it, if it is there."""
+        return self._workers.get(worker_id)
+
     def worker_ids(self) -> list[str]:
         self._expire()
         return list(self._workers)
@@ -361,9 +365,11 @@ class WorkerRegistry:
             return "stalled"
         return worker.status.state
 
-    def _remember(self, status: WorkerStatus) -> None:
-        if status.state == "ready":
-            self._cards.update((card.name, card) for card in status.models)
+    def _remember(self, worker: Worker) -> None:
+        if worker.status.state == "ready":
+            if worker.ready_at is None:
+                worker.ready_at = worker.moved_at
+            self._cards.update((card.name, card) for card in worker.status.models)
 
     def _forget_unless_served(self, cards: Iterable[ModelCard]) -> None:
         for card in cards:

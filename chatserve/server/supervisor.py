@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,40 +35,45 @@ FINAL_ERRORS: Mapping[int, type[StartupError]] = {
 
 
 class RestartPolicy:
-    """When to start a crashed process again: after a pause that doubles, and not for ever."""
+    """When to start a crashed process again: after a pause that doubles, and not for ever.
+
+    What counts are crashes in a row; one that comes after `healthy_s` of being ready is the first
+    of its own. However long a start takes, a process that cannot live is given up.
+    """
 
     def __init__(
         self,
-        clock: Callable[[], float],
         *,
         first_pause_s: float = 0.5,
         max_pause_s: float = 8.0,
         max_restarts: int = 5,
-        period_s: float = 60.0,
+        healthy_s: float = 60.0,
     ) -> None:
-        self._clock = clock
         self._first_pause_s = first_pause_s
         self._max_pause_s = max_pause_s
         self._max_restarts = max_restarts
-        self._period_s = period_s
-        self._restarts: deque[float] = deque()
+        self._healthy_s = healthy_s
+        self._num_restarts = 0
 
-    def pause_s(self) -> float | None:
-        """After a crash: seconds to wait before the restart; None when it is time to give up."""
-        now = self._clock()
-        while self._restarts and self._restarts[0] <= now - self._period_s:
-            self._restarts.popleft()
-        if len(self._restarts) >= self._max_restarts:
+    def pause_s(self, ready_s: float) -> float | None:
+        """After a crash: seconds to wait before the restart; None when it is time to give up.
+
+        `ready_s`: for how long it had been ready.
+        """
+        if ready_s >= self._healthy_s:
+            self._num_restarts = 0
+        if self._num_restarts >= self._max_restarts:
             return None
-        pause_s = min(self._first_pause_s * 2.0 ** len(self._restarts), self._max_pause_s)
-        self._restarts.append(now)
+        pause_s = min(self._first_pause_s * 2.0**self._num_restarts, self._max_pause_s)
+        self._num_restarts += 1
         return pause_s
 
 
 class Supervisor:
     """One child: `spawn` says how to start it, given its lifeline's file descriptor.
 
-    `on_exit` is called after each end, also of a child that was told to stop.
+    `on_exit` is called after each end, also of a child that was told to stop, and says for how many
+    seconds that had been ready.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Supervisor:
         environment: Callable[[int], Mapping[str, str]],
         policy: RestartPolicy,
         *,
-        on_exit: Callable[[], None] = lambda: None,
+        on_exit: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.name = name
         self._command = tuple(command)
@@ -98,7 +102,7 @@ class Supervisor:
         """
         while not self._is_retired.is_set():
             num_oom_kills = count_oom_kills()
-            exit_code, words = await self._run_once()
+            exit_code, words, ready_s = await self._run_once()
             if self._is_retired.is_set():
                 return
             num_oom_kills = count_oom_kills() - num_oom_kills
@@ -109,7 +113,7 @@ class Supervisor:
                 raise kind(reason)
             if words and words.is_final:
                 raise HubError(reason)
-            pause_s = self._policy.pause_s()
+            pause_s = self._policy.pause_s(ready_s)
             if pause_s is None:
                 raise CrashLoop(f"worker {self.name} keeps crashing; its last error: {reason}")
             logger.warning(
@@ -155,8 +159,9 @@ class Supervisor:
             _signal(self._process, signal.SIGTERM)
             _signal(self._process, signal.SIGINT)
 
-    async def _run_once(self) -> tuple[int, LastWords | None]:
-        """Start the child and wait for its end. Returns its exit code and its last words."""
+    async def _run_once(self) -> tuple[int, LastWords | None, float]:
+        """Start the child and wait for its end. Returns its exit code, its last words, and for how
+        many seconds it was ready."""
         lifeline = Lifeline()
         try:
             async with self._start:
@@ -170,8 +175,8 @@ class Supervisor:
                 )
             lifeline.close_child_end()
             exit_code = await self._process.wait()
-            self._on_exit()
-            return exit_code, lifeline.last_words()
+            ready_s = self._on_exit()
+            return exit_code, lifeline.last_words(), ready_s
         finally:
             lifeline.close()
             if self._process is not None and self._process.returncode is None:

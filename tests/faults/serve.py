@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 
 from chatserve.server import command_line, launch
 from chatserve.server.supervisor import RestartPolicy
@@ -20,9 +19,7 @@ WORKER = (sys.executable, "-m", "tests.faults.worker")
 
 
 def patient_policy() -> RestartPolicy:
-    return RestartPolicy(
-        time.monotonic, first_pause_s=0.01, max_pause_s=0.1, max_restarts=1_000_000
-    )
+    return RestartPolicy(first_pause_s=0.01, max_pause_s=0.1, max_restarts=1_000_000)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from chatserve.config import ServeConfig, WorkerConfig, build
 from chatserve.errors import DoesNotFit, UsageError
+from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server import launch, process
 from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
@@ -23,6 +24,9 @@ from chatserve.server.process import (
     run_process,
     run_until,
 )
+from chatserve.server.registry import WorkerRegistry
+from chatserve.server.supervisor import RestartPolicy
+from tests.fakes import FakeClock
 
 
 def outcome(error: BaseException | None = None) -> tuple[int, list[tuple[str, bool]]]:
@@ -193,10 +197,10 @@ def test_a_server_is_as_patient_as_its_workers(
     monkeypatch.setattr(launch, "WorkerRegistry", refuse)
     with pytest.raises(UsageError, match="all"):
         launch._Server(
-            ServeConfig(**flags),
+            ServeConfig(**flags),  # type: ignore[arg-type]  # mixed
             ["m"],
             (),
-            launch.default_policy,  # type: ignore[arg-type]  # mixed
+            RestartPolicy,
         )
     assert given == [stall_s]
 
@@ -213,8 +217,48 @@ def test_workers_of_a_server_register_whatever_the_settings_say(
         environments.append(environment(3))
 
     monkeypatch.setattr(launch, "Supervisor", keep)
-    server = launch._Server(ServeConfig(), ["m"], (), launch.default_policy)
+    server = launch._Server(ServeConfig(), ["m"], (), RestartPolicy)
     server._supervisor("http://127.0.0.1:1", None, "m", "m")
     [environ] = environments
     worker = build(WorkerConfig, {}, file=tmp_path / "config.toml", environ=environ)
     assert not worker.no_register and worker.parent_pipe == 3
+
+
+def told(state: Any) -> WorkerStatus:
+    return WorkerStatus(state=state, models=[ModelCard(name="m", created=1)])
+
+
+def test_how_long_a_worker_was_ready_is_known_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that has been silent for so long that the registry has dropped it."""
+    clock = FakeClock()
+    children: list[tuple[Callable[[int], Mapping[str, str]], Callable[[], float]]] = []
+
+    def keep(_name: str, _command: Any, environment: Any, _policy: Any, *, on_exit: Any) -> None:
+        children.append((environment, on_exit))
+
+    monkeypatch.setattr(launch, "Supervisor", keep)
+    monkeypatch.setattr(
+        launch, "WorkerRegistry", lambda _, **options: WorkerRegistry(clock, **options)
+    )
+    server = launch._Server(ServeConfig(), ["m"], (), RestartPolicy)
+    server._supervisor("http://127.0.0.1:1", None, "m", "m")
+    [(start, end)] = children
+    registry = server._registry
+
+    def run(*, load_s: int, ready_s: int, is_silent: bool = False) -> float:
+        worker_id = start(3)["CHATSERVE_WORKER_ID"]
+        registry.register(worker_id, "http://a", told("loading"))
+        for second in range(load_s + ready_s):
+            clock.advance(1)
+            state = "loading" if second < load_s else "ready"
+            assert registry.heartbeat(worker_id, told(state))
+        if is_silent:
+            clock.advance(100)
+            assert registry.worker_ids() == []
+        return end()
+
+    assert run(load_s=100, ready_s=0) == 0
+    assert run(load_s=0, ready_s=81) == 80
+    # and not what its predecessor was
+    assert run(load_s=30, ready_s=0, is_silent=True) == 0
+    assert run(load_s=5, ready_s=71, is_silent=True) == 70

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,25 @@ from chatserve.server.supervisor import (
     count_oom_kills,
     describe_exit,
 )
-from tests.fakes import FakeClock
 
 
 def test_pauses_double_and_then_it_gives_up() -> None:
-    policy = RestartPolicy(FakeClock())
-    assert [policy.pause_s() for _ in range(6)] == [0.5, 1, 2, 4, 8, None]
+    """However long each start takes, and however soon after it is ready it ends."""
+    policy = RestartPolicy()
+    readiness = [0.0, 1.0, 59.0, 0.0, 30.0, 0.0]
+    assert [policy.pause_s(ready_s) for ready_s in readiness] == [0.5, 1, 2, 4, 8, None]
 
 
-def test_old_crashes_are_forgotten() -> None:
-    clock = FakeClock()
-    policy = RestartPolicy(clock)
-    for _ in range(20):
-        assert policy.pause_s() == 0.5
-        clock.advance(60)
+def test_who_was_ready_for_long_begins_anew() -> None:
+    policy = RestartPolicy()
+    for _ in range(4):
+        assert [policy.pause_s(ready_s) for ready_s in (60.0, 0.0, 59.0)] == [0.5, 1, 2]
+    assert [policy.pause_s(1e6) for _ in range(20)] == [0.5] * 20
 
 
 def test_pause_is_capped() -> None:
-    policy = RestartPolicy(FakeClock(), max_restarts=7)
-    assert [policy.pause_s() for _ in range(8)] == [0.5, 1, 2, 4, 8, 8, 8, None]
+    policy = RestartPolicy(max_restarts=7)
+    assert [policy.pause_s(0.0) for _ in range(8)] == [0.5, 1, 2, 4, 8, 8, 8, None]
 
 
 def test_describe_exit() -> None:
@@ -98,13 +98,21 @@ def environment(fd: int) -> Mapping[str, str]:
 
 
 def quick() -> RestartPolicy:
-    return RestartPolicy(time.monotonic, first_pause_s=0.01, max_pause_s=0.01, max_restarts=2)
+    return RestartPolicy(first_pause_s=0.01, max_pause_s=0.01, max_restarts=2)
 
 
-def child(code: str, *, ends: list[float] | None = None) -> Supervisor:
-    def on_exit() -> None:
+def child(
+    code: str, *, ends: list[float] | None = None, ready_s: Callable[[int], float] = lambda _: 0.0
+) -> Supervisor:
+    """`ready_s`: for how long the nth one was ready."""
+    num_ends = 0
+
+    def on_exit() -> float:
+        nonlocal num_ends
+        num_ends += 1
         if ends is not None:
             ends.append(time.monotonic())
+        return ready_s(num_ends)
 
     command = [sys.executable, "-S", "-c", LIFELINE + code]
     return Supervisor("w", command, environment, quick(), on_exit=on_exit)
@@ -138,6 +146,16 @@ def test_crash_loop_shows_the_last_line() -> None:
     with pytest.raises(CrashLoop, match="worker w keeps crashing; its last error: the cause"):
         asyncio.run(child(code, ends=ends).run())
     assert len(ends) == 3  # the first start and two restarts
+
+
+def test_who_was_ready_for_long_between_its_crashes_is_started_again() -> None:
+    ends: list[float] = []
+    code = say("the cause", is_final=False) + "sys.exit(1)"
+    # two restarts before its health and two after
+    supervisor = child(code, ends=ends, ready_s=lambda number: 60.0 if number == 3 else 59.0)
+    with pytest.raises(CrashLoop):
+        asyncio.run(supervisor.run())
+    assert len(ends) == 5
 
 
 def test_crash_loop_without_a_word_says_how_it_ended() -> None:
@@ -248,12 +266,17 @@ def test_a_supervisor_that_was_stopped_before_starts_nothing() -> None:
 def test_stop_while_waiting_for_a_restart() -> None:
     async def main() -> None:
         ended = asyncio.Event()
+
+        def on_exit() -> float:
+            ended.set()
+            return 0.0
+
         supervisor = Supervisor(
             "w",
             [sys.executable, "-S", "-c", "raise SystemExit(1)"],
             environment,
-            RestartPolicy(time.monotonic, first_pause_s=1000, max_pause_s=1000),
-            on_exit=ended.set,
+            RestartPolicy(first_pause_s=1000, max_pause_s=1000),
+            on_exit=on_exit,
         )
         task = asyncio.create_task(supervisor.run())
         await ended.wait()
