@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chatserve.engine.async_engine import TokenStream
+from chatserve.engine.token_stream import TokenStream
 from chatserve.server.slow_reader import SlowReader
 from tests import tiny
 from tests.faults.client import LoadClient, Request

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from chatserve.engine.async_engine import MAX_PENDING, AsyncEngine, TokenStream
+from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.engine.token_stream import MAX_PENDING, TokenStream
 from chatserve.errors import ContextLengthExceeded, GenerationFailed, Overloaded
 from tests.unit.engine.scripted import GREEDY, NUM_KV_TOKENS, Scripted, scripted_engine, text
 

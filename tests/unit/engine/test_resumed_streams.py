@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from chatserve.engine.async_engine import MAX_PENDING, AsyncEngine
+from chatserve.engine.async_engine import AsyncEngine
 from chatserve.engine.engine import Engine
 from chatserve.engine.sequence import Begun, SamplingParams, TokenEvent
+from chatserve.engine.token_stream import MAX_PENDING
 from chatserve.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, Overloaded
 from tests.unit.engine.scripted import GREEDY, NUM_KV_TOKENS, scripted_engine, text
 
