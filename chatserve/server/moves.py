@@ -15,6 +15,9 @@ from chatserve.server.registry import WorkerRegistry
 
 # a request that kills whoever answers it must not go through all workers
 MAX_FAILURES = 2
+# nor through them again and again, each time a little further: fewer than a supervisor's restarts
+MAX_LOSSES = 4
+LOSSES_WITHIN_S = 600.0
 # who says that it has time at once is not asked without a pause
 MIN_PAUSE_S = 0.1
 
@@ -39,6 +42,7 @@ class Moves:
         self._model = model
         self._policy = policy
         self._num_failures = 0
+        self._lost_at: list[float] = []
         self._unfit: set[str] = set()
         self._busy_until: dict[str, float] = {}
         self._loss: ChatserveError | None = None
@@ -51,9 +55,16 @@ class Moves:
         `has_moved_on`: it has brought the answer further.
         """
         self._num_failures = 0 if has_moved_on else self._num_failures + 1
+        now = asyncio.get_running_loop().time()
+        self._lost_at = [at for at in self._lost_at if at > now - LOSSES_WITHIN_S] + [now]
         self.leave(loss)
         if self._num_failures >= MAX_FAILURES:
             raise loss
+        if len(self._lost_at) >= MAX_LOSSES:
+            raise type(loss)(
+                f"{len(self._lost_at)} workers were lost over this answer within "
+                f"{LOSSES_WITHIN_S / 60:g} minutes; it may be what ends them"
+            )
 
     def leave(self, loss: ChatserveError) -> None:
         """A worker shall not answer to the end, but has not failed. Raises `loss`, as `lose`."""

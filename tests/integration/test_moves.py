@@ -337,6 +337,43 @@ def test_a_token_that_kills_its_workers(stack: ExitStack) -> None:
     assert [len(worker.requests) for worker in (*poisoned, spared)] == [1, 1, 0]
 
 
+def a_little_further_each(house: House) -> tuple[bytes, list[int]]:
+    """Four workers die with a token more each, the fifth would not. The answer, and who was asked.
+
+    What comes together with the end of a connection would be lost with it.
+    """
+    have_come = [threading.Event() for _ in range(4)]
+    begins = [[HEAD, BEGIN], *[[HEAD, chunked(START)]] * 3]
+    workers = [
+        add(house, f"{i}", [*begin, token(i), has_come])
+        for i, (begin, has_come) in enumerate(zip(begins, have_come, strict=True))
+    ]
+    workers.append(add(house, "last", [HEAD, chunked(START), LAST]))
+    content = b""
+    with closing(house.open()) as sock:
+        for i, has_come in enumerate(have_come):
+            content += read_until(sock, encode_event(str(i)))
+            has_come.set()
+        content += read_answer(sock)
+    return frames_of(unchunked(content)), [len(worker.requests) for worker in workers]
+
+
+def test_an_answer_that_kills_its_workers_each_time_a_little_further(stack: ExitStack) -> None:
+    content, num_asked = a_little_further_each(house_of(stack))
+    assert num_asked == [1, 1, 1, 1, 0]
+    error = last_error(content)
+    assert error["code"] == "worker_died" and "4 workers were lost" in error["message"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("MAX_LOSSES", 5), ("LOSSES_WITHIN_S", 0.0)])
+def test_losses_of_long_ago_are_forgotten(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    """An answer of a whole day may outlive more workers than that."""
+    monkeypatch.setattr(moves, name, value)
+    assert a_little_further_each(house_of(stack)) == (WHOLE, [1] * 5)
+
+
 def hanging(house: House, worker_id: str = "a", stops: threading.Event | None = None) -> Any:
     """A worker that says two tokens and then nothing, until the relay hangs up or `stops`."""
     script: list[Any] = [HEAD, BEGIN, token(0), token(1), stops]

@@ -95,6 +95,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     # these workers die whatever they are asked; that is no request's fault
     monkeypatch.setattr(moves, "MAX_FAILURES", 1000)
+    monkeypatch.setattr(moves, "MAX_LOSSES", 1000)
     with ExitStack() as stack:
         yield House(stack, ResumePolicy(timeout_s=60))
 
