@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from chatserve.grammar import frames
+from chatserve import frames
 from chatserve.grammar.limits import TRIAL_BYTES, TRIAL_S, TRIAL_STEPS
 from chatserve.grammar.matcher import Rejected, pristine_matcher, short_reason
 from chatserve.grammar.source import KINDS_OF_JSON, BadGrammar, to_llguidance

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chatserve import environment
 from chatserve.errors import GenerationFailed
-from chatserve.grammar import frames
 from chatserve.grammar.limits import START_S, TRIAL_BYTES, TRIAL_S
 from chatserve.grammar.trial import TOO_SLOW
 from chatserve.grammar.vocabulary import Vocabulary
+from chatserve.helper_process import HelperProcess
 
 logger = logging.getLogger(__name__)
 
 # its children end by the clock themselves; only a process that has stopped is later
 PATIENCE_S = 1.0
+_MODULE = "chatserve.grammar.trial"
 
 
 @dataclass(frozen=True)
@@ -57,8 +51,7 @@ class TrialProcess:
         self._seconds = seconds
         self._num_bytes = num_bytes
         self._patience_s = patience_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
+        self._process: HelperProcess | None = None
         self._is_closed = False
 
     @property
@@ -90,29 +83,23 @@ class TrialProcess:
     def close(self) -> None:
         """End the process, whatever it is doing; there will be no other. From any thread."""
         self._is_closed = True
-        process = self._process
-        if process is not None:
-            _kill(process)  # whoever waits for its answer notices
+        if (process := self._process) is not None:
+            process.kill()  # whoever waits for its answer notices
 
     def end(self) -> None:
         """End the process and wait for it; the next spec starts another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
         if self._process is not None:
-            _kill(self._process)
-            self._process.wait()
+            self._process.end()
             self._process = None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         for _ in range(2):
-            is_warm = self._connection is not None
-            connection = self._connection or self._start()
+            is_warm = self._process is not None
+            process = self._process or self._start()
             seconds = self._seconds + self._patience_s
             try:
-                connection.settimeout(seconds)
-                frames.send(connection, request)
-                result = frames.receive(connection, seconds=seconds)
+                process.send(request, seconds=seconds)
+                result = process.receive(seconds=seconds)
             except TimeoutError:
                 self.end()
                 return {"failure": TOO_SLOW}
@@ -127,37 +114,17 @@ class TrialProcess:
             logger.info("the process that tries grammars has gone; starting another")
         raise GenerationFailed("the process that tries grammars ended by itself; try again")
 
-    def _start(self) -> socket.socket:
+    def _start(self) -> HelperProcess:
         if self._is_closed:
             raise GenerationFailed("the server is about to stop; try again")
-        ours, theirs = socket.socketpair()
         try:
-            self._connection = ours
-            self._process = subprocess.Popen(
-                # -P: no file of the folder that we are in is ever imported
-                [sys.executable, "-P", "-m", "chatserve.grammar.trial"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # what a grammar holds belongs in no log
-                env=environment.without_secrets(),
-                start_new_session=True,  # Ctrl-C is the worker's to hear
-            )
-            theirs.close()
-            ours.settimeout(START_S)
-            frames.send(ours, self._vocabulary().to_json())
-            if frames.receive(ours, seconds=START_S) is None:
+            self._process = process = HelperProcess(_MODULE)
+            process.send(self._vocabulary().to_json(), seconds=START_S)
+            if process.receive(seconds=START_S) is None:
                 raise ConnectionError("it ended at once")
         except OSError as error:
             self.end()
             raise GenerationFailed(
                 f"the process that tries grammars did not start ({error}); try again"
             ) from error
-        finally:
-            theirs.close()
-        return ours
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    # it leads a group of its own, with the child that tries a spec
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        return process
