@@ -22,7 +22,7 @@ from chatserve.errors import (
     ModelNotFound,
 )
 from chatserve.models.tool_format import TAGS
-from chatserve.server.contract import ToolDefinitions
+from chatserve.server.contract import Renderer, ToolDefinitions
 
 WAIT_S = 20.0
 ANSWER = ("Hello", ", ", "wörld", " 🙂", "!")
@@ -423,6 +423,7 @@ class FakeModel:
 
     @property
     def prompts(self) -> FakePrompts:
+    renderer: Renderer | None = None
         return FakePrompts(self.context_length)
 
     @property

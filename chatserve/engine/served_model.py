@@ -12,6 +12,7 @@ from chatserve.engine.no_answers import NoAnswers
 from chatserve.engine.prompt import PromptBuilder
 from chatserve.engine.sequence import Pooling
 from chatserve.engine.tokenization import Tokenization
+from chatserve.models.templates.render_process import RenderProcess
 from chatserve.models.tokenizer import Tokenizer
 
 
@@ -35,4 +36,5 @@ class ServedModel:
     defaults: Mapping[str, float]
     adapters: Adapters
     grammars: Grammars | None = None
+    renderer: RenderProcess | None = None
     is_encoder: bool = False

@@ -65,6 +65,7 @@ from chatserve.models.placed_llama import PlacedLlama
 from chatserve.models.pooling_config import default_pooling, refuse_further_modules
 from chatserve.models.receipt import MeasuredForm, read_receipt
 from chatserve.models.self_check import check_reading
+from chatserve.models.templates.jinja import Renderer
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from chatserve.models.vocabulary_check import (
     num_rows,
@@ -85,9 +86,13 @@ _GENERATION_DEFAULTS = {
 }
 
 
-def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncEngine, ServedModel]:
+def load(
+    config: WorkerConfig, progress: Progress | None = None, renderer: Renderer | None = None
+) -> tuple[AsyncEngine, ServedModel]:
     """Load what `config` asks for; the caller starts the engine inside its event loop.
 
+    renderer: runs the model's own chat template, which this process does without one. The caller
+    closes it.
     Raises a `StartupError` whose exit code says what kind of thing is wrong.
     """
     start = time.perf_counter()
@@ -120,7 +125,7 @@ def load(config: WorkerConfig, progress: Progress | None = None) -> tuple[AsyncE
         facts = WeightsFacts(path.name, checkpoint.config, num_rows(checkpoint))
         choice = None
         if checkpoint.has_head:
-            choice = choose_template(config.conv_template, facts, tokenizer, sources)
+            choice = choose_template(config.conv_template, facts, tokenizer, sources, renderer)
             logger.info("chat template %s: %s", choice.template.name, choice.reason)
         offload_folder = environment.home() / "offload"
         device_map = choose_device_map(

@@ -24,7 +24,7 @@ from chatserve.models.registry import (
 from chatserve.models.special_tokens import Rendered, Special
 from chatserve.models.templates import ChatMessage, ChatTemplate
 from chatserve.models.templates.builtin import ALIASES, BUILTIN
-from chatserve.models.templates.jinja import MAX_TEMPLATE_CHARS, JinjaTemplate
+from chatserve.models.templates.jinja import MAX_TEMPLATE_CHARS, JinjaTemplate, Renderer
 from chatserve.models.tokenizer import Tokenizer
 from chatserve.models.weight_files import member, read_json
 
@@ -92,20 +92,23 @@ def choose_template(
     facts: WeightsFacts,
     tokenizer: Tokenizer,
     sources: Mapping[str, str],
+    renderer: Renderer | None = None,
 ) -> TemplateChoice:
     """The template for these weights.
 
-    sources: the tokenizer's own templates by name (`load_template_sources`). Raises `UsageError`
+    sources: the tokenizer's own templates by name (`load_template_sources`). renderer: who runs
+    them, this process unless another is given. Raises `UsageError`
     that lists the names when none fits, never guesses; `ModelLoadError` when the tokenizer's own is
     not valid Jinja.
     """
     if explicit is not None:
-        return TemplateChoice(_named(explicit, tokenizer, sources), "chosen by name")
+        return TemplateChoice(_named(explicit, tokenizer, sources, renderer), "chosen by name")
     if found := _fingerprint(facts, tokenizer, has_own="default" in sources):
         family, reason = found
-        return TemplateChoice(_named(family.template, tokenizer, sources), reason)
+        return TemplateChoice(_named(family.template, tokenizer, sources, renderer), reason)
     if "default" in sources:
-        return TemplateChoice(_named(OWN, tokenizer, sources), "the tokenizer's own chat template")
+        own = _named(OWN, tokenizer, sources, renderer)
+        return TemplateChoice(own, "the tokenizer's own chat template")
     raise UsageError(
         f"no chat template is known for {facts.name}: it is no verified Vicuna or StackLLaMA, and "
         "its tokenizer brings none; choose one with --conv-template "
@@ -158,14 +161,21 @@ def load_template_sources(path: Path, metadata: Mapping[str, Any] | None = None)
     return sources
 
 
-def _named(name: str, tokenizer: Tokenizer, sources: Mapping[str, str]) -> ChatTemplate:
+def _named(
+    name: str,
+    tokenizer: Tokenizer,
+    sources: Mapping[str, str],
+    renderer: Renderer | None = None,
+) -> ChatTemplate:
     if name == OWN:
         if "default" not in sources:
             raise UsageError(
                 "the model's tokenizer brings no chat template; choose one with --conv-template "
                 f"({', '.join(template_names())})"
             )
-        return JinjaTemplate(OWN, sources["default"], tokenizer.special_tokens, tokenizer.names)
+        return JinjaTemplate(
+            OWN, sources["default"], tokenizer.special_tokens, tokenizer.names, renderer
+        )
     template = BUILTIN.get(ALIASES.get(name, name))
     if template is None:
         hint = ONE_SHOT_HINT if name == "one_shot" else ""

@@ -161,10 +161,17 @@ class ServedModel(Protocol):
     `stop` are the chat template's own stop strings, `stop_token_ids` ids beside the end-of-sequence
     ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
     (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
+class Renderer(Protocol):
+    """`chatserve.models.templates.render_process.RenderProcess`, as the server uses it."""
+
+    def close(self) -> None: ...
+
+
     (`--use-generation-config`), by their OpenAI names. `hidden_size` is how long an embedding is,
     `pooling` how it is made unless a request says otherwise. `is_encoder`: it reads texts in both
     directions and writes none.
-    `grammars` compiles what answers must match; None where that is not offered.
+    `grammars` compiles what answers must match; None where that is not offered. `renderer` is the
+    process that renders the model's own chat template, if there is one, to be closed.
     `description` goes to `/v1/models`: device, dtype, 8 bits, and why.
     """
 
@@ -202,3 +209,5 @@ class ServedModel(Protocol):
     def adapters(self) -> Adapters: ...
     @property
     def grammars(self) -> Grammars | None: ...
+    @property
+    def renderer(self) -> Renderer | None: ...

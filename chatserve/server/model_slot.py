@@ -69,8 +69,12 @@ class ModelSlot:
 
     def close(self) -> None:
         """End what the model has started beside the engine."""
-        if self._served is not None and (grammars := self._served[1].grammars) is not None:
-            grammars.close()
+        if self._served is None:
+            return
+        _, model = self._served
+        for each in (model.grammars, model.renderer):
+            if each is not None:
+                each.close()
 
     @property
     def engine(self) -> Engine | None:

@@ -82,8 +82,13 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
         # here and not above: this is where torch comes in
         from chatserve.engine.serving import load
 
-        engine, model = load(config, progress)
+        renderer = RenderProcess()
+        with contextlib.ExitStack() as stack:
+            stack.callback(renderer.close)
+            engine, model = load(config, progress, renderer)
+            stack.pop_all()  # the model's from here on
     except StartupError:
+        from chatserve.models.templates.render_process import RenderProcess
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -92,6 +97,7 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     if model.description.get("embeddings_only"):
         return engine, model
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
+    model = dataclasses.replace(model, renderer=renderer)
     if config.prepare_grammars:
         grammars.prepare()
     return engine, dataclasses.replace(model, grammars=grammars)

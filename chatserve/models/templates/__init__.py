@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from chatserve.models.special_tokens import Rendered
+if TYPE_CHECKING:
+    # the process that renders models' own templates has no need of tokenizers
+    from chatserve.models.special_tokens import Rendered
 
 
 class ChatMessage(Protocol):

@@ -1,7 +1,8 @@
-"""Jinja templates that models bring along, rendered in a sandbox. jinja2 is imported on use.
+"""Jinja templates that models bring along: what they are given, and what is made of their text.
 
-A template is foreign code: it sees plain strings, lists and dicts; its operators, its output and
-its time are bounded. What a message says stays text: before rendering, every special token in it is
+A template is foreign code: it sees plain strings, lists and dicts, and whoever renders it bounds
+its operators, its output and its time (`jinja_sandbox.py`; a worker has it done by another process,
+`render_process.py`). What a message says stays text: before rendering, every special token in it is
 broken by a character that occurs nowhere else, which is taken out again after the result has been
 cut at the special tokens that the template itself wrote.
 """
@@ -9,22 +10,19 @@ cut at the special tokens that the template itself wrote.
 from __future__ import annotations
 
 import copy
-import datetime
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
-from chatserve.models.templates import ChatMessage, jinja_bounds
+from chatserve.models.templates import ChatMessage
+from chatserve.models.templates.jinja_sandbox import BadTemplate, CannotRender, Sandbox
 from chatserve.models.tool_format import recognise
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_SCAFFOLD_CHARS = 1 << 20
-MAX_RENDER_S = 1.0
-_ESCAPED_SENTINEL = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fd[de][0-9a-f])")
 # what a template that indents its tools may add to them
 _INDENTS = 8
 _SHORT_ID_CHARS = 9
@@ -38,10 +36,23 @@ _FORM = frozenset({
 _SENTINELS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
+class Renderer(Protocol):
+    """Whoever runs a template's code; one template each."""
+
+    def compile(self, source: str) -> None:
+        """Raises `BadTemplate`."""
+        ...
+
+    def render(self, max_chars: int, variables: Mapping[str, Any]) -> str:
+        """A text of at most `max_chars`. Raises `CannotRender`."""
+        ...
+
+
 class JinjaTemplate:
     """The chat template of a tokenizer_config.json, chat_template.jinja or GGUF file.
 
-    `names` are `bos_token` and its like. Raises `ModelLoadError` for a template that is no Jinja.
+    `names` are `bos_token` and its like. `renderer`: this process, unless another is given. Raises
+    `ModelLoadError` for a template that is no Jinja.
     """
 
     adds_bos = False  # it writes bos_token itself, if the model wants one
@@ -50,12 +61,18 @@ class JinjaTemplate:
     special_tokens: tuple[str, ...] = ()
 
     def __init__(
-        self, name: str, source: str, special_tokens: SpecialTokens, names: Mapping[str, str]
+        self,
+        name: str,
+        source: str,
+        special_tokens: SpecialTokens,
+        names: Mapping[str, str],
+        renderer: Renderer | None = None,
     ) -> None:
         self.name = name
         self._markers = special_tokens
         self._names = dict(names)
-        self._template = _compile(name, source)
+        self._renderer = renderer or Sandbox()
+        _compile(self._renderer, name, source)
         self._sentinels = [mark for mark in _SENTINELS if mark not in source]
         self.tool_format = recognise(source)
         self._tools: Sequence[Mapping[str, Any]] = ()
@@ -163,32 +180,17 @@ class JinjaTemplate:
             param="messages",
         )
 
-    def _run(self, limit: int, **variables: Any) -> str:
-        import jinja2
-
-        pieces: list[str] = []
-        length = 0
+    def _run(self, max_chars: int, **variables: Any) -> str:
         try:
-            with jinja_bounds.budget(limit, MAX_RENDER_S):
-                for piece in self._template.generate(**variables):
-                    pieces.append(piece)
-                    length += len(piece)
-                    if length > limit:
-                        raise jinja2.exceptions.SecurityError(
-                            f"it writes more than {limit:,} characters"
-                        )
-        except (
-            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
-            RecursionError, TypeError, ValueError,
-        ) as error:  # fmt: skip
-            reason = " ".join(str(error).split())[:300]
+            text = self._renderer.render(max_chars, variables)
+        except CannotRender as error:
+            reason = str(error)
             for mark in self._sentinels:
                 reason = reason.replace(mark, "")
             raise InvalidRequest(
                 f"the model's own chat template cannot render this chat: {reason}",
                 param="messages",
             ) from error
-        text = "".join(pieces)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -200,146 +202,15 @@ class JinjaTemplate:
         return text
 
 
-def _compile(name: str, source: str) -> Any:
-    import jinja2
-
+def _compile(renderer: Renderer, name: str, source: str) -> None:
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ModelLoadError(
             f"the chat template {name!r} has {len(source):,} characters, over the limit of "
             f"{MAX_TEMPLATE_CHARS:,}; choose another with --conv-template"
         )
     try:
-        return _environment().from_string(source)
-    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        renderer.compile(source)
+    except BadTemplate as error:
         raise ModelLoadError(
-            f"the chat template {name!r} is not valid Jinja ({error}); "
-            "choose another with --conv-template"
+            f"the chat template {name!r} {error}; choose another with --conv-template"
         ) from error
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates, with bounded operators."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.visitor import NodeTransformer
-
-    class Generation(Extension):
-        """`{% generation %}` marks training targets; its body is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012, the base class declares it so
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Bounds(NodeTransformer):
-        """Makes whatever may be large or slow a call, because calls are checked."""
-
-        def visit_For(self, node: Any) -> Any:
-            self.generic_visit(node)
-            node.iter = _call_of("timed", [node.iter])
-            node.body.insert(0, jinja2.nodes.ExprStmt(_call_of("check_time", [])))
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return _call_of("join_texts", node.nodes)
-
-        def visit_Compare(self, node: Any) -> Any:
-            return _call_of("timed", [self.generic_visit(node)])
-
-        def visit_Getitem(self, node: Any) -> Any:
-            is_slice = isinstance(node.arg, jinja2.nodes.Slice)
-            self.generic_visit(node)
-            return _call_of("spent", [node]) if is_slice else node
-
-        def visit_List(self, node: Any) -> Any:
-            return _call_of("spent", [self.generic_visit(node)])
-
-        def visit_Tuple(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return _call_of("spent", [node]) if node.ctx == "load" else node
-
-        visit_Dict = visit_List
-
-    class Namespace(jinja2.utils.Namespace):
-        """As jinja's, but its text does not spell out what it holds."""
-
-        def __repr__(self) -> str:
-            return "<Namespace>"
-
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "+", "%"})
-        check_time = staticmethod(jinja_bounds.check_time)
-        timed = staticmethod(jinja_bounds.timed)
-        spent = staticmethod(jinja_bounds.spent)
-        join_texts = staticmethod(jinja_bounds.join_texts)
-        concat = staticmethod(jinja_bounds.concat)
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
-            tree = Bounds().visit(super()._parse(source, name, filename))
-            return tree.set_environment(self)
-
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            refused = attr in jinja_bounds.REFUSED_METHODS and callable(value)
-            return not refused and super().is_safe_attribute(obj, attr, value)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            jinja_bounds.check_operands(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, context: Any, function: Any, /, *arguments: Any, **options: Any) -> Any:
-            if function in (self.check_time, self.timed, self.spent, self.join_texts):
-                return function(*arguments)
-            arguments = jinja_bounds.checked_arguments(function, arguments, options)
-            return jinja_bounds.spent(super().call(context, function, *arguments, **options))
-
-    environment = Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, loopcontrols],
-        finalize=jinja_bounds.fitting,
-    )
-    del environment.globals["lipsum"]
-    environment.globals["namespace"] = Namespace
-    environment.filters["tojson"] = _tojson
-    environment.filters = jinja_bounds.bounded_filters(environment.filters)
-    environment.tests = jinja_bounds.timed_calls(environment.tests)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _call_of(name: str, arguments: list[Any]) -> Any:
-    from jinja2 import nodes
-
-    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which models have not been trained on.
-    text = json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if not ensure_ascii:
-        return text
-    # what breaks special tokens is taken out again as a character, not as its escape
-    return _ESCAPED_SENTINEL.sub(lambda match: match[1] + chr(int(match[2], 16)), text)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)

@@ -17,7 +17,7 @@ from chatserve.engine.prompt import Message
 from chatserve.errors import InvalidRequest, ModelLoadError
 from chatserve.models.chat_template import load_template_sources
 from chatserve.models.special_tokens import AddedToken, Special, SpecialTokens
-from chatserve.models.templates import jinja, jinja_bounds
+from chatserve.models.templates import jinja_bounds, jinja_sandbox
 from chatserve.models.templates.jinja import JinjaTemplate
 from chatserve.models.tokenizer import Tokenizer, load_tokenizer
 from tests.hostile_templates import BOMBS, DOUBLING, ENDLESS
@@ -394,7 +394,7 @@ def test_rendering_is_repeatable() -> None:
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_endless_computation_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jinja, "MAX_RENDER_S", 0.05)
+    monkeypatch.setattr(jinja_sandbox, "MAX_RENDER_S", 0.05)
     with pytest.raises(InvalidRequest, match=r"computes for more than 0\.05 s"):
         small(source).render(USER)
 

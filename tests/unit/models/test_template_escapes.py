@@ -16,7 +16,7 @@ from chatserve.errors import InvalidRequest
 from chatserve.models.chat_template import load_template_sources
 from chatserve.models.gguf_file import GGUFFile
 from chatserve.models.special_tokens import AddedToken, SpecialTokens
-from chatserve.models.templates import jinja
+from chatserve.models.templates import jinja_sandbox
 from chatserve.models.templates.jinja import JinjaTemplate
 from tests.hostile_templates import CALLS, ESCAPES, FAILURES, MARKER, READS
 
@@ -90,13 +90,13 @@ def test_outside_a_sandbox_each_runs_a_command(
     import subprocess  # noqa: F401, one of them looks for it among the loaded modules
 
     marker = tmp_path / "marker"
-    monkeypatch.setattr(jinja, "_environment", plain_environment)
+    monkeypatch.setattr(jinja_sandbox, "_environment", plain_environment)
     render(CALLS[number].replace(MARKER, str(marker)))
     assert marker.exists()
 
 
 def test_outside_a_sandbox_globals_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jinja, "_environment", plain_environment)
+    monkeypatch.setattr(jinja_sandbox, "_environment", plain_environment)
     for source in READS:
         text = render(source.replace(".x.y", ""))
         assert "'jinja2.utils'" in text or "<class 'str'>" in text
@@ -105,7 +105,7 @@ def test_outside_a_sandbox_globals_are_read(monkeypatch: pytest.MonkeyPatch) -> 
 def plain_environment() -> Any:
     environment = jinja2.Environment()
     environment.globals |= {
-        "raise_exception": jinja._raise_exception,
-        "strftime_now": jinja._strftime_now,
+        "raise_exception": jinja_sandbox._raise_exception,
+        "strftime_now": jinja_sandbox._strftime_now,
     }
     return environment

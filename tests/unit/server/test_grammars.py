@@ -186,7 +186,7 @@ def test_grammars_are_prepared_before_the_worker_is_ready(
 
     grammars, model = FakeGrammars(), FakeModel()
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
-    monkeypatch.setattr(serving, "load", lambda _config, _progress: (FakeEngine(), model))
+    monkeypatch.setattr(serving, "load", lambda *_: (FakeEngine(), model))
     monkeypatch.setattr(worker_process, "GrammarCompiler", lambda *_: grammars)
     monkeypatch.setattr(environment, "limit_spinning", lambda: None)
     config = WorkerConfig(weights="x", prepare_grammars=is_wanted)
