@@ -32,7 +32,9 @@ from chatserve.server.moves import ResumePolicy
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
     StopSignals,
+    cancelled,
     configure_logging,
+    outlive,
     run_process,
     run_until,
 )
@@ -167,11 +169,11 @@ class _Server:
                 # who started us wants to ask how far the model is, before it is ready
                 _tell(f"listening: {url_of(config.host, public)}/v1")
             try:
-                await run_until(self._stop.asked, *map(_outlive, running), announcement)
+                await run_until(self._stop.asked, *map(outlive, running), announcement)
             finally:
                 manager.stopping()
                 await self._shut_down(listener, workers)
-                await _cancelled(running)
+                await cancelled(running)
         return EXIT_INTERRUPTED if self._stop.is_interrupted else 0
 
     async def _shut_down(self, listener: Listener, workers: Sequence[Supervisor]) -> None:
@@ -299,14 +301,3 @@ def _tell(line: str) -> None:
     # whoever started us may not listen any more
     with contextlib.suppress(BrokenPipeError):
         print(line, flush=True)
-
-
-async def _outlive(task: asyncio.Task[None]) -> None:
-    """Wait for `task` without cancelling it: a worker must live until its streams have ended."""
-    await asyncio.shield(task)
-
-
-async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,7 +12,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from chatserve.errors import StartupError
@@ -96,6 +96,17 @@ async def run_until(stop: asyncio.Event, *jobs: Coroutine[Any, Any, None]) -> No
         for task in everything:
             task.cancel()
         await asyncio.gather(*everything, return_exceptions=True)
+
+
+async def outlive(task: asyncio.Task[None]) -> None:
+    """Wait for `task` without cancelling it: a job of `run_until` that goes on after it."""
+    await asyncio.shield(task)
+
+
+async def cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def run_process(

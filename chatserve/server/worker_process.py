@@ -37,7 +37,7 @@ from chatserve.server.connection import within_file_limit
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
 from chatserve.server.edge import AccessPolicy, check_exposure
-from chatserve.server.heartbeat import HeartbeatSender
+from chatserve.server.heartbeat import LEAVE_TIMEOUT_S, HeartbeatSender
 from chatserve.server.lifeline import report_to_parent, tie_to_parent
 from chatserve.server.listener import Listener, bind, bind_path, port_of, url_of
 from chatserve.server.model_slot import ModelSlot
@@ -45,7 +45,9 @@ from chatserve.server.process import (
     EXIT_INTERRUPTED,
     Report,
     StopSignals,
+    cancelled,
     configure_logging,
+    outlive,
     print_failure,
     run_process,
     run_until,
@@ -175,8 +177,12 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         logger.info("listening on %s", url)
         on_ready = partial(_announce, heartbeat, slot, url, manager)
         jobs = [_fill(slot, config, load, replay_log, on_ready=on_ready)]
+        beating: asyncio.Task[None] | None = None
         if heartbeat is not None:
-            jobs.append(heartbeat.run())
+            # to its last stream: a worker that hangs on its way out is to be missed, too
+            beating = asyncio.create_task(heartbeat.run())
+            stack.push_async_callback(cancelled, [beating])
+            jobs.append(outlive(beating))
         drain_s = 0.0
         try:
             try:
@@ -190,6 +196,9 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         finally:
             slot.is_draining = True
             manager.stopping()
+            if heartbeat is not None and beating is not None and not beating.done():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(heartbeat.deliver(), LEAVE_TIMEOUT_S)
             await listener.drain(
                 seconds=drain_s, hurry=stop.insisted, abort=partial(_stop_engine, slot)
             )

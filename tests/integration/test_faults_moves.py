@@ -189,6 +189,24 @@ def test_a_worker_that_is_told_to_stop_hands_its_streams_over(faulty: House) -> 
     assert leaving.popen.wait(WAIT_S) == 0
 
 
+def test_a_worker_hangs_on_its_way_out(faulty: House) -> None:
+    """It has said that it goes, and wants to finish what it has; then it is stopped."""
+    controller = faulty.start_controller("--no-resume", *QUICK)
+    leaving = faulty.start_worker()
+    faulty.wait_for_workers(1)
+
+    def stop() -> None:
+        leaving.popen.terminate()
+        look_until(
+            faulty.folder, controller.pid, lambda view: not view.num_workers, "it stays", WAIT_S
+        )
+        leaving.popen.send_signal(signal.SIGSTOP)
+
+    records = asyncio.run(harmed(faulty.port, [asked(i, 1000) for i in range(8)], stop))
+    assert check(records) == [] and ends(records) == {"worker_stalled": 8}
+    is_calm(faulty, controller)
+
+
 def test_the_controller_is_killed_under_streams(faulty: House) -> None:
     """Row 8: its clients are let go, the workers' places are free, and they come back to the next
     one."""
