@@ -10,6 +10,8 @@
     ├─ InvalidAPIKey
     ├─ ModelNotFound
     ├─ ResponseNotFound
+    ├─ ConversationNotFound
+    ├─ ConversationChanged
     ├─ RouteNotFound
     ├─ MethodNotAllowed
     ├─ BodyTooLarge
@@ -27,12 +29,15 @@
     │  ├─ TokenGapTimeout
     │  └─ RequestTimeout
     ├─ StorageFailed
+    │  ├─ StorageFull
+    │  └─ StorageUnavailable
     ├─ NoWorkerAvailable
     ├─ WorkerLost
     │  └─ WorkerStalled
     ├─ CannotResume
     ├─ RegistrationRefused
     ├─ HostNotAllowed
+    ├─ OriginNotAllowed
     ├─ ShuttingDown
     ├─ BadStream
     └─ StartupError                a process ends with `exit_code` and one line on stderr
@@ -119,6 +124,18 @@ class ResponseNotFound(ChatserveError):
     """No response of this id is kept for this key."""
 
     code = "response_not_found"
+
+
+class ConversationNotFound(ChatserveError):
+    """No conversation of this id is kept for this key."""
+
+    code = "conversation_not_found"
+
+
+class ConversationChanged(ChatserveError):
+    """A conversation was changed by somebody else since it was read."""
+
+    code = "conversation_changed"
 
 
 class RouteNotFound(ChatserveError):
@@ -227,6 +244,18 @@ class StorageFailed(ChatserveError):
     code = "storage_failed"
 
 
+class StorageFull(StorageFailed):
+    """There is no room: the disk is full, or a limit on what is kept is reached."""
+
+    code = "storage_full"
+
+
+class StorageUnavailable(StorageFailed):
+    """The file cannot be used now: a disk is read-only, or a right is missing."""
+
+    code = "storage_unavailable"
+
+
 class NoWorkerAvailable(ChatserveError):
     """The model is known, but no worker is ready to serve it now."""
 
@@ -265,6 +294,12 @@ class HostNotAllowed(ChatserveError):
     """The Host header names another machine: a page may be rebinding DNS to reach this server."""
 
     code = "host_not_allowed"
+
+
+class OriginNotAllowed(ChatserveError):
+    """A page of another site asks for what only the server's own page may have."""
+
+    code = "origin_not_allowed"
 
 
 class ShuttingDown(ChatserveError):

@@ -180,6 +180,11 @@ class KeepingOptions:
         "file of CHATSERVE_HOME, so that previous_response_id can go on from them",
         group="api",
     )  # fmt: skip
+    store_conversations: bool = setting(
+        True, "keep conversations and votes of the web page in a private file of the user's data "
+        "folder, apart for each API key; without, they stay in the browser",
+        group="api",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

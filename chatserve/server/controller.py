@@ -42,12 +42,15 @@ from chatserve.protocol.fields import model_of
 from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.controller_door import ControllerDoor
+from chatserve.server.conversation_store import ConversationStore
+from chatserve.server.conversations import Conversations
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
+from chatserve.server.page import Page
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay
 from chatserve.server.response_door import ResponseDoor
@@ -68,14 +71,16 @@ def create_controller_app(
     policy: AccessPolicy | None = None,
     heartbeat_interval_s: float = 2.0,
     response_store: ResponseStore | None = None,
+    conversations: ConversationStore | None = None,
     resume: ResumePolicy = RESUME,
     sockets: Mapping[str, str] = MappingProxyType({}),
 ) -> Edge:
     """The ASGI app of a controller. Without a `policy` it is open to loopback names.
 
-    `response_store`: where responses are kept that others go on from; None keeps none. `resume`:
-    whether and for how long answers look for another worker when theirs is lost. `sockets`: where
-    workers listen, by their ids, that were told to by who runs this controller.
+    `response_store`: where responses are kept that others go on from; None keeps none.
+    `conversations`: the same for those of the page. `resume`: whether and for how long answers look
+    for another worker when theirs is lost. `sockets`: where workers listen, by their ids, that were
+    told to by who runs this controller.
     """
     controller = ControllerRoutes(registry, control_token, heartbeat_interval_s, resume, sockets)
     app = FastAPI(
@@ -84,11 +89,16 @@ def create_controller_app(
     )  # fmt: skip
     controller.add_to(app)
     ResponseDoor(response_store, controller).add_to(app)
+    Conversations(conversations).add_to(app)
+    page = Page()
+    page.add_to(app)
     document.add_to(app)
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
-    controller.edge = Edge(app, policy, check_room=ControllerDoor(registry).check)
+    controller.edge = Edge(
+        app, policy, check_room=ControllerDoor(registry).check, open_pages=page.paths
+    )
     return controller.edge
 
 

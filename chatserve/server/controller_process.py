@@ -14,6 +14,7 @@ from chatserve.options import TimeLimits
 from chatserve.server.connection import within_file_limit
 from chatserve.server.control_token import own_token
 from chatserve.server.controller import create_controller_app
+from chatserve.server.conversations import store_for
 from chatserve.server.edge import AccessPolicy, check_exposure, is_loopback
 from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.moves import ResumePolicy
@@ -64,6 +65,7 @@ async def _serve(config: ControllerConfig) -> int:
         policy=policy,
         heartbeat_interval_s=config.heartbeat_interval_s,
         response_store=ResponseStore.at_home() if config.store_responses else None,
+        conversations=store_for(config, config.host, policy),
         resume=ResumePolicy(config.resume, config.resume_timeout_s),
     )
     tls = server_context(config.ssl_certfile, config.ssl_keyfile)

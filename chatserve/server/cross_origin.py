@@ -1,7 +1,8 @@
 """Which pages of other origins may use the API from a browser: those that are listed, exactly.
 
 Without a list no answer has a header that would let one in. There are no cookies: a page has to
-know a key, or to stand on this machine beside an open server.
+know a key, or to stand on this machine beside an open server. What the server's own page keeps is
+for no other one, listed or not.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Awaitable, Iterable
 
 from starlette.types import Message, Scope, Send
 
-from chatserve.errors import UsageError
+from chatserve.errors import OriginNotAllowed, UsageError
 from chatserve.protocol import leniency
 from chatserve.server import request_id, truncation
 
+OWN_PREFIX = "/page/"
+"""What the server's own page keeps here."""
 METHODS = b"GET, POST, DELETE"
 MAX_AGE_S = 600
 EXPOSED = ", ".join(
@@ -53,10 +56,32 @@ def _origin(value: str) -> bytes:
 
 def allowed_origin(scope: Scope, allowed: frozenset[bytes]) -> bytes | None:
     """The origin of the page that asks, if it is listed."""
-    if not allowed:
+    if not allowed or scope["path"].startswith(OWN_PREFIX):
         return None
     given = [value for name, value in scope["headers"] if name == b"origin"]
     return given[0] if len(given) == 1 and given[0] in allowed else None
+
+
+def check_own(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raises `OriginNotAllowed` where a browser asks for another page than the server's own.
+
+    Browsers say so in a header that no page can set, for one of another port of this machine, too;
+    older ones name the origin at least, in what changes something. Who is no browser says nothing.
+    """
+    given = {name: value for name, value in headers}
+    site = given.get(b"sec-fetch-site")
+    origin = given.get(b"origin")
+    if site is not None:
+        # none: typed into the address line
+        is_own = site in (b"same-origin", b"none")
+    else:
+        is_own = origin is None or origin.partition(b"://")[2] == given.get(b"host")
+    if not is_own:
+        shown = (origin or site or b"").decode("latin-1")[:100]
+        raise OriginNotAllowed(
+            f"a page of another site ({shown}) asks for what this server's own page keeps; "
+            "open the server's address itself"
+        )
 
 
 def is_preflight(scope: Scope) -> bool:

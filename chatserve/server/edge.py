@@ -118,6 +118,8 @@ class AccessPolicy:
         self.check_host(headers)
         if path in OPEN_PATHS:
             return
+        if path.startswith(cross_origin.OWN_PREFIX):
+            cross_origin.check_own(headers)
         if path.startswith(CONTROL_PREFIX):
             _check_key(headers, self.control_keys)
         elif path in KEYED_PATHS:
@@ -190,9 +192,14 @@ class Edge:
         *,
         max_body_bytes: int = MAX_BODY_BYTES,
         check_room: Callable[[Scope], None] | None = None,
+        open_pages: frozenset[str] = frozenset(),
     ) -> None:
-        """`check_room` is asked before a body is read. It raises where that would be in vain."""
+        """`check_room` is asked before a body is read. It raises where that would be in vain.
+
+        `open_pages`: paths that anybody may get, and do nothing else with.
+        """
         self.app = app
+        self._open_pages = open_pages
         self.is_draining = False
         self._drained_at = 0.0
         self.num_in_flight = 0
@@ -263,7 +270,10 @@ class Edge:
     async def _admit(self, scope: Scope, receive: Receive) -> Receive:
         """Check all there is to check, and read the body: the app gets it in one piece."""
         path, headers = scope["path"], scope["headers"]
-        self._policy.check(path, headers)
+        if path in self._open_pages and scope["method"] == "GET":
+            self._policy.check_host(headers)
+        else:
+            self._policy.check(path, headers)
         is_counted = self._is_counted(path)
         if self.is_draining and is_counted:
             raise self._shutting_down()

@@ -32,13 +32,16 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.AdapterConflict: (409, "invalid_request_error"),
     errors.CannotResume: (409, "invalid_request_error"),
     errors.InvalidAPIKey: (401, "invalid_request_error"),
+    errors.OriginNotAllowed: (403, "invalid_request_error"),
     errors.HostNotAllowed: (403, "invalid_request_error"),
     errors.RegistrationRefused: (403, "invalid_request_error"),
     errors.PreviousResponseNotFound: (400, "invalid_request_error"),
     errors.ModelNotFound: (404, "invalid_request_error"),
     errors.ResponseNotFound: (404, "invalid_request_error"),
+    errors.ConversationNotFound: (404, "invalid_request_error"),
     errors.RouteNotFound: (404, "invalid_request_error"),
     errors.MethodNotAllowed: (405, "invalid_request_error"),
+    errors.ConversationChanged: (409, "invalid_request_error"),
     errors.BodyTooSlow: (408, "invalid_request_error"),
     errors.HeadersTooSlow: (408, "invalid_request_error"),
     errors.BodyTooLarge: (413, "invalid_request_error"),
@@ -47,6 +50,8 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.HeadersTooLarge: (431, "invalid_request_error"),
     errors.GenerationFailed: (500, "server_error"),
     errors.StorageFailed: (500, "server_error"),
+    errors.StorageFull: (507, "server_error"),
+    errors.StorageUnavailable: (503, "server_error"),
     errors.WorkerLost: (502, "server_error"),
     errors.BadStream: (502, "server_error"),
     errors.OutOfMemory: (503, "server_error"),
@@ -60,6 +65,14 @@ STATUSES: dict[type[ChatserveError], tuple[int, ErrorType]] = {
     errors.WorkerStalled: (504, "server_error"),
     errors.EngineStopped: (503, "server_error"),
 }
+OF_THE_PAGE = (
+    errors.OriginNotAllowed,
+    errors.ConversationNotFound,
+    errors.ConversationChanged,
+    errors.StorageFull,
+    errors.StorageUnavailable,
+)
+"""Of the routes that only the server's own page asks: no operation of the API has them."""
 LOST_HERE = (
     errors.EngineStopped,
     errors.WorkerStalled,

@@ -25,6 +25,7 @@ from chatserve.running_servers import RunningModel, RunningServer, announced, fu
 from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
+from chatserve.server.conversations import store_for
 from chatserve.server.leases import Worker
 from chatserve.server.lifeline import tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
@@ -129,12 +130,14 @@ class _Server:
     async def serve(self) -> int:
         """Raises `StartupError` when the address is taken or a worker is no use."""
         config = self._config
+        policy = access_policy(config, self._token)
         edge = create_controller_app(
             self._registry,
             control_token=self._token,
-            policy=access_policy(config, self._token),
+            policy=policy,
             heartbeat_interval_s=config.heartbeat_interval_s,
             response_store=ResponseStore.at_home() if config.store_responses else None,
+            conversations=store_for(config, config.host, policy),
             resume=ResumePolicy(config.resume, config.resume_timeout_s),
             sockets=self._sockets,
         )

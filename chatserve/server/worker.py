@@ -22,6 +22,8 @@ from chatserve.server.adapter_routes import AdapterRoutes, OnChange, nobody_to_t
 from chatserve.server.cache_salt import salt_of
 from chatserve.server.choices import Choice, choices_of
 from chatserve.server.contract import Engine, ServedModel
+from chatserve.server.conversation_store import ConversationStore
+from chatserve.server.conversations import Conversations
 from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.door import BehindDoor, Door
 from chatserve.server.edge import AccessPolicy, Edge
@@ -36,6 +38,7 @@ from chatserve.server.message_routes import MessageRoutes
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi import document
 from chatserve.server.opening import open_answer
+from chatserve.server.page import Page
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
 from chatserve.server.response_door import ResponseDoor
@@ -84,11 +87,13 @@ def create_slot_app(
     is_lenient: bool = False,
     on_change: OnChange = nobody_to_tell,
     response_store: ResponseStore | None = None,
+    conversations: ConversationStore | None = None,
 ) -> Edge:
     """The same for a slot that may still be empty: requests get 503 until it is filled.
 
-    `on_change` is awaited when there is another model name, or one less. `response_store` is for a
-    worker that is alone: behind a controller responses are kept there.
+    `on_change` is awaited when there is another model name, or one less. `response_store` and
+    `conversations` are for a worker that is alone: behind a controller they are kept there, which
+    has the page, too.
     """
     pool = PreparationPool()
     app = FastAPI(
@@ -102,8 +107,13 @@ def create_slot_app(
     messages = MessageRoutes(slot, pool, control_token, ping_interval_s)
     messages.add_to(app)
     responses = ResponseRoutes(slot, pool, control_token, ping_interval_s)
+    open_pages: frozenset[str] = frozenset()
     if control_token is None:
         ResponseDoor(response_store, responses).add_to(app)
+        Conversations(conversations).add_to(app)
+        page = Page()
+        page.add_to(app)
+        open_pages = page.paths
     else:
         responses.add_to(app)
     adapters = AdapterRoutes(slot, on_change)
@@ -122,7 +132,7 @@ def create_slot_app(
     door = Door(slot, control_token)
     app.add_middleware(BehindDoor, door)
     guarded = Lenient(app) if is_lenient else app
-    return Edge(guarded, policy or AccessPolicy(), check_room=door.check)
+    return Edge(guarded, policy or AccessPolicy(), check_room=door.check, open_pages=open_pages)
 
 
 class WorkerRoutes:

@@ -36,6 +36,7 @@ from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.connection import within_file_limit
 from chatserve.server.contract import Engine, ServedModel
 from chatserve.server.control_token import shared_token
+from chatserve.server.conversations import store_for
 from chatserve.server.edge import AccessPolicy, check_exposure
 from chatserve.server.heartbeat import LEAVE_TIMEOUT_S, HeartbeatSender
 from chatserve.server.lifeline import report_to_parent, tie_to_parent
@@ -162,6 +163,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
         response_store=(
             ResponseStore.at_home() if token is None and config.store_responses else None
         ),
+        conversations=store_for(config, config.host, policy) if token is None else None,
     )  # fmt: skip
     listener = Listener(
         edge, sock, max_connections=within_file_limit(config.max_connections, tls),

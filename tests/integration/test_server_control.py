@@ -17,6 +17,7 @@ from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.heartbeat import HeartbeatSender
 from chatserve.server.model_slot import ModelSlot
+from chatserve.server.page import built
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.worker import create_slot_app
 from tests.fakes import FakeEngine, FakeModel
@@ -318,14 +319,16 @@ def test_keys_guard_the_api_and_not_the_control_plane(registry: WorkerRegistry) 
         assert httpx.post(heartbeat, json=body, headers=dict(bearer(TOKEN))).status_code == 200
 
 
-def test_every_route_but_health_needs_a_key(registry: WorkerRegistry) -> None:
+def test_every_route_but_health_and_the_page_s_files_needs_a_key(registry: WorkerRegistry) -> None:
     policy = AccessPolicy.build("127.0.0.1", api_keys=["key"], control_token=TOKEN)
     for build in (controller_app(registry, policy=policy), worker_app(ModelSlot(["fake"]))):
         with serving(build) as server, httpx.Client(base_url=server.url) as client:
             paths = [route.path for route in server.edge.app.routes]  # type: ignore[attr-defined]  # FastAPI
             assert len(paths) >= 7
             for path in paths:
-                for method in ("GET", "POST", "OPTIONS", "HEAD"):
+                for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
                     answer = client.request(method, path.replace("{name:path}", "x"), json={})
-                    expected = {200, 503, 405} if path.startswith("/health/") else {401}
+                    is_page = path in built() and method in ("GET", "HEAD")
+                    is_open = path.startswith("/health/") or is_page
+                    expected = {200, 503, 405} if is_open else {401}
                     assert answer.status_code in expected, (method, path)

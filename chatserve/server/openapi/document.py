@@ -19,7 +19,7 @@ from starlette.responses import Response
 import chatserve
 from chatserve.protocol.fields import MAX_BODY_BYTES, MAX_NESTING, label_schema, no_op_schemas
 from chatserve.protocol.leniency import HEADER
-from chatserve.server.error_response import STATUSES
+from chatserve.server.error_response import OF_THE_PAGE, STATUSES
 from chatserve.server.json_response import JSON_TYPE
 from chatserve.server.openapi import completions, embeddings, messages, models, responses, tokens
 from chatserve.server.openapi.notes import NO_OP, NOTES
@@ -213,5 +213,9 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
 
 def error_codes(status: int) -> str:
     """The codes of a status, as a list in words."""
-    codes = [kind.code for kind, (row, _) in STATUSES.items() if row == status]
+    codes = [
+        kind.code
+        for kind, (row, _) in STATUSES.items()
+        if row == status and kind not in OF_THE_PAGE
+    ]
     return ", ".join(f"`{code}`" for code in codes)

@@ -14,7 +14,7 @@ from openapi_spec_validator import validate
 from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import CONTROL_PREFIX, Edge
-from chatserve.server.error_response import STATUSES
+from chatserve.server.error_response import OF_THE_PAGE, STATUSES
 from chatserve.server.openapi.document import OPERATIONS, PATH, document
 from chatserve.server.openapi.notes import NOTES
 from chatserve.server.registry import WorkerRegistry
@@ -115,9 +115,9 @@ def test_every_error_is_listed() -> None:
         for response in operation["responses"].values()
         for code in response["description"].split(",")
     }
-    # the router's and the control plane's own
+    # the router's, and the page's own
     missing = {kind.code for kind in STATUSES} - listed
-    assert missing == {"method_not_allowed"}
+    assert missing == {"method_not_allowed", *(kind.code for kind in OF_THE_PAGE)}
 
 
 def test_names_are_distinct() -> None:
