@@ -45,10 +45,19 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
     Returns only after `work` has ended, so its `finally` has run. Raises `ClientDisconnect`.
     """
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(disconnected(receive))
+    has_left = False
+
+    async def leave() -> None:
+        nonlocal has_left
+        await disconnected(receive)
+        has_left = not task.done()
+        # here, and not by whom this would have to wake: beside a busy engine a turn takes its time
+        task.cancel()
+
+    watch = asyncio.ensure_future(leave())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
+        if task.done() and not has_left:
             return task.result()
         raise ClientDisconnect
     finally:

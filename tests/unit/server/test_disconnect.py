@@ -63,6 +63,34 @@ def test_work_is_cancelled_and_has_cleaned_up_when_the_client_leaves() -> None:
     assert cleaned == [1]
 
 
+def test_work_ends_as_soon_as_the_client_is_known_to_have_left() -> None:
+    """Beside a busy engine each of them may take as long as a token."""
+    turns: list[int] = []
+
+    async def main() -> None:
+        client = Client()
+        num_turns = 0
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                turns.append(num_turns)
+
+        task = asyncio.create_task(until_disconnect(client.receive, work()))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        client.left.set()
+        while not turns:
+            await asyncio.sleep(0)
+            num_turns += 1
+        await task
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(main())
+    assert turns == [1]
+
+
 def test_cancelling_from_outside_cancels_the_work() -> None:
     cancelled: list[int] = []
 
