@@ -69,6 +69,12 @@ class Turnstile:
         with self._changed:
             return list(self._batches)
 
+    @property
+    def is_stopped_here(self) -> bool:
+        """Whether a step has come and is not let through."""
+        with self._changed:
+            return len(self._batches) > self._num_admitted
+
     def run_until_next(self, num_steps: int) -> None:
         """Let `num_steps` through and return when one more is waiting."""
         self.admit(num_steps)
@@ -96,7 +102,8 @@ class House:
         **limits: Any,
     ) -> None:
         self.turnstile = Turnstile()
-        self.registry = WorkerRegistry(time.monotonic, expiry_s=1000)
+        # there is no heartbeat: a worker that nothing is heard of does not count as stalled
+        self.registry = WorkerRegistry(time.monotonic, expiry_s=1000, stall_s=0)
         self.is_behind = is_behind
         inner, outer = (
             AccessPolicy.build("127.0.0.1", api_keys=each, control_token="token")
@@ -150,7 +157,6 @@ class House:
     def close_turnstile(self) -> None:
         self.turnstile.close()
         self.idle = self.engine.stats()
-        # there is no heartbeat
         num_places = self.engine.admission.hard_limit
         status = WorkerStatus(state="ready", models=[CARD], num_places=num_places)
         self.registry.register("w", self.worker.url, status)

@@ -17,7 +17,8 @@ from chatserve.protocol.control import SOCKET_SCHEME
 CONNECT_TIMEOUT_S = 2.0
 # under uvicorn's 5 s, so that a kept connection is never used while the worker closes it
 KEEPALIVE_S = 2.0
-MAX_UNREAD_BYTES = 128 * 1024
+# of an answer that its client does not read: twice each, one here and one in the system
+MAX_UNREAD_BYTES = 32 * 1024
 # what a worker on a socket of the file system is called in requests; its Host check knows it
 _NAME = "http://localhost"
 
@@ -73,6 +74,7 @@ def _session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        read_bufsize=MAX_UNREAD_BYTES,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
