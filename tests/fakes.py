@@ -419,11 +419,11 @@ class FakeModel:
     defaults: Mapping[str, float] = field(default_factory=dict)
     adapters: FakeAdapters = field(default_factory=lambda: FakeAdapters())
     grammars: Grammars | None = None
+    renderer: Renderer | None = None
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
 
     @property
     def prompts(self) -> FakePrompts:
-    renderer: Renderer | None = None
         return FakePrompts(self.context_length)
 
     @property

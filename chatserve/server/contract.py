@@ -154,6 +154,12 @@ class Adapters(Protocol):
     def unload(self, name: str) -> None: ...
 
 
+class Renderer(Protocol):
+    """`chatserve.models.templates.render_process.RenderProcess`, as the server uses it."""
+
+    def close(self) -> None: ...
+
+
 class ServedModel(Protocol):
     """What the server knows of the model behind the engine.
 
@@ -161,12 +167,6 @@ class ServedModel(Protocol):
     `stop` are the chat template's own stop strings, `stop_token_ids` ids beside the end-of-sequence
     ids. `strip_leading_space`: an answer in a chat begins with a space that belongs to the template
     (LLaMA's tokenizer). `defaults` are values for fields that a request leaves out
-class Renderer(Protocol):
-    """`chatserve.models.templates.render_process.RenderProcess`, as the server uses it."""
-
-    def close(self) -> None: ...
-
-
     (`--use-generation-config`), by their OpenAI names. `hidden_size` is how long an embedding is,
     `pooling` how it is made unless a request says otherwise. `is_encoder`: it reads texts in both
     directions and writes none.

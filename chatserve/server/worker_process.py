@@ -84,6 +84,7 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
             raise MemoryError(f"PyTorch takes {in_gb(LEAST_ADDRESSES)} of addresses by itself")
         # here and not above: this is where torch comes in
         from chatserve.engine.serving import load
+        from chatserve.models.templates.render_process import RenderProcess
 
         renderer = RenderProcess()
         with contextlib.ExitStack() as stack:
@@ -91,16 +92,15 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
             engine, model = load(config, progress, renderer)
             stack.pop_all()  # the model's from here on
     except StartupError:
-        from chatserve.models.templates.render_process import RenderProcess
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise DoesNotFit(_no_memory_for(config.weights, error)) from error
         raise
+    model = dataclasses.replace(model, renderer=renderer)
     if model.description.get("embeddings_only"):
         return engine, model
     grammars = GrammarCompiler(model.tokenizer, model.vocab_size, model.stop_token_ids)
-    model = dataclasses.replace(model, renderer=renderer)
     if config.prepare_grammars:
         grammars.prepare()
     return engine, dataclasses.replace(model, grammars=grammars)
