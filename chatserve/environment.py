@@ -6,6 +6,7 @@ Knows names of variables and nothing of what they configure.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from chatserve.errors import UsageError
 
 MAX_KEY_FILE_LEN = 1_000_000
+_SECRETS = re.compile("^CHATSERVE_|KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
 
 
 def variables() -> Mapping[str, str]:
@@ -173,5 +175,5 @@ def child_environment(**overrides: str) -> dict[str, str]:
 
 
 def without_secrets() -> dict[str, str]:
-    """Our own variables, keys and tokens among them, are nothing to a helper process."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("CHATSERVE_")}
+    """Our own variables, and what others call a key or a token, are nothing to a helper process."""
+    return {name: value for name, value in os.environ.items() if not _SECRETS.search(name.upper())}

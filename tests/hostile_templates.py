@@ -177,3 +177,13 @@ ENDLESS = [
     "{% set r = range(99999)|list %}" + "{% if -1 in r %}{% endif %}" * 500,
     "{% set r = range(99999)|list %}" + "{% for i in r if i < 0 %}{% endfor %}" * 50,
 ]
+ALL_BOMBS = [*BOMBS, *DOUBLING, *ENDLESS]
+CHOSEN_BOMB = (
+    "{% set chosen = messages[0].content %}"
+    + "".join(
+        f"{{% if chosen == '{number}' %}}{source}{{% endif %}}"
+        for number, source in enumerate(ALL_BOMBS)
+    )
+    + "{{ chosen }}"
+)
+"""All in one template: the user says which."""

@@ -184,8 +184,10 @@ def test_nothing_is_left_of_a_real_model_and_a_grammar_that_is_being_tried(
 
     asking = threading.Thread(target=ask)
     asking.start()
-    # the worker, and what tries its grammars
-    members = tree.wait_for(2)
-    assert any("chatserve.grammar.trial" in " ".join(each.cmdline()) for each in members)
+    # the worker, what renders its chats and what tries its grammars
+    members = tree.wait_for(3)
+    commands = [" ".join(each.cmdline()) for each in members]
+    for helper in ("chatserve.models.templates.render", "chatserve.grammar.trial"):
+        assert any(helper in command for command in commands)
     assert tree.kill(members) == []
     asking.join()

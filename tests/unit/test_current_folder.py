@@ -11,6 +11,7 @@ import pytest
 from chatserve.cli.commands.chat import server_command
 from chatserve.config import ChatConfig
 from chatserve.grammar.trial_process import Passed, TrialProcess
+from chatserve.models.templates.render_process import RenderProcess
 from chatserve.server.launch import WORKER_COMMAND
 from tests.grammars import BYTES
 
@@ -41,3 +42,13 @@ def test_the_process_that_tries_grammars() -> None:
         assert isinstance(trial.run("regex", "a+", after_space=False), Passed)
     finally:
         trial.end()
+
+
+@pytest.mark.usefixtures("hostile_folder")
+def test_the_process_that_renders_chats() -> None:
+    process = RenderProcess()
+    try:
+        process.compile("{{ 6 * 7 }}")
+        assert process.render(100, {}) == "42"
+    finally:
+        process.close()
