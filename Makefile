@@ -17,11 +17,14 @@ RESOLVE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11
 PROJECT := $(RESOLVE) --no-emit-package torch --no-emit-package pip \
 	--overrides requirements/overrides.txt pyproject.toml requirements/build.in
 KERNELS := chatserve/kernels/lib/libchatserve_kernels.so
+PAGE := chatserve/web/static/index.html
+NODE_MODULES := web/node_modules/.package-lock.json
+NPM_CI := ci --silent --no-audit --no-fund --ignore-scripts
 # the text as typed: make must not expand a dollar sign in a prompt
 export CHAT_PROMPT := $(value PROMPT)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev format check chat test unit integration e2e soak weights judges \
+.PHONY: help install install-dev format check chat page test unit integration e2e soak weights judges \
 	bench sanitize gpu-check docs build lock audit sbom clean
 
 help: ## list the targets
@@ -52,7 +55,19 @@ $(VENV)/.tools: requirements/tools.txt | $(VENV)/.runtime
 $(KERNELS): $(wildcard chatserve/kernels/src/*) chatserve/kernels/build.py | $(VENV)/.runtime
 	@$(PY) -m chatserve.kernels.build >&2 || true
 
+# the web page; where there is no npm the server says so in its place, and nothing else is amiss
+$(NODE_MODULES): web/package.json web/package-lock.json
+	@if command -v npm >/dev/null; then npm --prefix web $(NPM_CI) && touch $@; fi
+
+$(PAGE): $(NODE_MODULES) $(wildcard web/*.html web/*.ts web/public/* web/src/* web/src/*/*)
+	@if test -e $(NODE_MODULES); then npm --prefix web run --silent build -- --logLevel warn && \
+		touch $@; else echo "no npm here: the server has no web page" >&2; fi
+
+page: $(PAGE) ## build the web page at / into the package (Node)
+
 install: $(VENV)/.runtime ## make .venv and install chatserve into it
+	@$(MAKE) --no-print-directory page || echo "the web page cannot be built: the server has none" >&2
+
 install-dev: $(VENV)/.dev ## the same with everything that tests and checks need
 
 chat: $(VENV)/.runtime $(KERNELS) ## chat in the terminal; PROMPT="…" answers once, WEIGHTS=… another model
@@ -65,21 +80,21 @@ weights: $(VENV)/.runtime
 # the official client for Node, which judges the API; its test is skipped where there is no npm
 $(VENV)/.node: tests/judges/node/package.json tests/judges/node/package-lock.json | $(VENV)/.dev
 	@mkdir -p $(VENV)/node && cp tests/judges/node/*.json $(VENV)/node
-	@if command -v npm >/dev/null; then npm --prefix $(VENV)/node ci --silent --no-audit --no-fund \
-		--ignore-scripts --omit=peer && touch $@; fi
+	@if command -v npm >/dev/null; then npm --prefix $(VENV)/node $(NPM_CI) --omit=peer && \
+		touch $@; fi
 
 judges: $(VENV)/.node
 
-test: $(VENV)/.dev $(KERNELS) weights judges ## unit, integration and e2e tests
+test: $(VENV)/.dev $(KERNELS) $(PAGE) weights judges ## unit, integration and e2e tests
 	$(PY) -m pytest
 
 unit: $(VENV)/.dev $(KERNELS) ## tests without sockets, in seconds
 	$(PY) -m pytest tests/unit
 
-integration: $(VENV)/.dev $(KERNELS) weights judges ## tests against real servers on loopback
+integration: $(VENV)/.dev $(KERNELS) $(PAGE) weights judges ## tests against real servers on loopback
 	$(PY) -m pytest tests/integration
 
-e2e: $(VENV)/.dev $(KERNELS) weights ## whole programs: processes, terminals
+e2e: $(VENV)/.dev $(KERNELS) $(PAGE) weights ## whole programs: processes, terminals
 	$(PY) -m pytest tests/e2e
 
 $(VENV)/.fuzz: requirements/fuzz.txt | $(VENV)/.dev
@@ -95,6 +110,7 @@ sanitize: $(VENV)/.dev ## the CPU kernels under sanitizers, and on an emulated A
 format: $(VENV)/.dev ## put all code into its form
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+	@if test -e $(NODE_MODULES); then npm --prefix web run --silent format; fi
 
 check: $(VENV)/.dev ## form, lint, strict types, layering, stale docs
 	$(PY) -m ruff format --check .
@@ -102,6 +118,7 @@ check: $(VENV)/.dev ## form, lint, strict types, layering, stale docs
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/unit/test_layering.py
 	$(PY) docs/generate.py --check
+	@if test -e $(NODE_MODULES); then npm --prefix web run --silent check; fi
 
 bench: $(VENV)/.dev $(KERNELS) weights ## beside every installed peer (benchmarks/peers.md); an hour; ARGS="--rounds 2"
 	@$(PY) -m benchmarks.models smollm2-135m >&2
@@ -117,7 +134,7 @@ gpu-check: ## tests and figures on a CUDA device; PYTHON=python3 is used as it i
 docs: $(VENV)/.dev ## write docs/reference from the code
 	$(PY) docs/generate.py
 
-build: $(VENV)/.tools ## wheel and sdist in dist/
+build: $(VENV)/.tools $(PAGE) ## wheel and sdist in dist/
 	$(TOOLS)/bin/python -m build
 
 lock: $(VENV)/.tools ## write requirements/ anew from pyproject.toml; ARGS=--upgrade takes newer versions
@@ -138,4 +155,4 @@ sbom: $(VENV)/.tools ## bill of materials (CycloneDX) in dist/
 
 clean: ## remove everything that was made here, also .venv
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-		chatserve/kernels/lib
+		chatserve/kernels/lib chatserve/web/static web/node_modules

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SOURCES = {"chatserve", "tests", "benchmarks", "docs", "requirements"}
+SOURCES = {"chatserve", "web", "tests", "benchmarks", "docs", "requirements"}
 FILES = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile",
          "hatch_build.py", "pyproject.toml", ".gitignore", "PKG-INFO"}  # fmt: skip
 STARTS_BY_ITSELF = re.compile(r"(.*\.(pth|egg-link|start)|sitecustomize\.py|usercustomize\.py)")
@@ -74,11 +74,14 @@ def test_what_ci_installs_is_locked() -> None:
     script = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     commands = re.findall(r"^make (.+)$", script, re.MULTILINE)
     assert commands == ["check", "test"]
-    assert not re.search(r"\b(pip|uv|curl|wget|npx|npm (?!nodejs|qemu)\w+) ", script)
+    assert not re.search(r"\b(pip|uv|curl|wget|npx|npm (?!nodejs|qemu|chromium)\w+) ", script)
     makefile = (REPOSITORY / "Makefile").read_text("utf-8").replace("\\\n", " ")
     installs = re.findall(r"^LOCKED.*|.*(?:pip|\$\(PIP\)).* install .*", makefile, re.MULTILINE)
     assert len(installs) == 4
     for line in installs:
         is_ours_or_pytorch = "--editable ." in line or "$(TORCH_PIP_ARGS)" in line
         assert is_ours_or_pytorch or "--require-hashes" in line, line
-    assert "npm --prefix $(VENV)/node ci" in makefile and "--ignore-scripts" in makefile
+    # Node's packages are of the locks' hashes, and run nothing when they are installed
+    assert re.findall(r"npm --prefix \S+ (\S+)", makefile).count("$(NPM_CI)") == 2
+    assert re.search(r"^NPM_CI := ci .*--ignore-scripts", makefile, re.MULTILINE)
+    assert not re.search(r"npm( --prefix \S+)? (i|install|add|update|exec) ", makefile)

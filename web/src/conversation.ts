@@ -291,6 +291,11 @@ export function merge(mine: Conversation, theirs: Conversation): Conversation {
 }
 
 function moreComplete(a: Message, b: Message): Message {
+  // an answer only grows: the longer of the same text is the later one, also when it grows again
+  if (a.content.length !== b.content.length) {
+    const [longer, shorter] = a.content.length > b.content.length ? [a, b] : [b, a];
+    if (longer.content.startsWith(shorter.content)) return longer;
+  }
   if (Boolean(a.partial) !== Boolean(b.partial)) return a.partial ? b : a;
   return a.content.length >= b.content.length ? a : b;
 }

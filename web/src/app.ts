@@ -1,0 +1,705 @@
+/** The page: puts the parts together and does what they ask for. */
+
+import { Announcer } from "./announcer";
+import { ApiError, type Model, request } from "./api";
+import { Asking } from "./asking";
+import { Banners } from "./banner";
+import { Composer } from "./composer";
+import {
+  type Message,
+  now,
+  path,
+  type Summary,
+  touch,
+  type Vote,
+  type VoteChoice,
+} from "./conversation";
+import { askKey, openSettings, openShortcuts } from "./dialogs";
+import { copyText, download, el, iconButton } from "./dom";
+import { fileName, toJson, toMarkdown } from "./export";
+import { forgetKey, keepKey, key } from "./key";
+import { type Kept, Library } from "./library";
+import { failureLine } from "./message-view";
+import { ModelPicker } from "./model-picker";
+import {
+  applyTheme,
+  type Preferences,
+  readDraft,
+  readPreferences,
+  writeDraft,
+  writePreferences,
+} from "./preferences";
+import { readFile } from "./reading";
+import { SamplingPanel } from "./sampling-panel";
+import { ServerWatch } from "./server-watch";
+import { listenForShortcuts } from "./shortcuts";
+import { Sidebar } from "./sidebar";
+import { BrowserStore } from "./store-browser";
+import { ServerStore } from "./store-server";
+import { ThreadView } from "./thread-view";
+
+const NEW = "new";
+const NARROW = "(max-width: 48rem)";
+const DRAFT_AFTER_MS = 250;
+const UNDO_MS = 10_000;
+
+export class App {
+  #preferences = readPreferences();
+  #library: Library;
+  #current: Kept;
+  readonly #open = new Set<Kept>();
+  readonly #announcer = new Announcer();
+  readonly #banners = new Banners();
+  readonly #watch: ServerWatch;
+  readonly #asking: Asking;
+  readonly #sidebar: Sidebar;
+  readonly #thread: ThreadView;
+  readonly #composer: Composer;
+  readonly #picker: ModelPicker;
+  readonly #panel: SamplingPanel;
+  readonly #title = el("h1", { class: "off-screen" });
+  readonly #root: HTMLElement;
+  #draftTimer: ReturnType<typeof setTimeout> | undefined;
+  #login: Promise<boolean> | undefined;
+  #isStarting = true;
+
+  constructor(root: HTMLElement) {
+    this.#root = root;
+    applyTheme(this.#preferences.theme);
+    this.#library = this.#newLibrary(this.#preferences.place);
+    this.#current = this.#fresh();
+    this.#asking = new Asking({
+      changed: (kept) => {
+        if (kept === this.#current) this.#sync();
+        else this.#syncSidebar();
+      },
+      grew: (kept, message) => {
+        if (kept === this.#current) this.#thread.grew(message.id);
+      },
+      ended: (_, message, error) => this.#ended(message, error),
+      needsKey: (error) => this.#needsKey(error),
+    });
+    this.#watch = new ServerWatch({
+      models: (models) => this.#gotModels(models),
+      gone: (error) => this.#gone(error),
+      needsKey: (error) => this.#needsKey(error),
+    });
+    this.#sidebar = new Sidebar({
+      fresh: () => this.fresh(),
+      search: (text) => void this.#try(() => this.#library.refresh(text)),
+      rename: (id, title) => void this.#try(() => this.#library.rename(id, title)),
+      remove: (summary) => void this.#try(() => this.#remove(summary)),
+      export: (id, form) => void this.#try(() => this.#export(id, form)),
+      import: (files) => void this.#import(files),
+      settings: () => this.#openSettings(),
+      close: () => this.#showSidebar(false),
+    });
+    this.#thread = new ThreadView(
+      {
+        edit: (message, text) => this.#do(() => this.#asking.edit(this.#current, message, text)),
+        regenerate: (message) => this.#do(() => this.#asking.regenerate(this.#current, message)),
+        continue: (message) => this.#do(() => this.#asking.continue(this.#current, message)),
+        step: (message, by) => this.#asking.step(this.#current, message, by),
+        vote: (left, choice) => void this.#try(() => this.#vote(left, choice)),
+      },
+      (news) => this.#announcer.say(news),
+      () => this.#welcome(),
+    );
+    this.#composer = new Composer({
+      send: (text, files) => {
+        this.#do(() => this.#asking.send(this.#current, text, files));
+        this.#address();
+      },
+      stop: () => this.stop(),
+      drafted: (text) => this.#drafted(text),
+      editLast: () => this.#thread.editLast(),
+    });
+    this.#picker = new ModelPicker((models, isBlind) => this.#pickModels(models, isBlind));
+    this.#panel = new SamplingPanel(
+      (system, sampling) => {
+        Object.assign(this.#current.conversation, { system, sampling });
+        this.#remember({ system, sampling });
+        this.#changedSettings();
+      },
+      () => this.#showPanel(false),
+    );
+    this.#build();
+  }
+
+  async start(): Promise<void> {
+    listenForShortcuts(this);
+    addEventListener("hashchange", () => void this.#route());
+    addEventListener("pagehide", () => this.#library.leave());
+    const matches = matchMedia(NARROW);
+    matches.addEventListener("change", () => this.#showSidebar(!matches.matches));
+    this.#showSidebar(!matches.matches);
+    void this.#watch.ask();
+    await Promise.all([this.#route(), this.#list()]);
+    this.#isStarting = false;
+    this.#sync();
+    if (!matches.matches) this.#composer.focus();
+  }
+
+  /* what shortcuts and buttons do */
+
+  fresh(): void {
+    if (location.hash !== "" && location.hash !== "#/") location.hash = "#/";
+    else this.#show(this.#fresh());
+    this.#composer.focus();
+    if (matchMedia(NARROW).matches) this.#showSidebar(false);
+  }
+
+  stop(): void {
+    this.#asking.stop(this.#current.conversation);
+  }
+
+  get isBusy(): boolean {
+    return this.#asking.isBusy(this.#current.conversation);
+  }
+
+  regenerateLast(): void {
+    const { conversation } = this.#current;
+    if (this.isBusy) return;
+    for (const side of conversation.models.keys()) {
+      const last = path(conversation, side).at(-1);
+      if (last?.role === "assistant") this.#asking.regenerate(this.#current, last);
+      else if (last) this.#asking.answer(this.#current, side, last.id);
+    }
+  }
+
+  async copyLast(): Promise<void> {
+    const last = path(this.#current.conversation).findLast((each) => each.role === "assistant");
+    if (last && (await copyText(last.content))) this.#announcer.say("Copied");
+  }
+
+  writeQuestion(): void {
+    this.#composer.focus();
+  }
+
+  search(): void {
+    this.#showSidebar(true);
+    this.#sidebar.focusSearch();
+  }
+
+  neighbour(by: number): void {
+    const id = this.#sidebar.neighbour(this.#current.conversation.id, by);
+    if (id) location.hash = `#/c/${id}`;
+  }
+
+  togglePanel(): void {
+    this.#showPanel(this.#panel.element.hidden === true);
+  }
+
+  toggleSidebar(): void {
+    this.#showSidebar(!this.#root.classList.contains("has-sidebar"));
+  }
+
+  shortcuts(): void {
+    openShortcuts();
+  }
+
+  /* conversations */
+
+  #newLibrary(place: Preferences["place"]): Library {
+    const store = place === "server" ? new ServerStore() : new BrowserStore();
+    return new Library(store, place, {
+      listed: () => this.#syncSidebar(),
+      merged: (kept) => {
+        if (kept === this.#current) this.#sync();
+      },
+      removed: (id) => {
+        if (id === this.#current.conversation.id) this.fresh();
+      },
+      saveFailed: (reason) => this.#saveFailed(reason),
+    });
+  }
+
+  #fresh(): Kept {
+    const { models, system, sampling } = this.#preferences;
+    return this.#library.fresh(this.#served(models), system, { ...sampling });
+  }
+
+  /** Of these models those that are there, else the first that is. */
+  #served(models: string[]): string[] {
+    const there = (this.#watch?.models ?? []).filter((model) => model.isForChat);
+    if (there.length === 0) return models.length > 0 ? models : [""];
+    const served = models.filter((name) => there.some((model) => model.name === name));
+    return served.length > 0 ? served : [there[0]?.name ?? ""];
+  }
+
+  async #list(): Promise<void> {
+    await this.#try(() => this.#library.refresh());
+  }
+
+  async #route(): Promise<void> {
+    const id = /^#\/c\/([A-Za-z0-9_-]+)$/.exec(location.hash)?.[1];
+    if (id === undefined) {
+      if (this.#current.conversation.messages.length > 0 || this.#isStarting)
+        this.#show(this.#fresh());
+      return;
+    }
+    if (id === this.#current.conversation.id) return;
+    await this.#try(async () => {
+      const kept = await this.#library.open(id);
+      if (location.hash !== `#/c/${id}`) return;
+      if (kept) {
+        this.#show(kept);
+        if (matchMedia(NARROW).matches) this.#showSidebar(false);
+      } else {
+        this.#banners.show(
+          "notice",
+          "This chat is not here: it was deleted, or it is kept elsewhere.",
+          undefined,
+          UNDO_MS,
+        );
+        location.hash = "#/";
+      }
+    });
+  }
+
+  #show(kept: Kept): void {
+    this.#saveDraft();
+    this.#current = kept;
+    this.#composer.setText(readDraft(this.#draftId()));
+    this.#panel.show(kept.conversation);
+    this.#sync();
+    this.#thread.follow();
+  }
+
+  /** The address of a conversation that has just got its first question. */
+  #address(): void {
+    const hash = `#/c/${this.#current.conversation.id}`;
+    if (location.hash === hash) return;
+    writeDraft(NEW, "");
+    history.pushState(null, "", hash);
+    this.#syncSidebar();
+  }
+
+  async #remove(summary: Summary): Promise<void> {
+    const kept = await this.#library.open(summary.id);
+    if (kept) this.#asking.stop(kept.conversation);
+    await this.#library.remove(summary.id);
+    if (summary.id === this.#current.conversation.id) this.fresh();
+    if (!kept) return;
+    const undo = async () => {
+      this.#banners.hide("undo");
+      await this.#try(() => this.#library.add(kept.conversation));
+    };
+    const title = summary.title || "Untitled";
+    this.#banners.show(
+      "undo",
+      `Deleted: ${title}`,
+      { label: "Undo", run: () => void undo() },
+      UNDO_MS,
+    );
+  }
+
+  async #export(id: string, form: "markdown" | "json"): Promise<void> {
+    const kept = await this.#library.open(id);
+    if (!kept) return;
+    const { conversation } = kept;
+    if (form === "json") {
+      download(fileName(conversation, "json"), "application/json", toJson(conversation));
+    } else {
+      download(fileName(conversation, "md"), "text/markdown", toMarkdown(conversation));
+    }
+  }
+
+  async #import(files: File[]): Promise<void> {
+    for (const file of files) {
+      await this.#try(async () => {
+        const found = readFile(await file.text(), file.name);
+        for (const conversation of found) {
+          if (conversation.models.length === 0) conversation.models = this.#served([]);
+          await this.#library.add(conversation);
+        }
+        const last = found.at(-1);
+        if (last) location.hash = `#/c/${last.id}`;
+      });
+    }
+  }
+
+  async #vote(left: Message, choice: VoteChoice): Promise<void> {
+    const { conversation } = this.#current;
+    const [a, b] = conversation.models;
+    if (a === undefined || b === undefined) return;
+    const until = path(conversation).findIndex((each) => each.id === left.id) + 1;
+    const said = (side: number) =>
+      path(conversation, side)
+        .slice(0, until)
+        .map(({ role, content }) => ({ role, content }));
+    const vote: Vote = {
+      conversation_id: conversation.id,
+      models: [a, b],
+      vote: choice,
+      names_hidden: Boolean(conversation.is_blind) && !Object.keys(conversation.votes ?? {}).length,
+      messages: [said(0), said(1)],
+      voted_at: now(),
+    };
+    await request("/page/votes", { method: "POST", body: JSON.stringify(vote) });
+    conversation.votes = { ...conversation.votes, [left.id]: choice };
+    touch(conversation);
+    this.#current.changed();
+    this.#announcer.say("Thank you for the vote");
+    this.#sync();
+  }
+
+  /* what is asked */
+
+  #do(ask: () => void): void {
+    this.#open.add(this.#current);
+    this.#remember({ models: this.#current.conversation.models });
+    ask();
+    this.#thread.follow();
+    this.#announcer.say("Asked");
+  }
+
+  #ended(message: Message, error: ApiError | null): void {
+    if (error) {
+      if (error.isUnreachable || error.status === 503) void this.#watch.ask();
+      this.#announcer.say(`The answer broke off: ${error.message}`);
+      return;
+    }
+    const { usage } = message;
+    this.#announcer.say(
+      usage ? `Answer complete, ${usage.completion_tokens} tokens` : "Answer stopped",
+    );
+  }
+
+  #pickModels(models: string[], isBlind: boolean): void {
+    const { conversation } = this.#current;
+    if (conversation.models.length !== models.length && conversation.messages.length > 0) {
+      // what was said to one model was not said to two
+      const kept = this.#library.fresh(models, conversation.system, conversation.sampling);
+      kept.conversation.is_blind = isBlind;
+      this.#remember({ models });
+      history.pushState(null, "", "#/");
+      this.#show(kept);
+      return;
+    }
+    conversation.models = models;
+    conversation.is_blind = isBlind;
+    this.#remember({ models });
+    this.#changedSettings();
+    this.#sync();
+  }
+
+  #changedSettings(): void {
+    const { conversation } = this.#current;
+    if (conversation.messages.length === 0) return;
+    touch(conversation);
+    this.#current.changed();
+  }
+
+  #tail(side: number): HTMLElement | null {
+    const { conversation } = this.#current;
+    const last = path(conversation, side).at(-1);
+    if (!last || this.isBusy) return null;
+    const again = () => this.#do(() => this.#asking.answer(this.#current, side, last.id));
+    if (last.role === "assistant") return null;
+    const failure = this.#asking.failures.get(last.id);
+    if (!failure) {
+      return failureLine(new ApiError("This question has no answer yet", "unanswered", 200), [
+        { label: "Answer it", isPrimary: true, run: again },
+      ]);
+    }
+    const isTooLong = failure.code === "context_length_exceeded";
+    return failureLine(failure, [
+      ...(isTooLong
+        ? [
+            {
+              label: "Leave out the oldest turns",
+              isPrimary: true,
+              run: () => {
+                conversation.sampling = {
+                  ...conversation.sampling,
+                  truncation: "rolling" as const,
+                };
+                this.#panel.show(conversation);
+                again();
+              },
+            },
+            { label: "New chat with this question", run: () => this.#askElsewhere(last.content) },
+          ]
+        : []),
+      { label: "Try again", isPrimary: !isTooLong, run: again },
+      { label: "Edit", run: () => this.#thread.editLast() },
+    ]);
+  }
+
+  #askElsewhere(text: string): void {
+    this.fresh();
+    this.#show(this.#fresh());
+    this.#composer.setText(text);
+    this.#drafted(text);
+  }
+
+  /* the server */
+
+  #gotModels(models: Model[]): void {
+    const { conversation } = this.#current;
+    if (conversation.messages.length === 0) {
+      conversation.models = this.#served(conversation.models);
+    }
+    this.#picker.setModels(models);
+    this.#sync();
+  }
+
+  #gone(error: ApiError | null): void {
+    if (error) {
+      const text = error.isUnreachable
+        ? "The server does not answer. Nothing is lost; this page goes on when it is back."
+        : `The server cannot answer now: ${error.message}`;
+      this.#banners.show("gone", text, { label: "Try now", run: () => void this.#watch.ask() });
+      return;
+    }
+    this.#banners.hide("gone");
+    this.#library.retry();
+    void this.#list();
+    void this.#route();
+  }
+
+  #needsKey(error: ApiError): Promise<boolean> {
+    // everybody who is refused waits for the same dialog
+    this.#login ??= askKey(
+      key() ? error.message : "It is the one that the server was started with.",
+    )
+      .then((given) => {
+        if (!given) return false;
+        keepKey(given.key, given.isRemembered);
+        void this.#watch.ask();
+        void this.#list();
+        void this.#route();
+        return true;
+      })
+      .finally(() => {
+        this.#login = undefined;
+      });
+    return this.#login.then((isThere) => {
+      if (isThere) this.#banners.hide("locked");
+      else {
+        this.#banners.show("locked", "This server asks for an API key.", {
+          label: "Log in",
+          run: () => void this.#needsKey(error),
+        });
+      }
+      return isThere;
+    });
+  }
+
+  #saveFailed(reason: string | null): void {
+    if (reason === null) this.#banners.hide("unsaved");
+    else if (!this.#watch.isGone) {
+      this.#banners.show("unsaved", `Not saved yet: ${reason}. It is tried again.`);
+    }
+  }
+
+  /** Do what may fail, and tell it in a line. */
+  async #try(act: () => Promise<void>): Promise<void> {
+    try {
+      await act();
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 401) {
+        await this.#needsKey(error);
+      } else if (error instanceof ApiError && error.isUnreachable) {
+        void this.#watch.ask();
+      } else {
+        const text = error instanceof Error ? error.message : String(error);
+        this.#banners.show(
+          "notice",
+          text.charAt(0).toUpperCase() + text.slice(1),
+          undefined,
+          UNDO_MS,
+        );
+      }
+    }
+  }
+
+  /* what is shown */
+
+  #build(): void {
+    const tools = el(
+      "div",
+      { class: "bar-tools" },
+      iconButton("sliders", "Sampling (Alt+S)", () => this.togglePanel(), {
+        "aria-controls": "sampling",
+        "aria-expanded": "false",
+        id: "sampling-button",
+      }),
+    );
+    const bar = el(
+      "header",
+      { class: "bar" },
+      iconButton("menu", "List of chats (Alt+B)", () => this.toggleSidebar(), {
+        "aria-controls": "sidebar",
+        "aria-expanded": "true",
+        id: "sidebar-button",
+      }),
+      this.#title,
+      this.#picker.element,
+      tools,
+    );
+    const veil = el("div", { class: "veil", onclick: () => this.#showSidebar(false) });
+    this.#root.append(
+      el(
+        "a",
+        {
+          class: "skip",
+          href: "#question",
+          onclick: (event: Event) => {
+            event.preventDefault();
+            this.#composer.focus();
+          },
+        },
+        "To the question",
+      ),
+      this.#sidebar.element,
+      veil,
+      el(
+        "main",
+        { class: "main" },
+        bar,
+        this.#banners.element,
+        this.#thread.element,
+        el("div", { class: "dock" }, this.#thread.toEnd, this.#composer.element),
+      ),
+      this.#panel.element,
+      this.#announcer.element,
+    );
+  }
+
+  #sync(): void {
+    const { conversation } = this.#current;
+    this.#title.textContent = conversation.title || "New chat";
+    document.title = conversation.title ? `${conversation.title} · chatserve` : "chatserve";
+    this.#picker.show(conversation, this.isBusy);
+    this.#panel.show(conversation);
+    this.#thread.sync({
+      conversation,
+      answerings: this.#asking.answerings,
+      tail: (side) => this.#tail(side),
+    });
+    this.#composer.setBusy(this.isBusy);
+    const model = this.#watch.models.find(({ name }) => name === conversation.models[0]);
+    const usage = path(conversation).findLast((each) => each.usage)?.usage;
+    this.#composer.setContext(
+      usage && usage.prompt_tokens + usage.completion_tokens,
+      model?.contextLength,
+    );
+    this.#syncSidebar();
+  }
+
+  #syncSidebar(): void {
+    this.#sidebar?.sync(
+      this.#library.summaries,
+      this.#current.conversation.id,
+      this.#asking.running([...this.#open]),
+    );
+  }
+
+  #welcome(): HTMLElement {
+    const models = this.#watch.models.filter((model) => model.isForChat);
+    const name = this.#current.conversation.models.filter((each) => each !== "").join(" and ");
+    return el(
+      "div",
+      { class: "welcome" },
+      el("p", { class: "welcome-title" }, name ? `Chat with ${name}` : "No model is served yet"),
+      el(
+        "p",
+        {},
+        models.length > 0 || name
+          ? "It runs on this server; what you write goes nowhere else."
+          : "The server has started, its models are on their way.",
+      ),
+    );
+  }
+
+  #showSidebar(isShown: boolean): void {
+    this.#root.classList.toggle("has-sidebar", isShown);
+    this.#sidebar.element.inert = !isShown;
+    document.getElementById("sidebar-button")?.setAttribute("aria-expanded", String(isShown));
+  }
+
+  #showPanel(isShown: boolean): void {
+    const { element } = this.#panel;
+    const hadFocus = element.contains(document.activeElement);
+    element.hidden = !isShown;
+    const button = document.getElementById("sampling-button");
+    button?.setAttribute("aria-expanded", String(isShown));
+    if (isShown) element.querySelector("textarea")?.focus();
+    else if (hadFocus) button?.focus();
+  }
+
+  #openSettings(): void {
+    openSettings(this.#preferences, {
+      changed: (preferences) => {
+        const isMoved = preferences.place !== this.#preferences.place;
+        this.#remember(preferences);
+        applyTheme(preferences.theme);
+        if (isMoved) this.#move();
+      },
+      copyHere: () => void this.#try(() => this.#copyHere()),
+      logOut: key()
+        ? () => {
+            this.#asking.stopAll();
+            forgetKey();
+            location.hash = "#/";
+            location.reload();
+          }
+        : null,
+    });
+  }
+
+  /** Go on with the conversations of the other place. */
+  #move(): void {
+    this.#library.leave();
+    this.#library.close();
+    this.#library = this.#newLibrary(this.#preferences.place);
+    this.fresh();
+    this.#show(this.#fresh());
+    void this.#list();
+  }
+
+  async #copyHere(): Promise<void> {
+    const other = this.#preferences.place === "server" ? new BrowserStore() : new ServerStore();
+    const there = new Set(this.#library.summaries.map(({ id }) => id));
+    let num = 0;
+    for (const { id } of await other.list("")) {
+      const conversation = there.has(id) ? null : await other.get(id);
+      if (!conversation) continue;
+      await this.#library.add(conversation);
+      num += 1;
+    }
+    this.#banners.show(
+      "notice",
+      num === 1 ? "1 chat was copied" : `${num} chats were copied`,
+      undefined,
+      UNDO_MS,
+    );
+  }
+
+  #remember(preferences: Partial<Preferences>): void {
+    this.#preferences = { ...this.#preferences, ...preferences };
+    writePreferences(this.#preferences);
+  }
+
+  #draftId(): string {
+    const { id, messages } = this.#current.conversation;
+    return messages.length > 0 ? id : NEW;
+  }
+
+  #drafted(text: string): void {
+    this.#draft = { id: this.#draftId(), text };
+    clearTimeout(this.#draftTimer);
+    if (text === "") this.#saveDraft();
+    else this.#draftTimer = setTimeout(() => this.#saveDraft(), DRAFT_AFTER_MS);
+  }
+
+  #draft: { id: string; text: string } | undefined;
+
+  #saveDraft(): void {
+    clearTimeout(this.#draftTimer);
+    if (this.#draft) writeDraft(this.#draft.id, this.#draft.text);
+    this.#draft = undefined;
+  }
+}

@@ -1,0 +1,43 @@
+/** The API key that the user typed: for this tab, or for good where that was asked for. */
+
+const NAME = "chatserve.key";
+
+function storages(): Storage[] {
+  try {
+    return [sessionStorage, localStorage];
+  } catch {
+    // a browser that keeps nothing for this page
+    return [];
+  }
+}
+
+let inMemory = "";
+
+export function key(): string {
+  for (const storage of storages()) {
+    const value = storage.getItem(NAME);
+    if (value) return value;
+  }
+  return inMemory;
+}
+
+export function keepKey(value: string, isRemembered: boolean): void {
+  forgetKey();
+  inMemory = value;
+  const [session, local] = storages();
+  try {
+    (isRemembered ? local : session)?.setItem(NAME, value);
+  } catch {
+    // full or forbidden: it lasts as long as the page
+  }
+}
+
+export function forgetKey(): void {
+  inMemory = "";
+  for (const storage of storages()) storage.removeItem(NAME);
+}
+
+/** What no header can hold is no key. */
+export function isKey(value: string): boolean {
+  return /^[\x21-\x7e]+$/.test(value);
+}

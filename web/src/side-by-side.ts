@@ -1,0 +1,45 @@
+/** Two models beside each other: their names, and who was better. */
+
+import type { Conversation, Message, VoteChoice } from "./conversation";
+import { el } from "./dom";
+
+const CHOICES: [VoteChoice, string][] = [
+  ["left", "Left is better"],
+  ["right", "Right is better"],
+  ["tie", "A tie"],
+  ["both_bad", "Both are bad"],
+];
+
+export function sideName(side: number): string {
+  return side === 0 ? "Model A" : "Model B";
+}
+
+/** Names that are hidden stay so until there has been a vote. */
+export function areNamesHidden(conversation: Conversation): boolean {
+  return Boolean(conversation.is_blind) && Object.keys(conversation.votes ?? {}).length === 0;
+}
+
+/** The buttons below the newest pair of answers; below older ones only what was said. */
+export function voteBar(
+  conversation: Conversation,
+  left: Message,
+  isLast: boolean,
+  vote: (choice: VoteChoice) => void,
+): HTMLElement {
+  const given = conversation.votes?.[left.id];
+  if (given || !isLast) {
+    const said = CHOICES.find(([choice]) => choice === given)?.[1];
+    return el(
+      "p",
+      { class: "vote-given", hidden: !said },
+      said ? `Your vote: ${said.toLowerCase()}` : "",
+    );
+  }
+  return el(
+    "div",
+    { class: "vote", role: "group", "aria-label": "Which answer is better?" },
+    ...CHOICES.map(([choice, label]) =>
+      el("button", { type: "button", onclick: () => vote(choice) }, label),
+    ),
+  );
+}
