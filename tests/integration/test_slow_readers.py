@@ -133,7 +133,8 @@ def check(folder: Path, door: str, count: int, *, is_large: bool = True) -> str:
         house.wait_until_servers_are_done()
     return (
         f"{count} who do not read, held after {held_s:.0f} s: memory grew by "
-        f"{growth / 2**20:.1f} MiB, the 95th percentile of others' gaps went from {alone * 1e3:.1f} to {beside * 1e3:.1f} ms"
+        f"{growth / 2**20:.1f} MiB, the 95th percentile of others' gaps went "
+        f"from {alone * 1e3:.1f} to {beside * 1e3:.1f} ms"
     )
 
 
