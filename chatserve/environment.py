@@ -138,6 +138,11 @@ def is_color_wanted() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def editor() -> str:
+    """The command line of the user's editor: `VISUAL`, else `EDITOR`, else vi."""
+    return os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+
+
 def kernels() -> str | None:
     """`CHATSERVE_KERNELS`: an instruction set level of the CPU kernels, or `off`."""
     return os.environ.get("CHATSERVE_KERNELS") or None

@@ -188,16 +188,24 @@ class ReplaceableDatabase:
     """A durable `PrivateDatabase` that nobody has open between two calls.
 
     So it can be put aside when it is damaged, while other processes go on with the new one. Its
-    folder is its own. `version`: of `schema`; a file of a later one is left alone. Everything
-    raises `DatabaseFailed`.
+    folder is its own. `version`: of `schema`; a file of a later one is left alone, one of an
+    earlier is turned into it by `migrate` before the first change. Everything raises
+    `DatabaseFailed`.
     """
 
     def __init__(
-        self, path: Path, schema: str, *, version: int = 1, clock: Callable[[], float] = time.time
+        self,
+        path: Path,
+        schema: str,
+        *,
+        version: int = 1,
+        migrate: Callable[[sqlite3.Connection, int], None] = lambda _connection, _version: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
         self._database = PrivateDatabase(path, schema, is_durable=True)
         self._version = version
+        self._migrate = migrate
         self._clock = clock
         # the file is looked at beside SQLite, which ends the locks that another thread has on it
         self._alone = threading.Lock()
@@ -219,9 +227,17 @@ class ReplaceableDatabase:
             self._opened() as database,
             database.writing() as connection,
         ):
-            if not self._refuse_newer(connection):
+            version = self._refuse_newer(connection)
+            if version < self._version:
+                if version:
+                    self._migrate(connection, version)
                 connection.execute(f"PRAGMA user_version = {self._version}")
             yield connection
+
+    def forget_deleted(self) -> None:
+        """Leave nothing of what was deleted in the journal, unless another process still reads."""
+        with self.held(), self._opened() as database:
+            database.forget_deleted()
 
     def exists(self) -> bool:
         try:

@@ -123,6 +123,13 @@ def resolve(
     return values
 
 
+def read_value(config: type[Any], name: str, text: str, source: str) -> Any:
+    """The setting `name` of `config` from text. Raises `UsageError`, which begins with `source`."""
+    (item,) = (item for item in fields_of(config) if item.name == name)
+    kind = _base_type(typing.get_type_hints(config)[name])
+    return _convert(text, kind, source, item.metadata)
+
+
 def read_toml(file: Path, configs: Iterable[type[Any]]) -> dict[str, Any]:
     """The flat table that all commands share; a key that none of `configs` knows is an error."""
     try:

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ChatDelta:
     """What one event adds to an answer; or, before it begins, its place in the queue, or a note on
-    what it waits for."""
+    what it waits for.
+
+    messages_dropped: places in the request of what was left out, so that the rest fits.
+    """
 
     text: str = ""
     finish_reason: str | None = None
     num_completion_tokens: int | None = None
     place: int | None = None
     note: str = ""
+    num_prompt_tokens: int | None = None
+    num_cached_tokens: int | None = None
+    messages_dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
     num_tokens: int | None = None
+    num_prompt_tokens: int | None = None
+    num_cached_tokens: int | None = None
+    messages_dropped: tuple[int, ...] = ()
+    asked_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     max_tokens: int | None = None  # the limit that was asked for
@@ -62,6 +72,24 @@ class Answer:
             self.last_token_at = now
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.num_tokens = delta.num_completion_tokens or self.num_tokens
+        if delta.num_prompt_tokens is not None:
+            self.num_prompt_tokens = delta.num_prompt_tokens
+            self.num_cached_tokens = delta.num_cached_tokens
+        self.messages_dropped = delta.messages_dropped or self.messages_dropped
+
+    @property
+    def num_context_tokens(self) -> int | None:
+        """What the prompt and the answer take of the context together."""
+        if self.num_prompt_tokens is None:
+            return None
+        return self.num_prompt_tokens + (self.num_tokens or 0)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """How long the first token took."""
+        if self.asked_at is None or self.first_token_at is None:
+            return None
+        return self.first_token_at - self.asked_at
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
@@ -18,9 +18,22 @@ from chatserve.cli.transcript import Transcript
 from chatserve.errors import ContextLengthExceeded
 
 WAIT_S = 0.1
+CONTEXT_LINE = "── not in context above this line ──"
 
 
-class Server(Protocol):
+class Streams(Protocol):
+    """Whoever answers."""
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
+    ) -> Generator[ChatDelta, None, None]:
+        """Ask for an answer; only when ready. Closing the deltas cancels it on the server.
+
+        The deltas raise `ChatserveError`.
+        """
+
+
+class Server(Streams, Protocol):
     """The server behind a chat, which may still be loading its model."""
 
     def progress(self) -> Progress | None:
@@ -38,13 +51,21 @@ class Server(Protocol):
     def choose(self, model: ModelInfo) -> None:
         """Let `model` answer from now on; only when ready."""
 
-    def stream(
-        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
-    ) -> Generator[ChatDelta, None, None]:
-        """Ask for an answer; only when ready. Closing the deltas cancels it on the server.
+    def count_tokens(self, text: str) -> int | None:
+        """How many tokens the model makes of `text`; None where nobody can say, or not yet."""
 
-        The deltas raise `ChatserveError`.
-        """
+    def rival(self, model: ModelInfo) -> Rival:
+        """A further connection to the same server, for another model's answer; only when ready."""
+
+
+class Rival(Streams, Protocol):
+    """One of several answers at the same time: streamed in a thread of its own."""
+
+    def abort(self) -> None:
+        """Let the thread that waits for a delta get an error instead."""
+
+    def close(self) -> None:
+        """Only when no thread streams any more."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,12 @@ class ChatOptions:
     is_typed: bool = True
 
 
+def opened(options: ChatOptions) -> ChatOptions:
+    """For a request whose last message is the beginning of the answer."""
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    return replace(options, sampling={**options.sampling, **more})
+
+
 def stream_answer(
     deltas: Generator[ChatDelta, None, None],
     display: Display,
@@ -67,6 +94,7 @@ def stream_answer(
     clock: Callable[[], float],
 ) -> None:
     """Draw an answer while it comes and keep it in `answer`, however it ends."""
+    answer.asked_at = clock()
     with contextlib.closing(deltas), display.answer() as draw:
         for delta in deltas:
             if delta.place is not None:
@@ -80,7 +108,7 @@ def stream_answer(
 
 
 def ask(
-    server: Server, messages: list[dict[str, str]], options: ChatOptions, answer: Answer
+    server: Streams, messages: list[dict[str, str]], options: ChatOptions, answer: Answer
 ) -> Generator[ChatDelta, None, None]:
     """The deltas of an answer; its limit goes into `answer`.
 
@@ -152,3 +180,17 @@ def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
         return f"the answer stopped at {limit} tokens; --max-new-tokens raises the limit"
     size = f" of {model.context_length} tokens" if model.context_length else ""
     return f"the answer stopped where the model's context{size} ends"
+
+
+def stopped_text(answer: Answer) -> str:
+    """What can be done with an answer that Ctrl-C has stopped."""
+    if not answer.text:
+        return "stopped; /regen asks again, Ctrl-C leaves"
+    return "stopped; /continue goes on, /regen repeats, Ctrl-C leaves"
+
+
+def outside_text(num_turns: int, model: ModelInfo) -> str:
+    """That the oldest turns of a chat have found no room."""
+    size = f" of {model.context_length:,} tokens" if model.context_length else ""
+    what = f"{num_turns} turns are" if num_turns > 1 else "turn is"
+    return f"the oldest {what} no longer in the context{size}; /history draws the line"

@@ -21,7 +21,14 @@ from urllib.parse import urlsplit
 import httpx
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
-from chatserve.cli.server_json import read_delta, read_error, read_model, read_progress
+from chatserve.cli.server_json import (
+    read_delta,
+    read_dropped,
+    read_error,
+    read_model,
+    read_progress,
+    read_token_count,
+)
 from chatserve.errors import (
     BadStream,
     ChatserveError,
@@ -40,6 +47,7 @@ MAX_EVENT_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 4 * 1024 * 1024
 RETRY_DELAYS_S = (0.1, 0.4)
 MAX_RETRY_AFTER_S = 30
+DROPPED_HEADER = "x-chatserve-messages-dropped"
 # a machine at the other end that is gone without a word is found out in a minute
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -62,14 +70,20 @@ class ChatClient:
         *,
         ca_certs: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        is_abortable: bool = False,
     ) -> None:
         """`ca_certs`: a PEM file with the authorities that an https server's certificate is from.
+        `is_abortable`: another thread may call `abort`.
 
         Raises `UsageError` when `base_url` is not an http or https address, or the file is no use.
         """
         self.base_url = _normalise(base_url)
         self._trust = _trust(ca_certs)
+        self._ca_certs = ca_certs
+        self._api_key = api_key
         self._sleep = sleep
+        self._sockets: list[socket.socket] | None = [] if is_abortable else None
+        self._is_aborted = False
         headers = {"accept-encoding": "identity"}
         if api_key:
             if not (api_key.isascii() and api_key.isprintable()):
@@ -80,6 +94,18 @@ class ChatClient:
 
     def close(self) -> None:
         self._http.close()
+
+    def again(self) -> ChatClient:
+        """Another client of the same server, for a thread of its own, which `abort` can stop."""
+        return ChatClient(self.base_url, self._api_key, ca_certs=self._ca_certs, is_abortable=True)
+
+    def abort(self) -> None:
+        """Break what another thread waits for here: it raises `WorkerLost` at once."""
+        self._is_aborted = True
+        for each in self._sockets or ():
+            with contextlib.suppress(OSError):
+                # that of the base class: TLS says no farewell in another thread's stream
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
 
     def models(self) -> list[ModelInfo]:
         """What the server serves. Raises `ChatserveError`."""
@@ -100,6 +126,17 @@ class ChatClient:
             if response.status_code != 503:
                 self._check(response)
             return read_progress(self._json(response))
+
+    def count_tokens(self, text: str, model: str) -> int | None:
+        """How many tokens `text` is for `model`; None where the server cannot say."""
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        root = self.base_url.removesuffix("/v1")
+        try:
+            with self._request("POST", "/tokenize", root=root, json=body) as response:
+                self._check(response)
+                return read_token_count(self._json(response))
+        except ChatserveError:
+            return None
 
     def post(self, path: str, body: Mapping[str, Any], *, below_v1: bool = True) -> Any:
         """The JSON that answers `body`; however long it takes. Raises `ChatserveError`."""
@@ -137,7 +174,7 @@ class ChatClient:
                 self._http = self._connect()
                 raise
             except (NoWorkerAvailable, Overloaded, ShuttingDown, WorkerLost) as error:
-                if has_begun or delay_s is None or not _is_worth_a_try(error):
+                if self._is_aborted or has_begun or delay_s is None or not _is_worth_a_try(error):
                     raise
                 if isinstance(error.__cause__, _Refusal):
                     delay_s = error.__cause__.retry_after_s or 1
@@ -168,6 +205,8 @@ class ChatClient:
                 raise BadStream(
                     f"{self.base_url} answered {content_type or 'nothing'}, not a stream"
                 )
+            if dropped := read_dropped(response.headers.get(DROPPED_HEADER, "")):
+                yield ChatDelta(messages_dropped=dropped)
             for chunk in response.iter_raw():
                 events = decoder.feed(chunk)
                 while places:
@@ -186,6 +225,8 @@ class ChatClient:
     ) -> Iterator[httpx.Response]:
         """One request with httpx's failures told in our words."""
         url = (root if root is not None else self.base_url) + path
+        if self._sockets is not None:
+            options["extensions"] = {"trace": self._note_socket}
         try:
             with self._http.stream(method, url, **options) as response:
                 if "content-encoding" in response.headers:
@@ -210,6 +251,14 @@ class ChatClient:
             raise WorkerLost(f"lost the connection to {self.base_url} ({_cause(error)})") from error
         except httpx.InvalidURL as error:
             raise UsageError(f"{self.base_url} is not a URL: {error}") from error
+
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by httpcore at each step; each new connection is remembered for `abort`."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            assert self._sockets is not None
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+            if self._is_aborted:
+                self.abort()
 
     def _check(self, response: httpx.Response) -> None:
         """Raise what an answer other than 200 says."""

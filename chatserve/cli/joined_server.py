@@ -38,6 +38,31 @@ class JoinedServer:
     ) -> Generator[ChatDelta, None, None]:
         return self._client.stream(messages, self._model.name, **sampling)
 
+    def count_tokens(self, text: str) -> int | None:
+        return self._client.count_tokens(text, self._model.name)
+
+    def rival(self, model: ModelInfo) -> RivalConnection:
+        return RivalConnection(self._client.again(), model)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class RivalConnection:
+    """A connection for one model's answer, beside those of others."""
+
+    def __init__(self, client: ChatClient, model: ModelInfo) -> None:
+        self._client = client
+        self._model = model
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
+    ) -> Generator[ChatDelta, None, None]:
+        return self._client.stream(messages, self._model.name, **sampling)
+
+    def abort(self) -> None:
+        self._client.abort()
+
     def close(self) -> None:
         self._client.close()
 

@@ -7,15 +7,18 @@ Knows the store and sentences; no terminal.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from chatserve.cli.escapes import one_line
+from chatserve.cli.session_search import Hit, snippet
 from chatserve.cli.session_store import Session, SessionInfo, SessionStore
 from chatserve.cli.transcript import Transcript
 from chatserve.errors import UsageError
 from chatserve.private_database import Damaged, DatabaseFailed, NotPrivate
 
 MOST_LISTED = 10
+MOST_FOUND = 20
+MOST_PLACES = 3
 _MAX_TITLE_LEN = 40
 
 
@@ -33,23 +36,31 @@ class KeptChat:
         except DatabaseFailed as error:
             self._fail(error)
 
-    def resume(self, wanted: str) -> Transcript:
+    def resume(self, wanted: str, source: str = "--resume") -> Transcript:
         """The chat of that name or id, or the last one; it is gone on with.
 
-        Raises `UsageError` when there is none, or it cannot be read.
+        Raises `UsageError`, which names `source`, when there is none, or it cannot be read.
         """
-        path, flag = self._store.path, f"--resume {one_line(wanted)}"
+        self._session, transcript = find_chat(self._store, wanted, source)
+        return transcript
+
+    def delete(self, wanted: str) -> str:
+        """Delete the chat of that name or id; what it was called.
+
+        Raises `UsageError` when there is none, or it is this one, or it cannot be deleted.
+        """
+        session, _ = find_chat(self._store, wanted, "/sessions delete")
+        if session.id == self._session.id:
+            raise UsageError("this chat goes on; /clear begins another, then it can be deleted")
+        return delete_chat(self._store, session)
+
+    def searched(self, words: str) -> str:
+        """The chats in which all of `words` were said together, with the places."""
         try:
-            found = self._store.find(wanted) if self._store.exists() else None
-            if found is not None:
-                self._session, transcript = found
-                return transcript
-            there = self._recent()
+            found = self._store.search(words.split()) if self._store.exists() else []
         except DatabaseFailed as error:
-            raise UsageError(f"{flag}: cannot read {path} ({error})") from error
-        known = ", ".join(info.name or info.id for info in there)
-        hint = f"the newest are {known}" if known else f"{path} holds none yet"
-        raise UsageError(f"{flag}: no chat has this name or id; {hint}")
+            return f"cannot read {self._store.path}: {error}"
+        return "\n".join(found_rows(found, words.split())) or "nothing is found"
 
     def keep(self, transcript: Transcript, model: str) -> None:
         """Save what has changed, if anything has."""
@@ -133,6 +144,46 @@ class KeptChat:
             self._has_warned = True
             way_out = "; chmod 600 it" if isinstance(error, NotPrivate) else ""
             self._tell(f"this chat goes on, but is not kept: {self._store.path}: {error}{way_out}")
+
+
+def find_chat(store: SessionStore, wanted: str, source: str) -> tuple[Session, Transcript]:
+    """Raises `UsageError`, which begins with `source`, when there is none or it cannot be read."""
+    path, source = store.path, f"{source} {one_line(wanted)}"
+    try:
+        found = store.find(wanted) if store.exists() else None
+        if found is not None:
+            return found
+        there = store.recent(MOST_LISTED) if store.exists() else []
+    except DatabaseFailed as error:
+        raise UsageError(f"{source}: cannot read {path} ({error})") from error
+    known = ", ".join(info.name or info.id for info in there)
+    hint = f"the newest are {known}" if known else f"{path} holds none yet"
+    raise UsageError(f"{source}: no chat has this name or id; {hint}")
+
+
+def delete_chat(store: SessionStore, session: Session) -> str:
+    """What it was called. Raises `UsageError` when it cannot be deleted."""
+    try:
+        store.delete(session.id)
+    except DatabaseFailed as error:
+        raise UsageError(f"cannot write {store.path} ({error})") from error
+    return session.name or session.id
+
+
+def found_rows(found: Sequence[tuple[SessionInfo, list[Hit]]], words: Sequence[str]) -> list[str]:
+    """A line for each chat, and for the first places where the words are."""
+    rows = []
+    for info, hits in found[:MOST_FOUND]:
+        rows.append(_row(info))
+        rows += [
+            f"    {one_line(hit.role)}: {one_line(snippet(hit.content, words))}"
+            for hit in hits[:MOST_PLACES]
+        ]
+        if len(hits) > MOST_PLACES:
+            rows.append(f"    … {len(hits) - MOST_PLACES} more places")
+    if len(found) > MOST_FOUND:
+        rows.append(f"… {len(found) - MOST_FOUND} more chats")
+    return rows
 
 
 def _row(info: SessionInfo) -> str:

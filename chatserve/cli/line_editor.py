@@ -65,10 +65,13 @@ class LineEditor:
             output=screen,
         )
 
-    def read(self) -> str:
-        """The next line, or lines. Raises `EOFError`, `KeyboardInterrupt` or what `status` did."""
+    def read(self, prefill: str = "") -> str:
+        """The next line, or lines, edited from `prefill`.
+
+        Raises `EOFError`, `KeyboardInterrupt` or what `status` did.
+        """
         self._shown_status = self._status()
-        return self._session.prompt(pre_run=self._follow_status)
+        return self._session.prompt(default=prefill, pre_run=self._follow_status)
 
     def _follow_status(self) -> None:
         get_app().create_background_task(self._poll_status())
@@ -114,7 +117,7 @@ def _key_bindings(is_multiline: bool) -> KeyBindings:
 
 
 class _CommandCompleter(Completer):
-    """Tab completes commands, and file names after `/save` and `/load`."""
+    """Tab completes commands, and file names after those that take files."""
 
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = sorted(commands)
@@ -129,5 +132,5 @@ class _CommandCompleter(Completer):
             for name in self._commands if text else ():
                 if name.startswith(text):
                     yield Completion(name, start_position=-len(text))
-        elif command.lstrip("/!") in ("save", "load"):
+        elif command.lstrip("/!") in ("save", "load", "export", "attach"):
             yield from self._paths.get_completions(Document(argument), complete_event)

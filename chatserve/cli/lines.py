@@ -42,12 +42,22 @@ COMMANDS = (
     CommandHelp("reset", "", "start over with an empty conversation", ("clear",)),
     CommandHelp("remove", "", "take the last question and its answer back", ("undo",)),
     CommandHelp("regen", "", "ask the last question again"),
+    CommandHelp("continue", "", "go on with an answer that was cut"),
+    CommandHelp("edit", "[N]", "change the last question, or number N, and ask that instead"),
+    CommandHelp("edit!", "[N]", "the same in your own editor (VISUAL, EDITOR)"),
+    CommandHelp("history", "", "show the conversation, and what of it is out of the context"),
     CommandHelp("model", "[NAME]", "let another model or adapter answer; without NAME: list them"),
+    CommandHelp("compare", "[MODEL …]", "let two models answer and choose; off ends it"),
     CommandHelp("system", "[TEXT]", "set the system message; without TEXT: show it"),
-    CommandHelp("save", "FILE", "write the conversation to FILE.json"),
+    CommandHelp("set", "[NAME VALUE]", "change how answers are sampled; without NAME: list all"),
+    CommandHelp("stats", "", "tokens, times, and how full the context is"),
+    CommandHelp("attach", "[FILE …]", "text files for the next question; none takes them back"),
+    CommandHelp("copy", "[N | code]", "copy the last answer, number N, or its code"),
+    CommandHelp("export", "FILE", "write Markdown (.md) or an OpenAI request (.json)"),
+    CommandHelp("save", "FILE", "write the conversation to FILE.json, as FastChat does"),
     CommandHelp("load", "FILE", "go on with a saved conversation"),
     CommandHelp("name", "[NAME]", "call this chat NAME, for --resume; without NAME: show it"),
-    CommandHelp("sessions", "", "list the newest chats that are kept"),
+    CommandHelp("sessions", "[DEED]", "kept chats; search TEXT, resume CHAT, delete CHAT"),
 )
 _NAMES = {name: entry.name for entry in COMMANDS for name in (entry.name, *entry.aliases)}
 
@@ -120,7 +130,7 @@ class ProgramLines:
         self._echo = echo
         self._role = role
 
-    def read(self) -> str:
+    def read(self, prefill: str = "") -> str:
         """The next message. Raises `EOFError` when the program has closed its end."""
         message = ""
         while not message.endswith(END_OF_MESSAGE):

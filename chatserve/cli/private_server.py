@@ -24,6 +24,7 @@ from chatserve.errors import ChatserveError, StartupError
 
 if TYPE_CHECKING:
     from chatserve.cli.client import ChatClient
+    from chatserve.cli.joined_server import RivalConnection
 
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.1
@@ -88,6 +89,20 @@ class PrivateServer:
         assert self._ready is not None
         client, model = self._ready
         return client.stream(messages, model.name, **sampling)
+
+    def count_tokens(self, text: str) -> int | None:
+        """How many tokens the model makes of `text`; None before it is ready."""
+        if self._ready is None:
+            return None
+        client, model = self._ready
+        return client.count_tokens(text, model.name)
+
+    def rival(self, model: ModelInfo) -> RivalConnection:
+        """A further connection, for another model's answer; only when ready."""
+        from chatserve.cli.joined_server import RivalConnection
+
+        assert self._ready is not None
+        return RivalConnection(self._ready[0].again(), model)
 
     def close(self) -> None:
         """Stop the process and wait for its end; after `STOP_TIMEOUT_S` it is killed."""

@@ -6,16 +6,19 @@ error messages, loaded turns) passes the escape filter here, the last place befo
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TextIO
 
 from chatserve.cli.answer import Progress
+from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.escapes import EscapeFilter, one_line, strip_escapes
 from chatserve.cli.word_wrap import WordWrap, wrapped
+from chatserve.errors import UsageError
 
 _DIM = "\x1b[2m"
 _RED = "\x1b[31m"
@@ -24,6 +27,7 @@ _ERASE_LINE = "\r\x1b[2K"
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _BAR_WIDTH = 20
 _MIN_FRAME_S = 0.05
+MAX_OSC52_LEN = 74_994  # what xterm takes, in base64; others take more
 _MAX_DRAWING_SHARE = 0.1
 
 
@@ -179,6 +183,23 @@ class MarkdownDrawer:
         self._out.flush()
 
 
+class SeveralAnswers:
+    """What a display draws answers with that come at the same time."""
+
+    def __init__(self, drawer: ColumnsDrawer, num_answers: int) -> None:
+        self._drawer = drawer
+        self._filters = [EscapeFilter() for _ in range(num_answers)]
+
+    def draw(self, index: int, text: str) -> None:
+        self._drawer.draw(index, self._filters[index].feed(text))
+
+    def end(self, index: int) -> None:
+        self._drawer.end(index)
+
+    def show(self) -> None:
+        self._drawer.show()
+
+
 class Display:
     """All that a chat shows: answers through `drawer`, notes, errors and progress on `err`.
 
@@ -194,8 +215,10 @@ class Display:
         is_terminal: bool = False,
         has_free_line: bool = True,
         columns: Callable[[], int | None] = lambda: None,
+        columns_drawer: ColumnsDrawer | None = None,
     ) -> None:
         """`columns` returns the width of `err`, or None when lines there have no end.
+        `columns_drawer` is for several answers at the same time, where that can be.
 
         `has_free_line`: nothing stands where an answer is about to begin.
         """
@@ -206,6 +229,38 @@ class Display:
         self._has_free_line = has_free_line
         self._columns = columns
         self._has_progress = False
+        self._columns_drawer = columns_drawer
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether several answers can be drawn at the same time."""
+        return self._columns_drawer is not None
+
+    @contextlib.contextmanager
+    def answers(self, titles: Sequence[str]) -> Iterator[SeveralAnswers]:
+        """Draw several answers at the same time; only where there are columns."""
+        assert self._columns_drawer is not None
+        if self._has_progress:
+            self._redraw(None)
+        self._columns_drawer.begin(titles)
+        try:
+            yield SeveralAnswers(self._columns_drawer, len(titles))
+        finally:
+            self._columns_drawer.finish(len(titles))
+
+    def copy(self, text: str) -> str:
+        """Let the terminal put `text` on the clipboard; what has done it. Raises `UsageError`."""
+        if self._columns() is None:
+            raise UsageError("standard error is no terminal that could copy")
+        data = base64.b64encode(text.encode("utf-8", "replace")).decode()
+        if len(data) > MAX_OSC52_LEN:
+            raise UsageError(
+                f"{len(text):,} characters are too many for a terminal: {len(data):,} bytes in "
+                f"base64, of which {MAX_OSC52_LEN:,} are sure to be taken; /export writes a file"
+            )
+        self._err.write(f"\x1b]52;c;{data}\x07")
+        self._err.flush()
+        return "the terminal (OSC 52)"
 
     @contextlib.contextmanager
     def answer(self) -> Iterator[Callable[[str], None]]:

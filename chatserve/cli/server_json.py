@@ -24,6 +24,9 @@ from chatserve.errors import (
     WorkerLost,
 )
 
+_MAX_RANGE_LEN = 9
+_MAX_PLACES = 1 << 16
+
 
 def read_model(entry: dict[str, Any]) -> ModelInfo:
     extra = entry.get("chatserve")
@@ -71,12 +74,42 @@ def read_delta(data: str) -> ChatDelta:
         choice = (event.get("choices") or [{}])[0]
         text = choice.get("delta", {}).get("content") or ""
         finish_reason = choice.get("finish_reason")
-        num_tokens = _count((event.get("usage") or {}).get("completion_tokens"))
+        usage = event.get("usage") or {}
+        details = usage.get("prompt_tokens_details") or {}
         if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+            raise ValueError
+        if not isinstance(usage, dict) or not isinstance(details, dict):
             raise ValueError
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
-    return ChatDelta(_scalar_values(text), finish_reason, num_tokens)
+    return ChatDelta(
+        _scalar_values(text),
+        finish_reason,
+        _count(usage.get("completion_tokens")),
+        num_prompt_tokens=_count(usage.get("prompt_tokens")),
+        num_cached_tokens=_count(details.get("cached_tokens")),
+    )
+
+
+def read_dropped(ranges: str) -> tuple[int, ...]:
+    """The places of messages in a header such as `0-3,7`; nothing where it is no such list."""
+    places: list[int] = []
+    for part in ranges.split(","):
+        start, _, end = part.strip().partition("-")
+        if not start.isdecimal() or not (end or start).isdecimal() or len(part) > _MAX_RANGE_LEN:
+            return ()
+        places += range(int(start), int(end or start) + 1)
+        if len(places) > _MAX_PLACES:
+            return ()
+    return tuple(places)
+
+
+def read_token_count(table: Any) -> int | None:
+    """What `/tokenize` counts, in vLLM's shape or llama-server's."""
+    if not isinstance(table, dict):
+        return None
+    tokens = table.get("tokens")
+    return len(tokens) if isinstance(tokens, list) else _count(table.get("count"))
 
 
 def _count(value: Any) -> int | None:

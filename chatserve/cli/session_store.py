@@ -10,17 +10,18 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatserve import environment
+from chatserve.cli import session_search
+from chatserve.cli.session_search import Hit
 from chatserve.cli.transcript import Transcript, Turn
-from chatserve.private_database import ReplaceableDatabase
+from chatserve.private_database import DatabaseFailed, ReplaceableDatabase
 
-VERSION = 1
+VERSION = 2
 MIN_ID_LEN = 3
-# rowids: a full-text index may point at turns
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
     id TEXT PRIMARY KEY,
@@ -37,7 +38,11 @@ CREATE TABLE IF NOT EXISTS sessions (
     num_examples INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS changes ON sessions (changed_at);
+"""
+# ids are never used again: the full-text index points at turns by them
+_TURNS = """
 CREATE TABLE IF NOT EXISTS turns (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
     session TEXT NOT NULL REFERENCES sessions (id),
     place INTEGER NOT NULL,
     role TEXT NOT NULL,
@@ -47,6 +52,7 @@ CREATE TABLE IF NOT EXISTS turns (
     UNIQUE (session, place)
 );
 """
+_TURN_COLUMNS = "session, place, role, content, is_partial, saved_at"
 
 
 @dataclass
@@ -72,6 +78,7 @@ class SessionInfo:
     title: str
     changed_at: float
     num_turns: int
+    model: str = ""
 
 
 class SessionStore:
@@ -79,7 +86,13 @@ class SessionStore:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.path = path
-        self._database = ReplaceableDatabase(path, _SCHEMA, version=VERSION, clock=clock)
+        self._database = ReplaceableDatabase(
+            path,
+            _SCHEMA + _TURNS + session_search.SCHEMA,
+            version=VERSION,
+            migrate=_migrate,
+            clock=clock,
+        )
         self._clock = clock
         self._writer = secrets.token_hex(8)
 
@@ -114,11 +127,9 @@ class SessionStore:
                  *map(_storable, transcript.roles), _storable(transcript.template_name),
                  transcript.offset, session_id),
             )  # fmt: skip
-            connection.execute(
-                "DELETE FROM turns WHERE session = ? AND place >= ?", (session_id, num_same)
-            )
+            _delete_turns(connection, session_id, num_same)
             connection.executemany(
-                "INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO turns ({_TURN_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (session_id, place, turn.role, _storable(turn.content), turn.is_partial, now)
                     for place, turn in enumerate(turns[num_same:], num_same)
@@ -136,7 +147,7 @@ class SessionStore:
             "SELECT id, name, writer, revision, system, question_role, answer_role, "
             "template_name, num_examples FROM sessions "
         )
-        some = "EXISTS (SELECT 1 FROM turns WHERE session = id)"
+        some = "EXISTS (SELECT 1 FROM turns WHERE session = sessions.id)"
         with self._database.reading() as connection:
             rows = connection.execute(
                 columns + "WHERE id = ? OR name = ?", (wanted, wanted)
@@ -167,16 +178,37 @@ class SessionStore:
     def recent(self, most: int) -> list[SessionInfo]:
         """The sessions that hold something, the newest first."""
         with self._database.reading() as connection:
-            return [
-                SessionInfo(*row)
-                for row in connection.execute(
-                    "SELECT id, name, (SELECT substr(content, 1, 200) FROM turns WHERE session = id"
-                    " AND role = 'user' ORDER BY place LIMIT 1), changed_at, count(*) "
-                    "FROM sessions JOIN turns ON session = id GROUP BY id "
-                    "ORDER BY changed_at DESC LIMIT ?",
-                    (most,),
-                )
-            ]
+            return _infos(connection, "1 ORDER BY changed_at DESC LIMIT ?", (most,))
+
+    def search(self, words: Sequence[str]) -> list[tuple[SessionInfo, list[Hit]]]:
+        """The sessions with turns that hold all `words`, or whose name does, the newest first."""
+        try:
+            with self._database.writing() as connection:
+                session_search.update_index(connection)
+                hits = session_search.in_index(connection, words)
+        except DatabaseFailed:  # no such index here, or it cannot be written or read
+            hits = None
+        with self._database.reading() as connection:
+            if hits is None:
+                hits = session_search.in_all(connection, words)
+            by_session: dict[str, list[Hit]] = {}
+            for hit in hits:
+                by_session.setdefault(hit.session, []).append(hit)
+            there = _infos(connection, "1 ORDER BY changed_at DESC", ())
+        return [
+            (info, by_session.get(info.id, []))
+            for info in there
+            if info.id in by_session or _is_in(words, info.name)
+        ]
+
+    def delete(self, session_id: str) -> bool:
+        """Leave nothing of a session in the file; False when there is no such session."""
+        with self._database.writing() as connection:
+            _delete_turns(connection, session_id, 0)
+            cursor = connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+            is_deleted = cursor.rowcount > 0
+        self._database.forget_deleted()
+        return is_deleted
 
     def rename(self, session: Session, name: str) -> bool:
         """False when another session has that name, or this one is gone."""
@@ -210,6 +242,40 @@ class SessionStore:
                 (self._writer, session.id, session.writer, session.revision),
             ).rowcount
         )
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Version 1 had turns without ids."""
+    connection.execute("ALTER TABLE turns RENAME TO turns_1")
+    connection.execute(_TURNS)
+    connection.execute(
+        f"INSERT INTO turns ({_TURN_COLUMNS}) SELECT {_TURN_COLUMNS} FROM turns_1 ORDER BY rowid"
+    )
+    connection.execute("DROP TABLE turns_1")
+
+
+def _infos(
+    connection: sqlite3.Connection, condition: str, values: Sequence[int]
+) -> list[SessionInfo]:
+    rows = connection.execute(
+        "SELECT id, name, (SELECT substr(content, 1, 200) FROM turns WHERE session = sessions.id "
+        "AND role = 'user' ORDER BY place LIMIT 1), changed_at, "
+        "(SELECT count(*) FROM turns WHERE session = sessions.id) AS num_turns, model "
+        f"FROM sessions WHERE num_turns > 0 AND {condition}",
+        values,
+    )
+    return [SessionInfo(*row) for row in rows]
+
+
+def _delete_turns(connection: sqlite3.Connection, session_id: str, first_place: int) -> None:
+    session_search.take_out(connection, session_id, first_place)
+    connection.execute(
+        "DELETE FROM turns WHERE session = ? AND place >= ?", (session_id, first_place)
+    )
+
+
+def _is_in(words: Sequence[str], name: str | None) -> bool:
+    return name is not None and all(word.lower() in name.lower() for word in words)
 
 
 def _free_id(connection: sqlite3.Connection, wanted: str) -> str:

@@ -49,14 +49,31 @@ class Transcript:
         row are a conversation that no template was trained on.
         """
         head = [{"role": "system", "content": self.system}] if self.system else []
-        turns = list(self._sendable()) if with_history else self.turns[-1:]
+        turns = [self.turns[place] for place in self.sent(with_history=with_history)]
         return head + [{"role": turn.role, "content": turn.content} for turn in turns]
+
+    def sent(self, *, with_history: bool = True) -> list[int]:
+        """The places of the turns that `messages` has, behind the system message."""
+        if with_history:
+            return list(self._sendable())
+        is_begun = bool(self.turns) and self.turns[-1].role == "assistant"
+        return list(range(len(self.turns)))[-2 if is_begun else -1 :]
 
     def ask(self, question: str) -> None:
         self.turns.append(Turn("user", question))
 
     def answer(self, text: str, *, is_partial: bool) -> None:
         self.turns.append(Turn("assistant", text, is_partial))
+
+    def go_on(self, text: str, *, is_partial: bool) -> None:
+        """Add to the last answer, which had broken off."""
+        begun = self.turns.pop()
+        self.turns.append(Turn("assistant", begun.content + text, is_partial))
+
+    def questions(self) -> list[int]:
+        """The places of the questions, those of a template's examples left out."""
+        behind = range(self.offset, len(self.turns))
+        return [place for place in behind if self.turns[place].role == "user"]
 
     def reset(self) -> None:
         """Forget the conversation; the system message stays."""
@@ -90,12 +107,7 @@ class Transcript:
         if "." not in path.name:
             path = path.with_name(path.name + ".json")
         text = json.dumps(self._as_json(), ensure_ascii=False, indent=1) + "\n"
-        has_replaced = os.path.lexists(path)
-        try:
-            _replace(path, text)
-        except (OSError, UnicodeEncodeError) as error:
-            raise UsageError(f"cannot save to {path}: {_reason(error)}") from error
-        return path, has_replaced
+        return write_file(path, text, "save")
 
     @classmethod
     def load(cls, file: str) -> Transcript:
@@ -114,11 +126,12 @@ class Transcript:
             raise UsageError(f"cannot load {path}: {_reason(error)}") from error
         return cls._from_json(table, path)
 
-    def _sendable(self) -> Iterator[Turn]:
-        for turn, following in zip(self.turns, [*self.turns[1:], None], strict=True):
-            is_unanswered = following is not None and not following.content
+    def _sendable(self) -> Iterator[int]:
+        following = [*self.turns[1:], None]
+        for place, (turn, after) in enumerate(zip(self.turns, following, strict=True)):
+            is_unanswered = after is not None and not after.content
             if turn.content and not (turn.role == "user" and is_unanswered):
-                yield turn
+                yield place
 
     def _pop(self, role: str) -> Turn | None:
         if len(self.turns) > self.offset and self.turns[-1].role == role:
@@ -163,6 +176,19 @@ def _text(value: Any) -> str:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def write_file(path: Path, text: str, deed: str) -> tuple[Path, bool]:
+    """Write a whole file, or nothing. Returns where it went, and whether that replaced another.
+
+    Raises `UsageError`, in which `deed` is what cannot be done.
+    """
+    has_replaced = os.path.lexists(path)
+    try:
+        _replace(path, text)
+    except (OSError, UnicodeEncodeError) as error:
+        raise UsageError(f"cannot {deed} to {path}: {_reason(error)}") from error
+    return path, has_replaced
 
 
 def _replace(path: Path, text: str) -> None:

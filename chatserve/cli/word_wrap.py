@@ -30,10 +30,10 @@ class WordWrap:
         """What to write to a terminal of this width."""
         # one column stays free: at the very edge terminals disagree on where the cursor is
         limit = max(columns - 1, self._indent + 2)
-        return "".join(out for piece in _pieces(text) for out in self._take(piece, limit))
+        return "".join(out for piece in pieces(text) for out in self._take(piece, limit))
 
     def _take(self, piece: str, limit: int) -> Iterator[str]:
-        width = sum(map(_width, piece))
+        width = sum(map(width_of, piece))
         if piece == "\n":
             self._column, self._word = 0, ""
             yield piece
@@ -52,15 +52,15 @@ class WordWrap:
 
     def _take_word(self, piece: str, limit: int) -> Iterator[str]:
         word = self._word + piece
-        shown = sum(map(_width, self._word))
+        shown = sum(map(width_of, self._word))
         start = self._column - shown
-        if start > self._indent and start + sum(map(_width, word)) > limit:
+        if start > self._indent and start + sum(map(width_of, word)) > limit:
             yield "\b" * shown + " " * shown + self._break()
             piece = word
         for char in piece:
-            if self._column + _width(char) > limit:  # longer than a line
+            if self._column + width_of(char) > limit:  # longer than a line
                 yield self._break()
-            self._column += _width(char)
+            self._column += width_of(char)
             self._word += char
             yield char
 
@@ -79,7 +79,7 @@ def wrapped(text: str, columns: int) -> str:
     return "\n".join(lines)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
     """Words, and each blank and each wide character by itself."""
     word = ""
     for char in text:
@@ -96,11 +96,12 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _is_wide(char: str) -> bool:
     """Chinese, emoji: a line may end before each."""
-    return len(char) == 1 and _width(char) == 2
+    return len(char) == 1 and width_of(char) == 2
 
 
 @cache
-def _width(char: str) -> int:
+def width_of(char: str) -> int:
+    """How many columns a character takes."""
     if char < "\x7f":
         return 1
     from rich.cells import get_character_cell_size  # late: English text does without its tables

@@ -113,7 +113,7 @@ def test_ctrl_c_cancels_on_the_server(start: Start) -> None:
         assert not server.cancelled.is_set()
         terminal.type(CTRL_C)
         assert server.cancelled.wait(WAIT_S)
-        terminal.wait_for("stopped; /regen asks again")
+        terminal.wait_for("stopped; /continue goes on")
 
 
 def test_the_end_of_the_server_in_an_answer_ends_the_chat_and_keeps_what_has_come(

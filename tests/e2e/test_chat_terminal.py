@@ -110,7 +110,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(style: str, start: Start) -> None:
         "> endless",
         "one two three",
         "",
-        "stopped; /regen asks again",
+        "stopped; /continue goes on, /regen repeats, Ctrl-C leaves",
         ">",
         *[""] * 9,
         STATUS,
@@ -138,7 +138,7 @@ def test_keys_typed_during_an_answer_wait_unseen(start: Start) -> None:
     terminal.wait_for("one two three")
     terminal.type("hello")
     terminal.type(CTRL_C)
-    terminal.wait_for("stopped; /regen asks again", "> hello")
+    terminal.wait_for("stopped; /continue goes on, /regen repeats, Ctrl-C leaves", "> hello")
     assert terminal.lines[2] == "one two three"
 
 
@@ -150,7 +150,7 @@ def test_the_prompt_is_there_while_the_model_loads(start: Start) -> None:
     terminal.wait_for_screen(BANNER, "> hello", loading)
     terminal.type(CTRL_C)
     terminal.wait_for_screen(
-        BANNER, "> hello", "stopped; /regen asks again", ">", *[""] * 11, loading
+        BANNER, "> hello", "stopped; /regen asks again, Ctrl-C leaves", ">", *[""] * 11, loading
     )
 
 
@@ -382,8 +382,8 @@ def test_no_word_is_cut_on_a_narrow_terminal(start: Start) -> None:
     terminal = ready(start("--style", "simple"))
     terminal.type("/help" + ENTER)
     terminal.wait_for(
-        "/model [NAME]   let another model or adapter answer;\n"
-        + " " * 16
-        + "without NAME: list them",
+        "/name [NAME]        call this chat NAME, for --resume;\n"
+        + " " * 20
+        + "without NAME: show it",
         "`!!` works like `/`; a leading space sends a line that\nbegins with either.",
     )

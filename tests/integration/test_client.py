@@ -69,7 +69,7 @@ def test_an_answer_comes_in_deltas_with_reason_and_usage(client: ChatClient) -> 
         ChatDelta("lo"),
         ChatDelta(" there."),
         ChatDelta(finish_reason="stop"),
-        ChatDelta(num_completion_tokens=3),
+        ChatDelta(num_completion_tokens=3, num_prompt_tokens=5),
     ]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from chatserve import environment
 from chatserve.cli.asking import ChatOptions, Server, answer_once
 from chatserve.cli.chat import Chat
+from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.lines import ProgramLines, spellings
 from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
@@ -134,7 +135,8 @@ class _Person:
         from chatserve.cli.session_store import SessionStore
 
         self._config = config
-        self._display = _display(_drawer(config), config)
+        columns_drawer = ColumnsDrawer(sys.stdout, _terminal_size)
+        self._display = _display(_drawer(config), config, columns_drawer)
         self._transcript = _transcript(config)
         self._kept: KeptChat | None = None
         if not config.no_save or config.resume is not None:
@@ -243,12 +245,14 @@ def _question(config: ChatConfig, display: Display) -> str:
     return question
 
 
-def _display(drawer: AnswerDrawer, config: ChatConfig) -> Display:
+def _display(
+    drawer: AnswerDrawer, config: ChatConfig, columns_drawer: ColumnsDrawer | None = None
+) -> Display:
     is_terminal = sys.stderr.isatty() and environment.is_color_wanted()
     return Display(
         drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
         has_free_line=config.style != "programmatic",
-        columns=lambda: columns_of(sys.stderr),
+        columns=lambda: columns_of(sys.stderr), columns_drawer=columns_drawer,
     )  # fmt: skip
 
 

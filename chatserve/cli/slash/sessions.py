@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatserve.cli.escapes import one_line
+from chatserve.errors import UsageError
 
 if TYPE_CHECKING:
-    from chatserve.cli.chat import Chat
+    from chatserve.cli.chat import Chat, Kept
+
+MOST_SHOWN = 4  # turns of a chat that is gone on with
+_DEEDS = ("list", "search", "resume", "delete")
 
 
 def _name(chat: Chat, name: str) -> None:
@@ -21,11 +25,36 @@ def _name(chat: Chat, name: str) -> None:
         chat.display.note(f"--resume {one_line(name)} goes on with this chat")
 
 
-def _sessions(chat: Chat, _: str) -> None:
+def _sessions(chat: Chat, argument: str) -> None:
     if chat.kept is None:
         chat.display.error("no chat is kept (--no-save)")
-    else:
+        return
+    deed, _, wanted = argument.partition(" ")
+    wanted = wanted.strip()
+    if deed in ("", "list"):
         chat.display.note(chat.kept.listed())
+    elif deed not in _DEEDS:
+        chat.display.error(f"/sessions knows no {deed!r}; it knows {', '.join(_DEEDS)}")
+    elif not wanted:
+        what = "TEXT" if deed == "search" else "CHAT"
+        chat.display.error(f"/sessions {deed} needs {what}")
+    elif deed == "search":
+        chat.display.note(chat.kept.searched(wanted))
+    else:
+        try:
+            if deed == "resume":
+                _resume(chat, chat.kept, wanted)
+            else:
+                chat.display.note(f"deleted {one_line(chat.kept.delete(wanted))}")
+        except UsageError as error:
+            chat.display.error(error.message)
+
+
+def _resume(chat: Chat, kept: Kept, wanted: str) -> None:
+    chat.save_turns()
+    chat.transcript = kept.resume(wanted, "/sessions resume")
+    chat.num_outside = 0
+    chat.show_turns(MOST_SHOWN)
 
 
 RUNS = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from chatserve.cli.slash import conversation, files, sessions, settings
+from chatserve.cli.slash import compare, conversation, files, sessions, settings
 
 if TYPE_CHECKING:
     from chatserve.cli.chat import Chat
 
 RUNS: Mapping[str, Callable[[Chat, str], None]] = {
     **conversation.RUNS,
+    **compare.RUNS,
     **files.RUNS,
     **sessions.RUNS,
     **settings.RUNS,

@@ -29,6 +29,7 @@ from chatserve.errors import (
 
 Piece = str | ChatDelta | BaseException
 CTRL_C = KeyboardInterrupt()
+STOPPED = "stopped; /continue goes on, /regen repeats, Ctrl-C leaves"
 MODEL = ModelInfo("fake-1b", "cpu", "float32", 8, 2048, "vicuna_v1.1")
 ADAPTED = ModelInfo("fake-1b:sql", parent="fake-1b")
 
@@ -86,7 +87,7 @@ class ScriptedLines:
         self._screen = screen
         self._lines = iter(lines)
 
-    def read(self) -> str:
+    def read(self, prefill: str = "") -> str:
         line = next(self._lines, None)
         if line is None:
             self._screen.write("> ^D\n")
@@ -148,9 +149,7 @@ def test_sampling_goes_into_each_request() -> None:
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
     session = Session(ScriptedServer(["half ", "an", CTRL_C], ["more"]))
-    assert session.type("q", "go on") == (
-        "> q\nhalf an\nstopped; /regen asks again\n> go on\nmore\n> ^D\n"
-    )
+    assert session.type("q", "go on") == (f"> q\nhalf an\n{STOPPED}\n> go on\nmore\n> ^D\n")
     assert session.server.num_closed == 2
     assert session.transcript.turns[1].is_partial
     assert contents(session.server.requests[1]) == ["q", "half an", "go on"]
@@ -159,7 +158,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
 def test_ctrl_c_before_the_first_token_keeps_the_question_for_regen() -> None:
     session = Session(ScriptedServer([CTRL_C], ["answer"], ["b"]))
     assert session.type("q", "/regen") == (
-        "> q\nstopped; /regen asks again\n> /regen\nanswer\n> ^D\n"
+        "> q\nstopped; /regen asks again, Ctrl-C leaves\n> /regen\nanswer\n> ^D\n"
     )
     assert contents(session.server.requests[1]) == ["q"]
 
@@ -178,13 +177,16 @@ def test_a_second_ctrl_c_does_not_lose_the_first_ones_work(
             signal.raise_signal(signal.SIGINT)  # the user hits the key again
 
     monkeypatch.setattr(session.server, "stream", stream)
-    assert session.type("q") == "> q\nhalf\nstopped; /regen asks again\n> ^D\n"
+    assert session.type("q") == f"> q\nhalf\n{STOPPED}\n> ^D\n"
     assert session.transcript.turns[1].content == "half"
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
     session = Session(ScriptedServer())
-    assert session.type(KeyboardInterrupt()) == "> ^C\nCtrl-D or /exit leaves\n> ^D\n"
+    assert (
+        session.type(KeyboardInterrupt())
+        == "> ^C\nCtrl-C once more, Ctrl-D or /exit leaves\n> ^D\n"
+    )
 
 
 def test_a_line_typed_while_loading_waits() -> None:
@@ -205,7 +207,7 @@ def test_errors_are_told_apart_from_answers_and_the_chat_goes_on() -> None:
     assert session.type("one", "two", "three", "four") == (
         "> one\n"
         "error: prompt has 9 tokens\n"
-        "/clear starts over\n"
+        "`/set context rolling` and /regen let the oldest turns go, /clear starts over\n"
         "> two\n"
         "half an\n"
         "error: the worker died\n"
@@ -233,7 +235,7 @@ def test_the_end_of_the_server_ends_the_chat() -> None:
 def test_an_answer_cut_by_its_limit_says_so() -> None:
     cut = ["As I was", ChatDelta("", "length", 16)]
     session = Session(ScriptedServer(cut, cut), sampling={"max_tokens": 16})
-    assert "\nthe answer stopped at --max-new-tokens 16\n" in session.type("q")
+    assert "\nthe answer stopped at --max-new-tokens 16; /continue goes on\n" in session.type("q")
     session = Session(ScriptedServer(cut))
     assert "\nthe answer stopped where the model's context of 2048 tokens ends\n" in session.type(
         "q"
@@ -390,7 +392,7 @@ def test_a_programmed_chat_is_told_of_no_command() -> None:
 
 def test_ctrl_c_ends_a_programmed_chat() -> None:
     class Interrupted:
-        def read(self) -> str:
+        def read(self, prefill: str = "") -> str:
             raise KeyboardInterrupt
 
     display = Display(PlainDrawer(io.StringIO()), io.StringIO())
@@ -442,7 +444,9 @@ def no_room(param: str = "max_tokens") -> ContextLengthExceeded:
 def test_the_default_limit_is_sent_and_named() -> None:
     cut = ["As I was", ChatDelta("", "length", 512)]
     session = Session(ScriptedServer(cut, cut), wished_max_tokens=512)
-    note = "\nthe answer stopped at 512 tokens; --max-new-tokens raises the limit\n"
+    note = (
+        "\nthe answer stopped at 512 tokens; --max-new-tokens raises the limit; /continue goes on\n"
+    )
     assert note in session.type("q")
     assert session.server.sampling == [{"max_tokens": 512}]
     session = Session(ScriptedServer(cut), sampling={"max_tokens": 5}, wished_max_tokens=512)
