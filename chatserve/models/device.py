@@ -21,7 +21,7 @@ from chatserve.models.attention import AttentionBackend, attend
 from chatserve.models.bitsandbytes_linear import multiplies_rightly, require_package
 from chatserve.models.form import choose_kernels
 from chatserve.models.hardware import multiplies_bfloat16
-from chatserve.models.packing import FINE, FOUR_BITS, Packing, four_bits
+from chatserve.models.packing import FINE, FOUR_BITS, Packing, choose_packing
 from chatserve.models.quantize import (
     MATMULS,
     Int8Backend,
@@ -110,7 +110,7 @@ def choose_policy(
     Raises `UsageError` when the device is asked for but not there, or cannot compress so.
     """
     kind, device_reason = _choose_device(device)
-    packing = _choose_packing(kind, load_8bit, load_4bit, quant_group)
+    packing = choose_packing(kind, load_8bit, load_4bit, quant_group)
     if quant_backend == "bitsandbytes":
         _check_bitsandbytes(packing, kind)
     torch_dtype, dtype_reason = _choose_dtype(kind, dtype)
@@ -135,20 +135,6 @@ def choose_policy(
     return DevicePolicy(
         torch.device(kind), torch_dtype, attention, int8, tuple(reasons), packing, kernels, network
     )
-
-
-def _choose_packing(
-    kind: str, load_8bit: bool, load_4bit: bool, quant_group: str | None
-) -> Packing | None:
-    if load_8bit and load_4bit:
-        raise UsageError("--load-8bit and --load-4bit exclude each other; choose one")
-    if load_4bit:
-        return four_bits(kind)
-    if quant_group is not None and not load_8bit:
-        raise UsageError("--quant-group is a finer form of --load-8bit; give both")
-    if not load_8bit:
-        return None
-    return Packing() if quant_group is None else FINE
 
 
 def _check_bitsandbytes(packing: Packing | None, kind: str) -> None:

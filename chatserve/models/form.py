@@ -164,13 +164,19 @@ def _named(packing: Packing | None) -> str:
 
 
 def form_on_cpu(
-    checkpoint: Checkpoint, dtype_name: str | None = None, packing: Packing | None = None
+    checkpoint: Checkpoint,
+    dtype_name: str | None = None,
+    packing: Packing | None = None,
+    *,
+    usual: str | None = None,
 ) -> PlainForm:
     """How a worker on a CPU holds `checkpoint`; with neither dtype nor packing, as it likes best.
 
+    `usual`: the dtype where none is chosen; None asks PyTorch what this CPU multiplies.
     Raises `UsageError` or `ModelLoadError` where it would refuse.
     """
-    usual = "bfloat16" if multiplies_bfloat16() else "float32"
+    if usual is None:
+        usual = "bfloat16" if multiplies_bfloat16() else "float32"
     on_kernels = packing is not None and choose_kernels(packing)[0] is not None
     form = PlainForm("cpu", dtype_name or usual, packing, on_kernels)
     own = packing_by_file(checkpoint, form, is_chosen=dtype_name is not None)

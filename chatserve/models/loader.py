@@ -9,24 +9,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from chatserve.errors import DoesNotFit, ModelLoadError, UsageError
+from chatserve.errors import ModelLoadError, UsageError
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig, is_native
 from chatserve.models.destinations import Destination
 from chatserve.models.device import DevicePolicy
 from chatserve.models.device_map import DeviceMap
 from chatserve.models.fallback import FallbackModel, load_fallback, read_hf_config
-from chatserve.models.form import PlainForm, kernels_misfit, native_config, packed
+from chatserve.models.fit import check_fit
+from chatserve.models.form import kernels_misfit, native_config
 from chatserve.models.llama import Llama
 from chatserve.models.llama_kernels import KernelLlama, thread_counts
-from chatserve.models.memory import available_bytes, in_gb
-from chatserve.models.memory_plan import plan_memory
-from chatserve.models.packing import Packing, four_bits
+from chatserve.models.memory import available_bytes
+from chatserve.models.packing import Packing
 from chatserve.models.placed_llama import PlacedLlama
 from chatserve.models.row_stream import RowStream, pieces
 from chatserve.models.weights import TensorInfo
@@ -111,33 +111,8 @@ def build_network(config: ModelConfig, policy: DevicePolicy) -> Llama:
 
 def _check_memory(checkpoint: Checkpoint, policy: DevicePolicy, max_rows: int) -> None:
     """Raises `DoesNotFit` when not even a short context fits beside the weights."""
-    plan = plan_memory(checkpoint, policy, max_rows=max_rows)
     available = available_bytes(policy.device)
-    if plan.least_bytes <= available:
-        return
-    way_out = "use a smaller model or free some memory"
-    for flag, form in _smaller_forms(checkpoint, policy):
-        smaller = plan_memory(checkpoint, form, max_rows=max_rows)
-        if smaller.least_bytes <= available:
-            way_out = f"use {flag} ({in_gb(smaller.weights_bytes)})"
-            break
-    raise DoesNotFit(
-        f"{checkpoint.path} needs {in_gb(plan.weights_bytes)} of weights in {plan.form} and "
-        f"{in_gb(plan.least_bytes - plan.weights_bytes)} to work in, {policy.device.type} has "
-        f"{in_gb(available)} free; {way_out}"
-    )
-
-
-def _smaller_forms(checkpoint: Checkpoint, policy: DevicePolicy) -> Iterator[tuple[str, PlainForm]]:
-    """The flags that would compress the weights further, largest form first."""
-    bits = policy.packing.bits if policy.packing else 16
-    if not is_native(checkpoint.config):
-        return
-    if bits > 8:
-        yield "--load-8bit", packed(checkpoint, policy, Packing())
-    four = packed(checkpoint, policy, four_bits(policy.kind))
-    if bits > 4 and (four.on_kernels or policy.network == "triton"):
-        yield "--load-4bit", four
+    check_fit(checkpoint, policy, available, max_rows, on_triton=policy.network == "triton")
 
 
 def match_tensors(

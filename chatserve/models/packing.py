@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chatserve.errors import UsageError
+
 GROUP = 32
 """Weights of a row that share a scale, where scales are grouped."""
 
@@ -50,3 +52,18 @@ FINE = Packing(is_grouped=True, activation_bits=16)
 def four_bits(kind: str) -> Packing:
     """What `--load-4bit` makes of weights on a kind of device."""
     return FOUR_BITS if kind == "cpu" else Packing(bits=4, is_grouped=True)
+
+
+def choose_packing(
+    kind: str, load_8bit: bool, load_4bit: bool, quant_group: str | None
+) -> Packing | None:
+    """What the flags of a worker ask for on this kind of device. Raises `UsageError`."""
+    if load_8bit and load_4bit:
+        raise UsageError("--load-8bit and --load-4bit exclude each other; choose one")
+    if load_4bit:
+        return four_bits(kind)
+    if quant_group is not None and not load_8bit:
+        raise UsageError("--quant-group is a finer form of --load-8bit; give both")
+    if not load_8bit:
+        return None
+    return Packing() if quant_group is None else FINE

@@ -31,6 +31,7 @@ from chatserve.models.memory import (
     in_gb,
     is_out_of_memory,
 )
+from chatserve.models.packing import choose_packing
 from chatserve.progress import Progress
 from chatserve.server.adapter_routes import nobody_to_tell
 from chatserve.server.connection import within_file_limit
@@ -82,6 +83,7 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     try:
         if address_space_left() < LEAST_ADDRESSES:
             raise MemoryError(f"PyTorch takes {in_gb(LEAST_ADDRESSES)} of addresses by itself")
+        _refuse_what_cannot_fit(config)
         # here and not above: this is where torch comes in
         from chatserve.engine.serving import load
         from chatserve.models.templates.render_process import RenderProcess
@@ -104,6 +106,20 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     if config.prepare_grammars:
         grammars.prepare()
     return engine, dataclasses.replace(model, grammars=grammars)
+
+
+def _refuse_what_cannot_fit(config: WorkerConfig) -> None:
+    """PyTorch alone takes seconds to load, on a busy machine many; headers tell most at once.
+
+    Of the CPU and a path only: PyTorch knows what GPUs there are. Raises `DoesNotFit`.
+    """
+    path = Path(config.weights)
+    if config.device != "cpu" or not path.exists():
+        return
+    from chatserve.models.fit import check_fit_on_cpu
+
+    packing = choose_packing("cpu", config.load_8bit, config.load_4bit, config.quant_group)
+    check_fit_on_cpu(path, config.dtype, packing, config.max_num_batched_tokens)
 
 
 def _no_memory_for(weights: str, error: Exception) -> str:
