@@ -43,7 +43,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def serving(
-    build: Callable[[], Edge], *, tls: ssl.SSLContext | None = None, **options: Any
+    build: Callable[[], Edge], *, port: int = 0, tls: ssl.SSLContext | None = None, **options: Any
 ) -> Iterator[RunningServer]:
     """Serve what `build` returns; stops at once at the end, cutting what still runs."""
     started: threading.Event = threading.Event()
@@ -55,7 +55,7 @@ def serving(
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
-        sock = bind("127.0.0.1", 0, tls)
+        sock = bind("127.0.0.1", port, tls)
         edge = build()
         listener = Listener(edge, sock, **options)
         await listener.start()
@@ -178,7 +178,7 @@ class ScriptedWorker:
     def answer(self, connection: socket.socket, script: Script) -> None:
         with connection:
             connection.settimeout(TIMEOUT_S)
-            self.requests.append(_read_request(connection))
+            self.requests.append(read_request(connection))
             for piece in script:
                 if isinstance(piece, bytes):
                     connection.sendall(piece)
@@ -188,7 +188,7 @@ class ScriptedWorker:
                     self.closed_by_peer.set()
 
 
-def _read_request(connection: socket.socket) -> bytes:
+def read_request(connection: socket.socket) -> bytes:
     data = read_until(connection, b"\r\n\r\n")
     head, _, body = data.partition(b"\r\n\r\n")
     lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]

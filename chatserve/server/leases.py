@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from chatserve.errors import ChatserveError, WorkerLost
+from chatserve.errors import ChatserveError
 from chatserve.protocol.control import WorkerStatus
 
 
@@ -79,9 +79,9 @@ def _cannot_move() -> bool:
 class Lease:
     """One request's claim on a worker; counted until it is released, at best by `with`.
 
-    `on_loss` is called when the worker is lost, or goes and another one could take over
-    (`is_sent_on`); `loss` says why. `can_move`: whether the request could go on at another worker
-    now.
+    `on_loss` is called when the worker is lost; `loss` says why. `on_sent_on` is called when it
+    goes and another one could take over, perhaps more than once. `can_move`: whether the request
+    could go on at another worker now.
     """
 
     def __init__(self, worker: Worker, model: str = "") -> None:
@@ -89,7 +89,7 @@ class Lease:
         self.model = model
         self.loss: ChatserveError | None = None
         self.on_loss: Callable[[], object] | None = None
-        self.is_sent_on = False
+        self.on_sent_on: Callable[[], object] | None = None
         self.can_move: Callable[[], bool] = _cannot_move
         worker.leases.add(self)
 
@@ -101,16 +101,11 @@ class Lease:
 
     def send_on(self) -> None:
         """Its worker goes, and another one is there."""
-        self.is_sent_on = self.loss is None
-        self.lose(
-            WorkerLost(
-                "the worker was stopped while it was answering, and no other one could go on; send "
-                "the request again"
-            )
-        )
+        if self.loss is None and self.on_sent_on is not None:
+            self.on_sent_on()
 
     def release(self) -> None:
-        self.on_loss = None
+        self.on_loss = self.on_sent_on = None
         self.worker.leases.discard(self)
 
     def __enter__(self) -> Lease:

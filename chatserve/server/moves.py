@@ -79,6 +79,10 @@ class Moves:
         self._deadline = None
         self._busy_until.clear()
 
+    def stay(self) -> None:
+        """Nobody else has consented: the move that was tried is none."""
+        self._deadline = None
+
     @property
     def has_lost(self) -> bool:
         """Whether a worker has failed it."""
@@ -91,9 +95,28 @@ class Moves:
     def put_off(self, worker_id: str, seconds: float) -> None:
         """It has no room just now. Raises the loss when time is over."""
         now = asyncio.get_running_loop().time()
-        if self._loss is not None and now >= self._deadline_of_move:
+        if self._loss is not None and self._deadline is not None and now >= self._deadline:
             raise self._loss
         self._busy_until[worker_id] = now + max(seconds, MIN_PAUSE_S)
+
+    def pick_now(self, fingerprint: str | None) -> Lease | None:
+        """A worker that is ready and has not been asked in vain; for a request that is answered."""
+        if self._registry.is_over:
+            return None
+        now = asyncio.get_running_loop().time()
+        busy = {each for each, until in self._busy_until.items() if until > now}
+        with contextlib.suppress(NoWorkerAvailable, ModelNotFound):
+            return self._registry.pick(
+                self._model, fingerprint=fingerprint, without={*self._unfit, *busy}
+            )
+        return None
+
+    @property
+    def next_try_s(self) -> float | None:
+        """Until one that had no room may have some; None where there is none such."""
+        if not self._busy_until:
+            return None
+        return max(MIN_PAUSE_S, min(self._busy_until.values()) - asyncio.get_running_loop().time())
 
     async def next(self, fingerprint: str | None = None) -> Lease:
         """A worker to ask: before the first loss at once, then as soon as there is one.

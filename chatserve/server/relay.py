@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -33,7 +34,7 @@ from chatserve.server.request_id import current_request_id
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 from chatserve.server.units import FrameReader, Reader, UnitReader
-from chatserve.server.upstream import Lost, NotSent, Upstream, told_error
+from chatserve.server.upstream import Lost, NotSent, Paused, Upstream, told_error
 from chatserve.server.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -93,10 +94,11 @@ class Relay:
         byte of its answer; `ClientDisconnect` when the client left before it; `Overloaded` when no
         worker has room. One that is full does not speak for the others.
         """
-        if takes_place(request.scope):
+        needs_room = takes_place(request.scope)
+        if needs_room:
             self._registry.check_room(model)
         asked = self._asked(request, model, body)
-        return await until_disconnect(request.receive, self._forward(asked))
+        return await until_disconnect(request.receive, self._forward(asked, needs_room))
 
     async def forward_again(self, request: Request, stream: Response, body: bytes) -> Response:
         """Send `body` to the worker that `stream` comes from, and pass its answer on.
@@ -127,6 +129,20 @@ class Relay:
             except Lost as lost:
                 moves.lose(lost.error)
 
+    async def go_on_now(self, asked: Asked, moves: Moves, memory: StreamMemory) -> Upstream | None:
+        """The rest of a stream, from a worker that consents at once; None where nobody does.
+
+        Raises what a worker was lost of too often over it.
+        """
+        while (lease := moves.pick_now(_fingerprint(memory))) is not None:
+            try:
+                return await self._go_on_at(lease, asked, moves, memory)
+            except NotSent:
+                continue
+            except Lost as lost:
+                moves.lose(lost.error)
+        return None
+
     def _asked(self, request: Request, model: str, body: bytes) -> Asked:
         headers = (
             self._headers
@@ -135,7 +151,10 @@ class Relay:
         )
         return Asked(request.url.path, model, body, headers)
 
-    async def _forward(self, asked: Asked) -> Response:
+    async def _forward(self, asked: Asked, needs_room: bool) -> Response:
+        if needs_room:
+            # of those that came in one turn of the loop nobody had a lease when all were let in
+            self._registry.check_room(asked.model)
         moves = Moves(self._registry, asked.model, self.policy)
         refusal: Response | None = None
         while True:
@@ -262,7 +281,12 @@ class RelayedStream(Response):
         self._last = first
         self._place = 0
         self._is_client_gone = False
-        self._going_on: asyncio.Future[Upstream] | None = None
+        self._stays = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._pumping: Coroutine[Any, Any, None] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._is_called_away = False
+        self._going_on: asyncio.Future[Upstream | None] | None = None
         self._come_from(upstream)
 
     @property
@@ -302,8 +326,10 @@ class RelayedStream(Response):
                 await send(_body(self._last))
             while not self._is_client_gone:
                 try:
-                    await self._pump(send)
-                    return
+                    if await self._has_pumped(send):
+                        return
+                    if not self._is_client_gone:
+                        await self._hand_over(send)
                 except Lost as lost:
                     if not self._is_client_gone:
                         await self._move(send, lost.error)
@@ -311,6 +337,62 @@ class RelayedStream(Response):
             # the beginning of a very long frame is out: the error needs one of its own
             cut = b"\n\n" if self._reader.is_inside else b""
             await send(_body(cut + error_event(error, self._asked.path, self._last)))
+
+    async def _has_pumped(self, send: Send) -> bool:
+        """False when another worker is to be asked before the end. Raises `Lost`."""
+        self._task = task = asyncio.current_task()
+        assert task is not None
+        self._pumping = self._pump(send)
+        try:
+            await self._pumping
+            return True
+        except Paused:
+            return False
+        except asyncio.CancelledError:
+            # a task that is cancelled for another reason, too, has that to obey
+            if not self._is_called_away or task.uncancel():
+                raise
+            return False
+        finally:
+            self._is_called_away = False
+            self._pumping = None
+
+    def _call_away(self) -> None:
+        """Its worker goes, and another one is there: pass on no more, until that one was asked."""
+        if self._upstream is None or self._stays or self._is_called_away:
+            return
+        self._upstream.pause()
+        # what is being sent is sent to its end; who waits for more does not know when there is any
+        waits_for = getattr(self._pumping, "cr_await", None)
+        if self._task is not None and getattr(waits_for, "cr_code", None) is Upstream.read.__code__:
+            self._is_called_away = True
+            self._task.cancel()
+
+    async def _hand_over(self, send: Send) -> None:
+        """Let another worker go on if one consents, and else the one that would rather go."""
+        upstream, memory = self._upstream, self._memory
+        assert upstream is not None
+        if memory is None or not memory.is_kept:
+            upstream.go_on()
+            return
+        try:
+            successor = await self._pinging(
+                send, self._relay.go_on_now(self._asked, self._moves, memory)
+            )
+        except ChatserveError as error:
+            logger.info("a stream stays where it is: %s", error.message)
+            self._stays = True
+            successor = None
+        if successor is not None:
+            self._close_upstream()
+            self._go_on_from(successor, memory)
+            return
+        if (seconds := self._moves.next_try_s) is not None:
+            if self._retry is not None:
+                self._retry.cancel()
+            self._retry = asyncio.get_running_loop().call_later(seconds, upstream.lease.send_on)
+        self._moves.stay()
+        upstream.go_on()
 
     async def _pump(self, send: Send) -> None:
         upstream, reader = self._upstream, self._reader
@@ -328,27 +410,35 @@ class RelayedStream(Response):
         self._close_upstream()
         if memory is None or not memory.is_kept:
             raise loss
-        if upstream.lease.is_sent_on:
-            self._moves.leave(loss)
-        else:
-            self._moves.lose(loss, has_moved_on=memory.has_tokens_since(self._place))
-        going_on = asyncio.ensure_future(self._relay.go_on(self._asked, self._moves, memory))
+        self._moves.lose(loss, has_moved_on=memory.has_tokens_since(self._place))
+        successor = await self._pinging(
+            send, self._relay.go_on(self._asked, self._moves, memory), at_once=True
+        )
+        if successor is not None:
+            self._go_on_from(successor, memory)
+
+    async def _pinging(
+        self, send: Send, work: Coroutine[Any, Any, Upstream | None], *, at_once: bool = False
+    ) -> Upstream | None:
+        """Do `work` while the client is told that it is still there; None when that has left."""
+        going_on = asyncio.ensure_future(work)
         self._going_on = going_on
         try:
-            while not going_on.done():
+            if at_once:
                 await send(_body(PING))
-                await asyncio.wait({going_on}, timeout=self._relay.policy.ping_s)
+            while not (await asyncio.wait({going_on}, timeout=self._relay.policy.ping_s))[0]:
+                await send(_body(PING))
         except BaseException:
             going_on.cancel()
             [late] = await asyncio.gather(going_on, return_exceptions=True)
-            if not isinstance(late, BaseException):
+            if late is not None and not isinstance(late, BaseException):
                 late.close()  # it has come for nobody
             raise
         finally:
             self._going_on = None
-        if going_on.cancelled():
-            return  # the client has left
-        upstream = going_on.result()
+        return None if going_on.cancelled() else going_on.result()
+
+    def _go_on_from(self, upstream: Upstream, memory: StreamMemory) -> None:
         self._reader = UnitReader(memory) if upstream.has_journal else FrameReader()
         self._place = memory.num_bytes
         self._come_from(upstream)
@@ -357,6 +447,7 @@ class RelayedStream(Response):
         self._upstream = upstream
         self._moves.arrive()
         upstream.lease.can_move = self._can_move
+        upstream.lease.on_sent_on = self._call_away
 
     def _can_move(self) -> bool:
         memory = self._memory

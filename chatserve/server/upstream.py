@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import aiohttp
@@ -42,6 +42,10 @@ class Lost(Exception):
         self.error = error
 
 
+class Paused(Exception):
+    """Nothing is to be read now. What has come is still there."""
+
+
 class Upstream:
     """A worker's answer, whose headers are there. To be closed; `lease` is released then."""
 
@@ -53,7 +57,7 @@ class Upstream:
         self.lease = lease
         self._response = response
         self._registry = registry
-        self._read = response.content.readany
+        self._read: Callable[[], Awaitable[bytes]] = response.content.readany
         lease.on_loss = response.close
         self._closed = _closed(response)
         if self._closed is not None:
@@ -131,6 +135,13 @@ class Upstream:
             raise Lost(self._given_up(reader.failure))
         raise self._lost(aiohttp.ClientPayloadError("the stream ended before its end"))
 
+    def pause(self) -> None:
+        """The next `read` raises `Paused`, until `go_on`."""
+        self._read = _paused
+
+    def go_on(self) -> None:
+        self._read = self._response.content.readany
+
     def close(self) -> None:
         if self._closed is not None:
             self._closed.remove_done_callback(self._fail)
@@ -155,6 +166,10 @@ class Upstream:
         would then wait for ever, although the connection is closed."""
         if not self._response.content.is_eof():
             self._response.close()
+
+
+async def _paused() -> bytes:
+    raise Paused
 
 
 def _retrieve(closed: asyncio.Future[None]) -> None:
@@ -225,4 +240,5 @@ def told_error(body: bytes, status: int = 0) -> ChatserveError:
     }
     known = kinds.get(code, WorkerLost)(message)
     known.param = param if isinstance(param, str) else None
+    known.is_foreign = True
     return known

@@ -6,6 +6,8 @@ Workers are scripts, as in `test_moves.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pytest
 from starlette.types import Message
 
 from chatserve.errors import WorkerLost
-from chatserve.protocol.sse import encode_event
+from chatserve.protocol.sse import DONE_FRAME, encode_event
 from chatserve.server.leases import Lease, Worker
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
@@ -27,6 +29,7 @@ from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.units import UnitReader
 from chatserve.server.upstream import Lost, Upstream
 from chatserve.server.worker_client import WorkerClient
+from tests.house import STREAM
 from tests.integration.test_moves import (
     BEGIN,
     DIED,
@@ -37,6 +40,7 @@ from tests.integration.test_moves import (
     START,
     WHOLE,
     add,
+    body_of,
     frames_of,
     house_of,
     read_answer,
@@ -44,7 +48,7 @@ from tests.integration.test_moves import (
     token,
     unchunked,
 )
-from tests.servers import ScriptedWorker, chunked, read_until
+from tests.servers import Script, ScriptedWorker, chunked, http_request, read_request, read_until
 
 
 @pytest.fixture
@@ -110,16 +114,103 @@ def test_workers_that_are_told_to_go_have_not_failed(stack: ExitStack) -> None:
     assert frames_of(unchunked(content)) == WHOLE
 
 
-def test_of_a_worker_that_was_told_to_go_nobody_says_that_it_died(stack: ExitStack) -> None:
-    house = house_of(stack, ResumePolicy(timeout_s=0.3))
-    add(house, "a", [HEAD, BEGIN, token(0), None])
+UNFIT = [b"HTTP/1.1 409 No\r\nContent-Length: 2\r\n\r\n{}"]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[UNFIT], [refusal(429, 3600)], [[DIED]], [[DIED], [DIED]]],
+    ids=["unfit", "busy", "dies", "all die"],
+)
+def test_a_worker_that_goes_has_its_streams_until_another_consents(
+    stack: ExitStack, answers: list[Any]
+) -> None:
+    house = house_of(stack)
+    go_on = threading.Event()
+    rest = [token(2), token(3), LAST]
+    add(house, "a", [HEAD, BEGIN, token(0), go_on, token(1), *rest])
     with closing(house.open()) as sock:
         content = read_until(sock, encode_event("0"))
-        unfit = [b"HTTP/1.1 409 No\r\nContent-Length: 2\r\n\r\n{}"]
-        add(house, "b", unfit)
+        asked = [add(house, f"b{i}", each) for i, each in enumerate(answers)]
+        house.do(lambda: house.registry.heartbeat("a", status(state="draining")))
+        house.wait_for(lambda: all(worker.requests for worker in asked))
+        go_on.set()
+        content += read_answer(sock)
+    assert unchunked(content) == WHOLE
+
+
+def test_a_worker_that_goes_hands_over_once_another_has_room(stack: ExitStack) -> None:
+    """No change in the registry tells of it: it is asked again when it said."""
+    house = house_of(stack)
+    left = add(house, "a", [HEAD, BEGIN, token(0), token(1), None])
+    with closing(house.open()) as sock:
+        content = read_until(sock, encode_event("1"))
+        busy = add(house, "b", refusal(429, 0), REST)
         house.do(lambda: house.registry.heartbeat("a", status(state="draining")))
         content += read_answer(sock)
-    assert b"worker_died" in content and b"was stopped" in content
+    assert unchunked(content) == WHOLE
+    assert len(busy.requests) == 2 and left.closed_by_peer.wait(20)
+
+
+def test_a_worker_that_goes_is_told_so_while_its_client_reads_slowly(stack: ExitStack) -> None:
+    """What is being sent when the other one consents reaches the client, and once."""
+    house = house_of(stack)
+    blocks = [b"%d-" % i + b"x" * 60_000 for i in range(120)]
+    units = [chunked(encode_event(each) + b":t 0 %d\n\n" % i) for i, each in enumerate(blocks)]
+    left = LeftWorker([HEAD, BEGIN, *units])
+    stack.enter_context(left)
+    house.list("a", left.url, status())
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        sock.connect(("127.0.0.1", house.controller.port))
+        sock.settimeout(30)
+        sock.sendall(http_request("POST", "/v1/chat/completions", STREAM))
+        house.wait_for(left.is_stuck)
+        asked = JournalReader(units)
+        with asked:
+            house.list("b", asked.url, status())
+            # it is in the middle of a frame that nobody reads yet
+            house.do(lambda: house.registry.heartbeat("a", status(state="draining")))
+            content = frames_of(unchunked(read_answer(sock)))
+    assert len(asked.requests) == 1
+    begin, end = encode_event("role"), encode_event("usage") + DONE_FRAME
+    assert content == begin + b"".join(map(encode_event, blocks)) + end
+
+
+class LeftWorker(ScriptedWorker):
+    """Says more than it is let."""
+
+    num_sent = num_seen = num_looks = 0
+
+    def answer(self, connection: socket.socket, script: Script) -> None:
+        self.requests.append(read_request(connection))
+        with contextlib.suppress(OSError), connection:
+            for piece in script:
+                assert isinstance(piece, bytes)
+                connection.sendall(piece)
+                self.num_sent += 1
+
+    def is_stuck(self) -> bool:
+        """It has said something, and nothing more for a while."""
+        self.num_looks = self.num_looks + 1 if self.num_sent == self.num_seen > 0 else 0
+        self.num_seen = self.num_sent
+        return self.num_looks > 50
+
+
+class JournalReader(ScriptedWorker):
+    """Goes on from where the journal ends."""
+
+    def __init__(self, units: list[bytes]) -> None:
+        super().__init__([])
+        self._units = units
+
+    def answer(self, connection: socket.socket, script: Script) -> None:
+        request = read_request(connection)
+        self.requests.append(request)
+        num_said = body_of(request)["journal"].count(":t ")
+        for piece in (HEAD, chunked(START), *self._units[num_said:], LAST):
+            connection.sendall(piece)
+        connection.close()
 
 
 def test_each_move_has_its_own_time() -> None:
