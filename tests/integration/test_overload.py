@@ -140,6 +140,7 @@ def test_without_the_door_prompts_are_rendered_in_vain(
 
     monkeypatch.setattr(PromptBuilder, "chat", counted)
     monkeypatch.setattr(Door, "_engine_for", lambda self, scope: None)
+    monkeypatch.setattr(WorkerRegistry, "check_room", lambda self, model=None: None)
     load = LoadClient(house.front.port, timeout_s=60)
     num_served = NUM_RUNNING + NUM_WAITING
     opener = open_when(house, 20 - num_served, load)
