@@ -124,16 +124,25 @@ def test_one_of_two_workers_is_killed_under_many_requests(faulty: House, resumes
     # its streams, to be there when it dies
     long = [asked(1000 + i, 40) for i in range(8)]
 
+    killed_at: list[float] = []
+
+    def harm() -> None:
+        killed_at.append(time.perf_counter())
+        doomed.popen.kill()
+
     async def run() -> tuple[list[Record], list[Record]]:
         others = asyncio.create_task(
             LoadClient(faulty.port, timeout_s=WAIT_S).send_all(requests, at_once=8)
         )
-        victims = await harmed(faulty.port, long, kill(doomed.pid))
+        victims = await harmed(faulty.port, long, harm)
         return victims, await others
 
     victims, others = asyncio.run(run())
     assert check([*victims, *others]) == []
     found = ends([*victims, *others])
+    later = [each for each in others if each.asked_at > killed_at[0] + 1.0]
+    print(f"{found}; of the {len(later)} asked over 1 s after the kill: {ends(later)}")
+    assert set(ends(later)) <= {"whole"}
     assert set(found) <= {"whole", "worker_died"}
     # under way there were the 8 at a time, and the 8 long ones
     assert found["worker_died"] == 0 if resumes else 1 <= found["worker_died"] <= 16
