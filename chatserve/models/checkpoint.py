@@ -6,7 +6,6 @@ dtype policy; it never runs code that a folder brings.
 
 from __future__ import annotations
 
-import logging
 import os
 import reprlib
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from chatserve.models.adapter_config import (
 from chatserve.models.encoders import is_encoder, refuse_encoder
 from chatserve.models.headless import is_headless, with_head, with_prefix
 from chatserve.models.safetensors_file import SafetensorsFile
+from chatserve.models.remote_code import warn_of_code
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, gguf_hint, read_json
 from chatserve.models.weights import DirectSource, TensorInfo, WeightSource
@@ -40,8 +40,6 @@ __all__ = [
     "open_checkpoint",
     "open_weights",
 ]
-
-logger = logging.getLogger(__name__)
 
 FINAL_NORM = "model.norm.weight"
 # A trained final norm lies around 1 and above; fine-tuning moves it by some hundredths at most.
@@ -164,8 +162,7 @@ def _open_folder(folder: Path, headers_only: bool, may_be_encoder: bool) -> Chec
     config = read_json(folder, "config.json")
     if not may_be_encoder:
         refuse_encoder(config)
-    if "auto_map" in config:
-        logger.warning("%s: auto_map ignored, chatserve never runs a model folder's code", folder)
+    warn_of_code(folder, config)
     generation_config = {}
     if os.path.lexists(folder / "generation_config.json"):
         generation_config = read_json(folder, "generation_config.json")

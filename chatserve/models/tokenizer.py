@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatserve.errors import GenerationFailed, InvalidRequest, ModelLoadError
+from chatserve.models.remote_code import warn_of_code
 from chatserve.models.special_tokens import Rendered, Special, SpecialTokens
 from chatserve.models.tokenizer_gguf import read_gguf_tokenizer
 from chatserve.models.tokenizer_json import read_tokenizer_json
@@ -178,6 +179,8 @@ def load_tokenizer(path: Path, metadata: Mapping[str, Any] | None = None) -> Tok
     if not path.is_dir():
         return Tokenizer(read_gguf_tokenizer(_metadata(path) if metadata is None else metadata))
     settings = TokenizerSettings.read(path)
+    if "auto_map" not in settings.config:  # of that one the checkpoint has told
+        warn_of_code(path, settings.tokenizer_config)
     if (path / "tokenizer.json").exists():
         parts = read_tokenizer_json(member(path, "tokenizer.json"), settings)
     elif (path / "tokenizer.model").exists():

@@ -139,6 +139,21 @@ def test_code_in_a_folder_is_never_touched(
         assert "auto_map ignored, chatserve never runs a model folder's code" in caplog.text
 
 
+@pytest.mark.parametrize("names", [("config.json",), ("tokenizer_config.json",),
+                                   ("config.json", "tokenizer_config.json")])  # fmt: skip
+def test_a_folder_that_names_code_is_warned_of_once(
+    names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_model(tmp_path)
+    for name in names:
+        path = tmp_path / name
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**content, "auto_map": {"AutoModel": "evil.M"}}), "utf-8")
+    open_checkpoint(tmp_path).weights.close()
+    load_tokenizer(tmp_path)
+    assert caplog.text.count("auto_map ignored, chatserve never runs a model folder's code") == 1
+
+
 def test_a_loader_that_trusts_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teeth: what transformers does when it is told to."""
     global _seen
