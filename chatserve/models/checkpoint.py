@@ -23,8 +23,8 @@ from chatserve.models.adapter_config import (
 )
 from chatserve.models.encoders import is_encoder, refuse_encoder
 from chatserve.models.headless import is_headless, with_head, with_prefix
-from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.remote_code import warn_of_code
+from chatserve.models.safetensors_file import SafetensorsFile
 from chatserve.models.torch_bin import TorchBinFile
 from chatserve.models.weight_files import WeightFiles, find_weight_files, gguf_hint, read_json
 from chatserve.models.weights import DirectSource, TensorInfo, WeightSource
