@@ -34,6 +34,7 @@ import { SamplingPanel } from "./sampling-panel";
 import { ServerWatch } from "./server-watch";
 import { listenForShortcuts } from "./shortcuts";
 import { Sidebar } from "./sidebar";
+import { NotKept } from "./store";
 import { BrowserStore } from "./store-browser";
 import { ServerStore } from "./store-server";
 import { ThreadView } from "./thread-view";
@@ -60,6 +61,8 @@ export class App {
   readonly #title = el("h1", { class: "off-screen" });
   readonly #root: HTMLElement;
   #draftTimer: ReturnType<typeof setTimeout> | undefined;
+  /** the server has said that it keeps no conversations */
+  #serverKeeps = true;
   #login: Promise<boolean> | undefined;
   #isStarting = true;
 
@@ -92,6 +95,10 @@ export class App {
       export: (id, form) => void this.#try(() => this.#export(id, form)),
       import: (files) => void this.#import(files),
       settings: () => this.#openSettings(),
+      theme: () => {
+        const next = { system: "light", light: "dark", dark: "system" } as const;
+        this.#setTheme(next[this.#preferences.theme]);
+      },
       close: () => this.#showSidebar(false),
     });
     this.#thread = new ThreadView(
@@ -228,7 +235,21 @@ export class App {
   }
 
   async #list(): Promise<void> {
-    await this.#try(() => this.#library.refresh());
+    await this.#try(async () => {
+      try {
+        await this.#library.refresh();
+      } catch (error) {
+        if (!(error instanceof NotKept)) throw error;
+        // what was asked in the meantime goes along
+        const kept = this.#current;
+        this.#serverKeeps = false;
+        this.#useLibrary("browser");
+        this.#current = this.#library.adopt(kept.conversation);
+        this.#sync();
+        await this.#library.refresh();
+        await this.#route();
+      }
+    });
   }
 
   async #route(): Promise<void> {
@@ -518,6 +539,7 @@ export class App {
   /* what is shown */
 
   #build(): void {
+    this.#sidebar.showTheme(this.#preferences.theme);
     const tools = el(
       "div",
       { class: "bar-tools" },
@@ -631,14 +653,15 @@ export class App {
   }
 
   #openSettings(): void {
-    openSettings(this.#preferences, {
+    const place = this.#serverKeeps ? this.#preferences.place : "browser";
+    openSettings({ ...this.#preferences, place }, this.#serverKeeps, {
       changed: (preferences) => {
-        const isMoved = preferences.place !== this.#preferences.place;
-        this.#remember(preferences);
-        applyTheme(preferences.theme);
-        if (isMoved) this.#move();
+        const { theme, place } = preferences;
+        this.#setTheme(theme);
+        if (this.#serverKeeps) this.#remember({ place });
+        if (place !== this.#library.place) this.#move();
       },
-      copyHere: () => void this.#try(() => this.#copyHere()),
+      copyHere: !this.#serverKeeps ? null : () => void this.#try(() => this.#copyHere()),
       logOut: key()
         ? () => {
             this.#asking.stopAll();
@@ -650,18 +673,28 @@ export class App {
     });
   }
 
+  #setTheme(theme: Preferences["theme"]): void {
+    this.#remember({ theme });
+    applyTheme(theme);
+    this.#sidebar.showTheme(theme);
+  }
+
   /** Go on with the conversations of the other place. */
   #move(): void {
-    this.#library.leave();
-    this.#library.close();
-    this.#library = this.#newLibrary(this.#preferences.place);
+    this.#useLibrary(this.#preferences.place);
     this.fresh();
     this.#show(this.#fresh());
     void this.#list();
   }
 
+  #useLibrary(place: Preferences["place"]): void {
+    this.#library.leave();
+    this.#library.close();
+    this.#library = this.#newLibrary(place);
+  }
+
   async #copyHere(): Promise<void> {
-    const other = this.#preferences.place === "server" ? new BrowserStore() : new ServerStore();
+    const other = this.#library.place === "server" ? new BrowserStore() : new ServerStore();
     const there = new Set(this.#library.summaries.map(({ id }) => id));
     let num = 0;
     for (const { id } of await other.list("")) {

@@ -74,11 +74,15 @@ export function askKey(reason: string): Promise<{ key: string; isRemembered: boo
 
 export interface SettingsActions {
   changed(preferences: Preferences): void;
-  copyHere(): void;
+  copyHere: (() => void) | null;
   logOut: (() => void) | null;
 }
 
-export function openSettings(preferences: Preferences, actions: SettingsActions): void {
+export function openSettings(
+  preferences: Preferences,
+  serverKeeps: boolean,
+  actions: SettingsActions,
+): void {
   const choice = <Name extends "theme" | "place">(
     name: Name,
     legend: string,
@@ -97,6 +101,7 @@ export function openSettings(preferences: Preferences, actions: SettingsActions)
             name,
             value,
             checked: preferences[name] === value,
+            disabled: value === "server" && !serverKeeps,
             onchange: () => {
               preferences = { ...preferences, [name]: value };
               actions.changed(preferences);
@@ -106,7 +111,7 @@ export function openSettings(preferences: Preferences, actions: SettingsActions)
         ),
       ),
     );
-  const { logOut } = actions;
+  const { copyHere, logOut } = actions;
   const dialog = open(
     "Settings",
     "settings",
@@ -116,17 +121,19 @@ export function openSettings(preferences: Preferences, actions: SettingsActions)
       ["dark", "Dark"],
     ]),
     choice("place", "Chats are kept", [
-      ["server", "on the server, apart for each API key"],
+      [
+        "server",
+        serverKeeps
+          ? "on the server, apart for each API key"
+          : "on the server (this one keeps none)",
+      ],
       ["browser", "only in this browser"],
     ]),
     el(
       "div",
       { class: "row" },
-      el(
-        "button",
-        { type: "button", onclick: () => actions.copyHere() },
-        "Copy chats from the other place",
-      ),
+      copyHere &&
+        el("button", { type: "button", onclick: copyHere }, "Copy chats from the other place"),
       el("button", { type: "button", onclick: () => openShortcuts() }, "Shortcuts"),
       logOut &&
         el(

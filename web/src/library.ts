@@ -46,7 +46,7 @@ export class Library {
 
   constructor(
     readonly store: Store,
-    readonly place: string,
+    readonly place: "server" | "browser",
     private readonly listener: LibraryListener,
   ) {
     if ("BroadcastChannel" in globalThis) {
@@ -70,6 +70,14 @@ export class Library {
 
   fresh(models: string[], system = "", sampling: Sampling = {}): Kept {
     return this.#keep(newConversation(models, system, sampling));
+  }
+
+  /** Go on with what another library had opened. */
+  adopt(conversation: Conversation): Kept {
+    conversation.revision = 0;
+    const kept = this.#keep(conversation);
+    if (conversation.messages.length > 0) kept.changed();
+    return kept;
   }
 
   /** null: there is none of this id. */

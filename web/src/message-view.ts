@@ -249,5 +249,5 @@ export function failureLine(
 
 function sentence(text: string): string {
   const start = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?)]$/.test(start) ? start : `${start}.`;
+  return /[.!?]$/.test(start) ? start : `${start}.`;
 }

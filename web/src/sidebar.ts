@@ -1,8 +1,9 @@
 /** The list of conversations: search, open, rename, export, delete. */
 
 import type { Summary } from "./conversation";
-import { el, icon, iconButton } from "./dom";
+import { el, type Icon, icon, iconButton } from "./dom";
 import { openMenu } from "./menu";
+import type { Preferences } from "./preferences";
 import * as wording from "./wording";
 
 export interface SidebarActions {
@@ -13,15 +14,23 @@ export interface SidebarActions {
   export(id: string, form: "markdown" | "json"): void;
   import(files: File[]): void;
   settings(): void;
+  /** to the next of the system's colours, light, dark */
+  theme(): void;
   close(): void;
 }
 
 const SEARCH_AFTER_MS = 200;
+const THEMES: Record<Preferences["theme"], [Icon, string]> = {
+  system: ["auto", "Colours: as the system has them"],
+  light: ["sun", "Colours: light"],
+  dark: ["moon", "Colours: dark"],
+};
 
 export class Sidebar {
   readonly element: HTMLElement;
   readonly #list = el("div", { class: "chats" });
   readonly #search: HTMLInputElement;
+  readonly #theme = iconButton("auto", "", () => this.actions.theme());
   #timer: ReturnType<typeof setTimeout> | undefined;
   #shown = "";
 
@@ -94,9 +103,16 @@ export class Sidebar {
           },
           icon("pulse"),
         ),
-        iconButton("sliders", "Settings", () => actions.settings()),
+        this.#theme,
+        iconButton("gear", "Settings", () => actions.settings()),
       ),
     );
+  }
+
+  showTheme(theme: Preferences["theme"]): void {
+    const [name, label] = THEMES[theme];
+    this.#theme.replaceChildren(icon(name));
+    for (const attribute of ["title", "aria-label"]) this.#theme.setAttribute(attribute, label);
   }
 
   focusSearch(): void {

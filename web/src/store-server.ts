@@ -3,7 +3,7 @@
 import { ApiError, getJson, record, request } from "./api";
 import type { Conversation, Summary } from "./conversation";
 import { readConversation, readSummary } from "./reading";
-import { Conflict, type Store } from "./store";
+import { Conflict, NotKept, type Store } from "./store";
 
 const ROOT = "/page/conversations";
 /** what a browser sends for a page that is being left */
@@ -12,8 +12,11 @@ const MAX_KEEPALIVE_BYTES = 60_000;
 export class ServerStore implements Store {
   async list(search: string): Promise<Summary[]> {
     const query = search === "" ? "" : `?search=${encodeURIComponent(search)}`;
-    const listed = record(await getJson(ROOT + query)).conversations;
-    return (Array.isArray(listed) ? listed : []).map(readSummary).filter((each) => each !== null);
+    const { conversations, is_kept } = record(await getJson(ROOT + query));
+    if (is_kept === false) throw new NotKept();
+    return (Array.isArray(conversations) ? conversations : [])
+      .map(readSummary)
+      .filter((each) => each !== null);
   }
 
   async get(id: string): Promise<Conversation | null> {

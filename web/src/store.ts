@@ -19,6 +19,13 @@ export class Conflict extends Error {
   }
 }
 
+/** This place keeps nothing: conversations have to stay in the browser. */
+export class NotKept extends Error {
+  constructor() {
+    super("this server keeps no chats, so they stay in this browser");
+  }
+}
+
 /** Whether a conversation has a text, for those who keep them themselves. */
 export function hasText(conversation: Conversation, search: string): boolean {
   const wanted = search.toLocaleLowerCase();

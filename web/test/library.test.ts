@@ -1,0 +1,158 @@
+import { afterEach, expect, test, vi } from "vitest";
+import { ApiError } from "../src/api";
+import { append, type Conversation, path, type Summary, summaryOf } from "../src/conversation";
+import { type Kept, Library } from "../src/library";
+import { Conflict, type Store } from "../src/store";
+
+/** Keeps revisions as the server does. */
+class FakeStore implements Store {
+  readonly kept = new Map<string, Conversation>();
+  fails: Error | null = null;
+  puts = 0;
+
+  async list(): Promise<Summary[]> {
+    return [...this.kept.values()].map(summaryOf);
+  }
+
+  async get(id: string): Promise<Conversation | null> {
+    return structuredClone(this.kept.get(id) ?? null);
+  }
+
+  async put(conversation: Conversation): Promise<Summary> {
+    this.puts += 1;
+    const document = structuredClone(conversation);
+    await Promise.resolve();
+    if (this.fails) throw this.fails;
+    const there = this.kept.get(document.id);
+    if (!there && document.revision > 0) throw new ApiError("gone", "not_found", 404);
+    if (there && there.revision !== document.revision) throw new Conflict(structuredClone(there));
+    document.revision += 1;
+    this.kept.set(document.id, document);
+    return summaryOf(document);
+  }
+
+  async remove(id: string): Promise<void> {
+    this.kept.delete(id);
+  }
+}
+
+const libraries: Library[] = [];
+
+function tab(store: Store) {
+  const listener = { listed: vi.fn(), merged: vi.fn(), removed: vi.fn(), saveFailed: vi.fn() };
+  const library = new Library(store, "server", listener);
+  libraries.push(library);
+  return { library, listener };
+}
+
+function say(kept: Kept, content: string): void {
+  const { conversation } = kept;
+  append(conversation, 0, conversation.heads[0] ?? null, { role: "user", content });
+}
+
+function said(conversation: Conversation | undefined): string[] {
+  return (conversation?.messages ?? []).map((message) => message.content).sort();
+}
+
+afterEach(() => {
+  for (const library of libraries.splice(0)) library.close();
+  vi.useRealTimers();
+});
+
+test("two tabs that write at once lose nothing", async () => {
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  const two = await tab(store).library.open(one.conversation.id);
+  if (!two) throw new Error("it was saved");
+  say(one, "of one");
+  say(two, "of two");
+  await Promise.all([one.save(), two.save()]);
+  expect(said(store.kept.get(one.conversation.id))).toEqual(["first", "of one", "of two"]);
+});
+
+test("another tab hears of a save and shows it", async () => {
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  const { library, listener } = tab(store);
+  const two = await library.open(one.conversation.id);
+  say(one, "second");
+  await one.save();
+  await vi.waitFor(() => expect(listener.merged).toHaveBeenCalled());
+  expect(said(two?.conversation)).toEqual(["first", "second"]);
+});
+
+test("what another tab deleted is gone here, too, and not saved again", async () => {
+  const store = new FakeStore();
+  const { library, listener } = tab(store);
+  const one = library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  await tab(store).library.remove(one.conversation.id);
+  await vi.waitFor(() => expect(listener.removed).toHaveBeenCalledWith(one.conversation.id));
+  await one.save();
+  expect(store.kept.size).toBe(0);
+});
+
+test("what another machine deleted while it is written on is kept anew", async () => {
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  store.kept.clear();
+  say(one, "second");
+  await one.save();
+  expect(said(store.kept.get(one.conversation.id))).toEqual(["first", "second"]);
+});
+
+test("a save that fails is tried again until it is done", async () => {
+  vi.useFakeTimers();
+  const store = new FakeStore();
+  const { library, listener } = tab(store);
+  const one = library.fresh(["a"]);
+  store.fails = new ApiError("no answer", "unreachable", 0);
+  say(one, "first");
+  one.changed();
+  await vi.advanceTimersByTimeAsync(10_000);
+  expect(store.puts).toBeGreaterThan(2);
+  expect(listener.saveFailed).toHaveBeenLastCalledWith("no answer");
+  store.fails = null;
+  await vi.advanceTimersByTimeAsync(15_000);
+  expect(listener.saveFailed).toHaveBeenLastCalledWith(null);
+  expect(said(store.kept.get(one.conversation.id))).toEqual(["first"]);
+});
+
+test("many changes are one save", async () => {
+  vi.useFakeTimers();
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  for (let i = 0; i < 100; i++) {
+    say(one, String(i));
+    one.changed();
+  }
+  await vi.advanceTimersByTimeAsync(1000);
+  expect(store.puts).toBe(1);
+});
+
+test("an answer that grows while it is joined keeps its object", async () => {
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  const two = await tab(store).library.open(one.conversation.id);
+  const answer = append(one.conversation, 0, one.conversation.heads[0] ?? null, {
+    role: "assistant",
+    content: "It",
+    partial: true,
+  });
+  if (two) say(two, "of two");
+  await two?.save();
+  await one.save();
+  answer.content += " goes on";
+  expect(path(one.conversation).at(-1)).toBe(answer);
+  await one.save();
+  expect(said(store.kept.get(one.conversation.id))).toEqual(["It goes on", "first", "of two"]);
+});
