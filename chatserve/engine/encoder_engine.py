@@ -147,6 +147,14 @@ class EncoderEngine:
         if (text := self._waiting.pop(seq_id, None)) is not None:
             self._line.remove(text)
 
+    def read(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """What the network makes of a text of its own, outside any step. (T, hidden)."""
+        return self._network.states([token_ids])[0]
+
+    def limit_steps(self, num_tokens: int) -> None:
+        """Let a step have no more tokens than these; a longer text, which is not divided, has."""
+        self._max_num_batched_tokens = min(self._max_num_batched_tokens, num_tokens)
+
     def hold(self, seq_id: str) -> None:
         """See `num_held`."""
 

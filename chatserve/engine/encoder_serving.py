@@ -19,6 +19,7 @@ from chatserve.engine.fingerprint import fingerprint
 from chatserve.engine.no_answers import NoAnswers
 from chatserve.engine.sequence import SamplingParams
 from chatserve.engine.served_model import ServedModel
+from chatserve.engine.step_size import fit_steps
 from chatserve.engine.tokenization import Tokenization
 from chatserve.errors import ModelLoadError, UsageError
 from chatserve.models.checkpoint import Checkpoint
@@ -73,6 +74,8 @@ def load_encoder(
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
     _try_out(engine, path, min(context_length, _MAX_TRIED))
+    most = min(config.max_num_batched_tokens, context_length)
+    fit_steps(engine, most, config.token_gap_timeout_s)
     prompts = NoAnswers(names[0], "is an encoder")
     served = ServedModel(
         names=names,

@@ -10,6 +10,7 @@ import torch
 
 from chatserve.engine.encoder_engine import EncoderEngine
 from chatserve.engine.sequence import SamplingParams, TokenEvent
+from chatserve.engine.step_size import fit_steps
 from chatserve.errors import (
     ContextLengthExceeded,
     GenerationFailed,
@@ -95,6 +96,29 @@ def test_a_text_longer_than_a_step_runs_alone(network: Network) -> None:
     add(engine, [1], [1] * 40, [1])
     assert len(drain(engine)) == 3
     assert network.batches == [[1], [40], [1]]
+
+
+def test_a_slow_machine_takes_fewer_texts_in_a_step(
+    engine: EncoderEngine, network: Network
+) -> None:
+    """Else a batch of them could look like a hang."""
+    now = 0.0
+    states = network.states
+
+    def slowly(texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        nonlocal now
+        now += 0.3 * sum(map(len, texts))
+        return states(texts)
+
+    network.states = slowly  # type: ignore[method-assign]
+    fit_steps(engine, 12, 4.0, clock=lambda: now)
+    add(engine, *([1, 2, 3] for _ in range(8)))
+    longest = 0.0
+    while engine.has_work:
+        started_at = now
+        engine.step()
+        longest = max(longest, now - started_at)
+    assert longest <= 1.0
 
 
 def test_one_that_fails_takes_no_other_with_it(engine: EncoderEngine, network: Network) -> None:
