@@ -97,7 +97,8 @@ class _Mix:
                 asyncio.create_task(clients[0].keep_busy(sure.draw, at_once=10, stop=stop)),
                 asyncio.create_task(clients[1].keep_busy(weak.draw, at_once=3, stop=stop)),
             ]
-            auditing = asyncio.create_task(self._audit(clients, spoilt, stop))
+            may_be_lost = "--no-resume" in flags
+            auditing = asyncio.create_task(self._audit(clients, spoilt, stop, may_be_lost))
             await self._rage(time.monotonic() + seconds)
             self._is_calm.set()
             calm_at = time.monotonic()
@@ -196,7 +197,11 @@ class _Mix:
     # What must hold -----------------------------------------------------------------------------
 
     async def _audit(
-        self, clients: tuple[LoadClient, LoadClient], spoilt: FaultProxy, stop: asyncio.Event
+        self,
+        clients: tuple[LoadClient, LoadClient],
+        spoilt: FaultProxy,
+        stop: asyncio.Event,
+        may_be_lost: bool,
     ) -> None:
         """Check what has ended, again and again, so that a long mix needs no long memory."""
         while True:
@@ -206,7 +211,9 @@ class _Mix:
             for client in clients:
                 ended = [record for record in client.records if record.end is not None]
                 client.records = [record for record in client.records if record.end is None]
-                self._story.violations += check(ended, harmed=spoilt.harmed)
+                self._story.violations += check(
+                    ended, harmed=spoilt.harmed, may_be_lost=may_be_lost
+                )
                 self._story.outcomes.update(map(_safe_outcome, ended))
             if is_last:
                 return
