@@ -17,7 +17,6 @@ from chatserve.errors import UsageError
 from chatserve.private_database import Damaged, DatabaseFailed, NotPrivate
 
 MOST_LISTED = 10
-MOST_FOUND = 20
 MOST_PLACES = 3
 _MAX_TITLE_LEN = 40
 
@@ -85,7 +84,7 @@ class KeptChat:
             there = self._recent()
         except DatabaseFailed as error:
             return f"cannot read {self._store.path}: {error}"
-        return "\n".join(map(_row, there)) or "no chat is kept yet"
+        return "\n".join(map(row, there)) or "no chat is kept yet"
 
     def rename(self, name: str) -> str | None:
         """Call this chat `name`; what hinders that, if anything does."""
@@ -170,22 +169,25 @@ def delete_chat(store: SessionStore, session: Session) -> str:
     return session.name or session.id
 
 
-def found_rows(found: Sequence[tuple[SessionInfo, list[Hit]]], words: Sequence[str]) -> list[str]:
-    """A line for each chat, and for the first places where the words are."""
+def found_rows(
+    found: Sequence[tuple[SessionInfo, list[Hit]]], words: Sequence[str], most: int = MOST_LISTED
+) -> list[str]:
+    """A line for each of the newest chats, and for the first places where the words are."""
     rows = []
-    for info, hits in found[:MOST_FOUND]:
-        rows.append(_row(info))
+    for info, hits in found[:most]:
+        rows.append(row(info))
         rows += [
             f"    {one_line(hit.role)}: {one_line(snippet(hit.content, words))}"
             for hit in hits[:MOST_PLACES]
         ]
         if len(hits) > MOST_PLACES:
             rows.append(f"    … {len(hits) - MOST_PLACES} more places")
-    if len(found) > MOST_FOUND:
-        rows.append(f"… {len(found) - MOST_FOUND} more chats")
+    if len(found) > most:
+        rows.append(f"… {len(found) - most} more chats")
     return rows
 
 
-def _row(info: SessionInfo) -> str:
+def row(info: SessionInfo) -> str:
+    """`NAME  DATE  how its first question begins`."""
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.changed_at))
     return f"{info.name or info.id}  {day}  {one_line(info.title or '')[:_MAX_TITLE_LEN]}"

@@ -52,7 +52,7 @@ COMMANDS = (
     CommandHelp("set", "[NAME VALUE]", "change how answers are sampled; without NAME: list all"),
     CommandHelp("stats", "", "tokens, times, and how full the context is"),
     CommandHelp("attach", "[FILE …]", "text files for the next question; none takes them back"),
-    CommandHelp("copy", "[N | code]", "copy the last answer, number N, or its code"),
+    CommandHelp("copy", "[WHAT]", "copy the last answer; N: that number; code: only its code"),
     CommandHelp("export", "FILE", "write Markdown (.md) or an OpenAI request (.json)"),
     CommandHelp("save", "FILE", "write the conversation to FILE.json, as FastChat does"),
     CommandHelp("load", "FILE", "go on with a saved conversation"),

@@ -39,6 +39,7 @@ COMMANDS = {
     "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
     "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
     "plan": CommandEntry("chatserve.cli.commands.plan", "say whether a model fits into memory"),
+    "history": CommandEntry("chatserve.cli.commands.history", "list, search, show kept chats"),
     "quality": CommandEntry("chatserve.cli.commands.quality", "measure what compression costs"),
     "apply-delta": CommandEntry(
         "chatserve.cli.commands.apply_delta", "add delta weights (Vicuna v0, v1.1) to their base"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_ROWS = 2000
@@ -78,7 +78,7 @@ def in_all(connection: sqlite3.Connection, words: Sequence[str]) -> list[Hit]:
 def take_out(connection: sqlite3.Connection, session: str, first_place: int) -> None:
     """Take the turns of a session from that place on out of the index, before they are deleted.
 
-    An index that cannot be changed stays: it finds nothing that is not among the turns any more.
+    An index that cannot be changed goes as a whole.
     """
     rows = connection.execute(
         f"SELECT id, content FROM turns WHERE session = ? AND place >= ? AND id <= ({_LAST})",
@@ -86,12 +86,17 @@ def take_out(connection: sqlite3.Connection, session: str, first_place: int) -> 
     ).fetchall()
     if not rows:
         return
-    with _undone_when_it_fails(connection):
+    connection.execute("SAVEPOINT index_change")
+    try:
         connection.executemany(
             "INSERT INTO turns_index (turns_index, rowid, content) VALUES ('delete', ?, ?)", rows
         )
         # what was deleted is not to be found in the file
         connection.execute("INSERT INTO turns_index (turns_index) VALUES ('optimize')")
+    except sqlite3.Error:
+        connection.execute("ROLLBACK TO index_change")
+        _drop_index(connection)
+    connection.execute("RELEASE index_change")
 
 
 def snippet(content: str, words: Sequence[str]) -> str:
@@ -116,11 +121,12 @@ def _holds(connection: sqlite3.Connection, words: Sequence[str]) -> tuple[str, l
     return condition, [word.lower() for word in words]
 
 
-@contextlib.contextmanager
-def _undone_when_it_fails(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("SAVEPOINT index_change")
+def _drop_index(connection: sqlite3.Connection) -> None:
+    """Where SQLite cannot even open it, its tables go, and nothing is left that could be read."""
     try:
-        yield
+        connection.execute("DROP TABLE turns_index")
     except sqlite3.Error:
-        connection.execute("ROLLBACK TO index_change")
-    connection.execute("RELEASE index_change")
+        for name in ("data", "idx", "docsize", "config"):
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute(f"DROP TABLE IF EXISTS turns_index_{name}")
+    connection.execute("DELETE FROM indexed")

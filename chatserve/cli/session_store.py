@@ -67,6 +67,7 @@ class Session:
     writer: str | None = None
     revision: int | None = None
     turns: list[Turn] = field(default_factory=list)
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class SessionStore:
         """The session of that name or id, or whose id alone begins so; `last`: the newest."""
         columns = (
             "SELECT id, name, writer, revision, system, question_role, answer_role, "
-            "template_name, num_examples FROM sessions "
+            "template_name, num_examples, model FROM sessions "
         )
         some = "EXISTS (SELECT 1 FROM turns WHERE session = sessions.id)"
         with self._database.reading() as connection:
@@ -162,9 +163,8 @@ class SessionStore:
                 ).fetchall()
             if len(rows) != 1:
                 return None
-            ((session_id, name, writer, revision, system, question, answer, template, offset),) = (
-                rows
-            )
+            session_id, name, writer, revision, *head, template, offset, model = rows[0]
+            system, question, answer = head
             turns = [
                 Turn(role, content, bool(is_partial))
                 for role, content, is_partial in connection.execute(
@@ -173,7 +173,7 @@ class SessionStore:
                 )
             ]
         transcript = Transcript(system, list(turns), (question, answer), template, offset)
-        return Session(session_id, name, writer, revision, turns), transcript
+        return Session(session_id, name, writer, revision, turns, model), transcript
 
     def recent(self, most: int) -> list[SessionInfo]:
         """The sessions that hold something, the newest first."""

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import signal
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
 from chatserve.cli.asking import ChatOptions, answer_once, status_text
 from chatserve.cli.chat import Chat
+from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.lines import ProgramLines
 from chatserve.cli.render import Display, PlainDrawer
 from chatserve.cli.transcript import Transcript
@@ -46,6 +48,7 @@ class ScriptedServer:
         self.requests: list[list[dict[str, str]]] = []
         self.sampling: list[Mapping[str, Any]] = []
         self.num_closed = 0
+        self.rivals: dict[str, ScriptedRival] = {}
 
     def progress(self) -> Progress | None:
         if self.failure:
@@ -79,6 +82,41 @@ class ScriptedServer:
         finally:
             self.num_closed += 1
 
+    def count_tokens(self, text: str) -> int | None:
+        return None if self.chosen is ADAPTED else len(text.split())
+
+    def rival(self, model: ModelInfo) -> ScriptedRival:
+        return self.rivals[model.name]
+
+
+class ScriptedRival:
+    """Answers the n-th request with the n-th list of pieces; after those it waits for `abort`."""
+
+    def __init__(self, *answers: Sequence[Piece], waits: bool = False) -> None:
+        self._answers = list(answers)
+        self._waits = waits
+        self._aborted = threading.Event()
+        self.requests: list[list[dict[str, str]]] = []
+        self.is_closed = False
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
+    ) -> Generator[ChatDelta, None, None]:
+        self.requests.append(messages)
+        for piece in self._answers.pop(0):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield ChatDelta(piece) if isinstance(piece, str) else piece
+        if self._waits:
+            assert self._aborted.wait(30)
+            raise WorkerLost("aborted")
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    def close(self) -> None:
+        self.is_closed = True
+
 
 class ScriptedLines:
     """Types lines, and shows them as a terminal would."""
@@ -86,8 +124,10 @@ class ScriptedLines:
     def __init__(self, screen: io.StringIO, lines: Sequence[str | BaseException]) -> None:
         self._screen = screen
         self._lines = iter(lines)
+        self.prefills: list[str] = []
 
     def read(self, prefill: str = "") -> str:
+        self.prefills.append(prefill)
         line = next(self._lines, None)
         if line is None:
             self._screen.write("> ^D\n")
@@ -106,15 +146,31 @@ def ticks() -> Callable[[], float]:
 
 
 class Session:
-    def __init__(self, server: ScriptedServer, **options: Any) -> None:
+    def __init__(
+        self, server: ScriptedServer, *, columns: int | None = None, **options: Any
+    ) -> None:
+        """`columns`: of a terminal."""
         self.screen = io.StringIO()
         self.server = server
-        display = Display(PlainDrawer(self.screen), self.screen, is_terminal=False)
-        self.transcript = Transcript(system=options.pop("system", None))
-        self.chat = Chat(server, display, self.transcript, ChatOptions(**options), clock=ticks())
+        columns_drawer = None
+        if columns is not None:
+            size = (columns, 24)
+            columns_drawer = ColumnsDrawer(self.screen, lambda: size, sleep=lambda _: None)
+        display = Display(
+            PlainDrawer(self.screen), self.screen, is_terminal=False,
+            columns=lambda: columns, columns_drawer=columns_drawer,
+        )  # fmt: skip
+        transcript = Transcript(system=options.pop("system", None))
+        self.chat = Chat(server, display, transcript, ChatOptions(**options), clock=ticks())
+        self.lines = ScriptedLines(self.screen, ())
+
+    @property
+    def transcript(self) -> Transcript:
+        return self.chat.transcript
 
     def type(self, *lines: str | BaseException) -> str:
-        self.chat.run(ScriptedLines(self.screen, lines))
+        self.lines = ScriptedLines(self.screen, lines)
+        self.chat.run(self.lines)
         return self.screen.getvalue()
 
 

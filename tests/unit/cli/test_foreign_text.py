@@ -13,7 +13,7 @@ from chatserve.cli import asking, render
 from chatserve.cli.answer import Answer, ModelInfo, Progress
 from chatserve.cli.asking import ChatOptions, length_text, status_text
 from chatserve.cli.chat import Chat
-from chatserve.cli.kept_chat import _row
+from chatserve.cli.kept_chat import row
 from chatserve.cli.render import Display, MarkdownPrinter, PlainDrawer
 from chatserve.cli.session_store import SessionInfo
 from chatserve.cli.slash import sessions, settings
@@ -64,8 +64,7 @@ def refused(text: str) -> str:
 
 
 def noted(display: Display, text: str) -> None:
-    row = _row(SessionInfo(text, text, text, time.time(), 2))
-    display.note(row)
+    display.note(row(SessionInfo(text, text, text, time.time(), 2)))
     display.note(text)
 
 
