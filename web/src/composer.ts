@@ -31,6 +31,7 @@ export class Composer {
   constructor(private readonly actions: ComposerActions) {
     this.#area = el("textarea", {
       rows: 1,
+      id: "question",
       dir: "auto",
       placeholder: "Ask something",
       "aria-label": "Your question",

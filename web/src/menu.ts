@@ -60,7 +60,8 @@ export function openMenu(button: HTMLElement, items: MenuItem[]): void {
   });
   close = shut;
   document.addEventListener("pointerdown", outside, true);
-  document.body.append(menu);
+  // in its landmark, so that whoever lists those finds it
+  (button.closest("nav, main") ?? document.body).append(menu);
   const place = button.getBoundingClientRect();
   const left = Math.min(place.left, window.innerWidth - menu.offsetWidth - 8);
   const below = place.bottom + 4;
