@@ -16,6 +16,7 @@ from chatserve.options import (
     ApiOptions,
     DrainOptions,
     EngineConfig,
+    FleetOptions,
     KeepingOptions,
     ListenOptions,
     ModelOptions,
@@ -113,8 +114,10 @@ class ControllerConfig(KeepingOptions, DrainOptions, ListenOptions):
 
 
 @dataclass(frozen=True)
-class ServeConfig(ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions):
-    """`chatserve serve`: a controller and one supervised worker per WEIGHTS."""
+class ServeConfig(
+    ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions, FleetOptions
+):
+    """`chatserve serve`: a controller and one supervised worker per loaded model."""
 
     model_names: tuple[str, ...] = setting(
         (), "names in the API, comma-separated, one per WEIGHTS", group="network", metavar="A,B"

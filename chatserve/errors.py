@@ -5,6 +5,8 @@
     │  ├─ ContextLengthExceeded
     │  ├─ UnsupportedParameter
     │  ├─ PreviousResponseNotFound
+    │  ├─ CannotLoad
+    │  ├─ ModelConflict
     │  └─ AdapterRefused
     │     └─ AdapterConflict
     ├─ InvalidAPIKey
@@ -32,12 +34,15 @@
     │  ├─ StorageFull
     │  └─ StorageUnavailable
     ├─ NoWorkerAvailable
+    │  ├─ ModelNotLoaded
+    │  └─ NoRoomForModel
     ├─ WorkerLost
     │  └─ WorkerStalled
     ├─ CannotResume
     ├─ RegistrationRefused
     ├─ HostNotAllowed
     ├─ OriginNotAllowed
+    ├─ OperatorOnly
     ├─ ShuttingDown
     ├─ BadStream
     └─ StartupError                a process ends with `exit_code` and one line on stderr
@@ -94,6 +99,22 @@ class PreviousResponseNotFound(InvalidRequest):
     """The response that a request goes on from is not kept, or belongs to another key."""
 
     code = "previous_response_not_found"
+
+
+class CannotLoad(InvalidRequest):
+    """A model that cannot be loaded: the worker's own last line, and what it ended with."""
+
+    code = "cannot_load_model"
+
+    def __init__(self, message: str, *, param: str | None = None, exit_code: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.exit_code = exit_code
+
+
+class ModelConflict(InvalidRequest):
+    """A model whose name is another one's already, or that somebody unloads meanwhile."""
+
+    code = "model_conflict"
 
 
 class AdapterRefused(InvalidRequest):
@@ -266,6 +287,18 @@ class NoWorkerAvailable(ChatserveError):
         self.retry_after_s = retry_after_s
 
 
+class ModelNotLoaded(NoWorkerAvailable):
+    """The model is known, and has to be loaded first."""
+
+    code = "model_not_loaded"
+
+
+class NoRoomForModel(NoWorkerAvailable):
+    """The model is known, and those that are busy leave no room for it now."""
+
+    code = "no_room_for_model"
+
+
 class WorkerLost(ChatserveError):
     """The worker died or went away in the middle of an answer."""
 
@@ -300,6 +333,12 @@ class OriginNotAllowed(ChatserveError):
     """A page of another site asks for what only the server's own page may have."""
 
     code = "origin_not_allowed"
+
+
+class OperatorOnly(ChatserveError):
+    """Only who holds the control token may do this; an API key is not enough."""
+
+    code = "operator_only"
 
 
 class ShuttingDown(ChatserveError):

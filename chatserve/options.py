@@ -188,6 +188,33 @@ class KeepingOptions:
 
 
 @dataclass(frozen=True)
+class FleetOptions:
+    """Which models a server has beside those it starts with, and who makes room for whom."""
+
+    models: tuple[str, ...] = setting(
+        (), "further WEIGHTS, comma-separated, or NAME=WEIGHTS, that wait to be loaded: by "
+        "`chatserve load`, or with --auto-load by who asks for them", group="models",
+        metavar="A,B",
+    )  # fmt: skip
+    auto_load: bool = setting(
+        False, "load a model when a request asks for it; models that nobody uses make room",
+        group="models",
+    )  # fmt: skip
+    max_loaded_bytes: str | None = setting(
+        None, "memory of all loaded models together, as in 16GB; default: what is free",
+        group="models", metavar="SIZE",
+    )  # fmt: skip
+    keep_alive: str | None = setting(
+        None, "with --auto-load: unload a model that nobody has used for so long, as in 30m or 2h; "
+        "default: never", group="models", metavar="TIME",
+    )  # fmt: skip
+    load_timeout_s: float = setting(
+        300.0, "seconds that a request without `stream` waits for its model to load; a stream "
+        "is told how far it is, and waits on", group="models", metavar="S", ge=0, le=86400,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ListenOptions:
     """How connections are taken, and what is said of them."""
 

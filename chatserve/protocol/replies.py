@@ -58,6 +58,8 @@ class ModelDetails(TypedDict):
     device and form, the names of `adapters` that are merged into it, whether it is `native` or run
     by transformers, whether the `kernels` compute it and at which level, whether its answers are
     `deterministic` whatever else is asked for. Of an encoder: `pooling`.
+
+    A controller adds the `state` of the model, and of its memory the `bytes`, once they are known.
     """
 
     context_length: int | None
@@ -82,6 +84,8 @@ class ModelDetails(TypedDict):
     deterministic: NotRequired[bool]
     quality: NotRequired[ModelQuality | None]
     pooling: NotRequired[str]
+    state: NotRequired[str]
+    bytes: NotRequired[int | None]
 
 
 class Model(TypedDict):

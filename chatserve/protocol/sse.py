@@ -51,6 +51,21 @@ def read_place(comment: str) -> int | None:
     return int(number) if is_place else None
 
 
+def encode_loading(loaded_bytes: int, total_bytes: int) -> bytes:
+    """How far the model is that a stream waits for; 0 of 0 where nobody knows yet."""
+    return encode_comment(f"loading {loaded_bytes} {total_bytes}")
+
+
+def read_loading(comment: str) -> tuple[int, int] | None:
+    """What a comment tells of a model that is being loaded, if it is one of those."""
+    word, _, rest = comment.partition(" ")
+    numbers = rest.split(" ")
+    are_numbers = all(each.isascii() and each.isdigit() and len(each) < 20 for each in numbers)
+    if word != "loading" or len(numbers) != 2 or not are_numbers:
+        return None
+    return int(numbers[0]), int(numbers[1])
+
+
 PING = encode_comment("ping")
 DONE_FRAME = encode_event(DONE)
 

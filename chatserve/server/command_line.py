@@ -24,6 +24,7 @@ from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 
 if TYPE_CHECKING:
+    from chatserve.server.fleet.measure import Measure
     from chatserve.server.launch import Policy
     from chatserve.server.worker_process import Load
 
@@ -35,6 +36,7 @@ def serve(
     *,
     worker_command: Sequence[str] | None = None,
     policy: Policy | None = None,
+    measure: Measure | None = None,
 ) -> int:
     """`chatserve serve [WEIGHTS ...]`. Returns the exit code."""
     parser = CommandParser(
@@ -45,12 +47,14 @@ def serve(
     _add_weights(parser)
 
     def run(config: ServeConfig, weights: list[str]) -> int:
+        from chatserve.server.fleet.settings import split_model
         from chatserve.server.launch import WORKER_COMMAND, run_server
         from chatserve.server.supervisor import RestartPolicy
 
-        if config.adapter and len(weights) > 1:
+        num_models = len(weights) + len(config.models)
+        if config.adapter and num_models > 1:
             raise UsageError(
-                f"--adapter is for one WEIGHTS, not for {len(weights)}; serve the others by "
+                f"--adapter is for one WEIGHTS, not for {num_models}; serve the others by "
                 "`chatserve worker`, or write the merge with `chatserve merge-adapter`"
             )
         merged, named = split_adapters(config.adapter)
@@ -58,13 +62,14 @@ def serve(
             hub.check_path(str(folder))
         if worker_command is None:
             # what another command calls WEIGHTS need not be a path
-            for path in weights:
+            for path in (*weights, *(split_model(each)[1] for each in config.models)):
                 hub.check_name(path, config.revision)
         return run_server(
             config,
-            weights or [DEFAULT_WEIGHTS],
+            weights or ([] if config.models else [DEFAULT_WEIGHTS]),
             worker_command=worker_command or WORKER_COMMAND,
             policy=policy or RestartPolicy,
+            measure=measure,
         )
 
     return _parse_and_run(parser, ServeConfig, argv, run)

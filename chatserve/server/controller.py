@@ -20,7 +20,13 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from chatserve.errors import InvalidRequest, ModelNotFound, RegistrationRefused
+from chatserve.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    NoWorkerAvailable,
+    RegistrationRefused,
+)
+from chatserve.options import ModelOptions
 from chatserve.protocol.adapters import LOAD_PATH, UNLOAD_PATH
 from chatserve.protocol.anthropic import COUNT_TOKENS_PATH, MESSAGES_PATH
 from chatserve.protocol.control import (
@@ -47,6 +53,10 @@ from chatserve.server.conversations import Conversations
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
+from chatserve.server.fleet.gate import Gate, LoadingStream
+from chatserve.server.fleet.models import Fleet
+from chatserve.server.fleet.routes import OperatorRoutes
+from chatserve.server.fleet.rows import ModelRows
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
@@ -74,21 +84,27 @@ def create_controller_app(
     conversations: ConversationStore | None = None,
     resume: ResumePolicy = RESUME,
     sockets: Mapping[str, str] = MappingProxyType({}),
+    fleet: Fleet | None = None,
+    options: ModelOptions | None = None,
 ) -> Edge:
     """The ASGI app of a controller. Without a `policy` it is open to loopback names.
 
     `response_store`: where responses are kept that others go on from; None keeps none.
     `conversations`: the same for those of the page. `resume`: whether and for how long answers look
     for another worker when theirs is lost. `sockets`: where workers listen, by their ids, that were
-    told to by who runs this controller.
+    told to by who runs this controller. `fleet`: the models whose workers it starts, if it does,
+    with `options`.
     """
-    controller = ControllerRoutes(registry, control_token, heartbeat_interval_s, resume, sockets)
+    controller = ControllerRoutes(
+        registry, control_token, heartbeat_interval_s, resume, sockets, fleet
+    )
     app = FastAPI(
         lifespan=controller.lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
     controller.add_to(app)
     ResponseDoor(response_store, controller).add_to(app)
+    OperatorRoutes(registry, fleet, controller.rows, options).add_to(app)
     Conversations(conversations).add_to(app)
     page = Page()
     page.add_to(app)
@@ -96,9 +112,8 @@ def create_controller_app(
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
-    controller.edge = Edge(
-        app, policy, check_room=ControllerDoor(registry).check, open_pages=page.paths
-    )
+    door = ControllerDoor(registry, can_load=fleet is not None and fleet.policy.auto_load)
+    controller.edge = Edge(app, policy, check_room=door.check, open_pages=page.paths)
     return controller.edge
 
 
@@ -114,12 +129,16 @@ class ControllerRoutes:
         heartbeat_interval_s: float,
         resume: ResumePolicy,
         sockets: Mapping[str, str],
+        fleet: Fleet | None,
     ) -> None:
         self._registry = registry
         self._token = control_token
         self._heartbeat_interval_s = heartbeat_interval_s
         self._resume = resume
         self._sockets = sockets
+        self._fleet = fleet
+        self.rows = ModelRows(registry, fleet)
+        self._gate = None if fleet is None else Gate(fleet, self.rows, self._relayed)
         self._client: WorkerClient
         self._relay: Relay
         self._adapters: AdapterDispatch
@@ -172,7 +191,7 @@ class ControllerRoutes:
                 model = model_of(body, default_model)
             else:
                 model = await asyncio.to_thread(model_of, body, default_model)
-            return await self._relay.forward(request, model, body)
+            return await self._to_worker(request, model, body)
         except ClientDisconnect:
             return nobody_listens(request)
 
@@ -180,25 +199,36 @@ class ControllerRoutes:
         """A response, in whose body an earlier one is expanded already."""
         if not isinstance(model, str):
             raise InvalidRequest("model is missing or not a text", param="model")
+        return await self._to_worker(request, model, body)
+
+    async def _to_worker(self, request: Request, model: str, body: bytes) -> Response:
+        if self._gate is None:
+            return await self._relayed(request, model, body)
+        return await self._gate.forward(request, model, body)
+
+    async def _relayed(self, request: Request, model: str, body: bytes) -> Response:
         return await self._relay.forward(request, model, body)
 
     async def cancel(self, request: Request, _response_id: str, stream: Response) -> Response:
         """End a response that comes from a worker, there."""
+        if isinstance(stream, LoadingStream):
+            if stream.inner is None:
+                raise NoWorkerAvailable("its model is not loaded yet; try again in a moment")
+            stream = stream.inner
         return await self._relay.forward_again(request, stream, b"{}")
 
     async def models(self) -> Response:
-        cards = [card.to_openai() for card in self._registry.cards()]
-        return json_response({"object": "list", "data": cards})
+        return json_response({"object": "list", "data": self.rows.cards()})
 
     async def model(self, name: str) -> Response:
-        cards = {card.name: card for card in self._registry.cards()}
+        cards = {card["id"]: card for card in self.rows.cards()}
         if name not in cards:
             raise ModelNotFound(
                 f"model {name[:100]!r} is not served here; there is "
                 f"{', '.join(cards) or 'none yet'}",
                 param="model",
             )
-        return json_response(cards[name].to_openai())
+        return json_response(cards[name])
 
     async def load_adapter(self, request: Request) -> Response:
         return await self._adapters.load(request)
@@ -216,7 +246,7 @@ class ControllerRoutes:
         models = [
             {
                 "name": model.name,
-                "state": model.state,
+                "state": self.rows.state_in(model),
                 "loaded_bytes": model.loaded_bytes,
                 "total_bytes": model.total_bytes,
             }

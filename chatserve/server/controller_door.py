@@ -29,10 +29,12 @@ def takes_place(scope: Scope) -> bool:
 class ControllerDoor:
     """In front of the workers of `registry`."""
 
-    def __init__(self, registry: WorkerRegistry) -> None:
+    def __init__(self, registry: WorkerRegistry, *, can_load: bool = False) -> None:
+        """`can_load`: a model may be asked for that no worker has yet."""
         self._registry = registry
+        self._can_load = can_load
 
     def check(self, scope: Scope) -> None:
         """Before the body has come. Raises `Overloaded` when no worker has room, of any model."""
-        if takes_place(scope):
+        if takes_place(scope) and not self._can_load:
             self._registry.check_room()

@@ -33,19 +33,32 @@ from chatserve.errors import (
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.control import MAX_RESUME_BYTES, RESUME_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.protocol.operation import (
+    ADMIN_PREFIX,
+    DRAIN_WORKER_PATH,
+    LOAD_MODEL_PATH,
+    UNLOAD_MODEL_PATH,
+)
 from chatserve.server import cross_origin, request_id
 from chatserve.server.disconnect import log_left
 from chatserve.server.error_response import error_response
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
-KEYED_PATHS = frozenset({LOAD_PATH, UNLOAD_PATH, STAGE_PATH, SETTLE_PATH})
+KEYED_PATHS = frozenset(
+    {
+        LOAD_PATH, UNLOAD_PATH, STAGE_PATH, SETTLE_PATH,
+        LOAD_MODEL_PATH, UNLOAD_MODEL_PATH, DRAIN_WORKER_PATH,
+    }
+)  # fmt: skip
 """They change what a server serves: open to nobody without a key, whatever else is open."""
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _KEYED = (
     " (a key of CHATSERVE_API_KEYS or --api-key-file, or CHATSERVE_CONTROL_TOKEN; a server without "
-    "either loads no adapters)"
+    "either changes nothing of what it serves)"
 )
+OPERATOR = "chatserve.operator"
+"""In the scope of what is below `/admin/`: whether the control token was shown, not just a key."""
 KEY_HEADER = b"x-api-key"
 _CREDENTIALS = (b"authorization", KEY_HEADER)
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
@@ -82,8 +95,8 @@ class AccessPolicy:
     """Whose requests are let in.
 
     `api_keys` None leaves `/v1` open (a loopback server without keys). `control_keys` opens
-    `/control/` only; a controller always has one. `hosts` None skips the Host check (a public
-    address, where the key is the guard). `origins` are those whose pages may ask.
+    `/control/` and `/admin/` only; a controller always has one. `hosts` None skips the Host check
+    (a public address, where the key is the guard). `origins` are those whose pages may ask.
     """
 
     api_keys: tuple[bytes, ...] | None = None
@@ -125,12 +138,21 @@ class AccessPolicy:
         elif path in KEYED_PATHS:
             _check_key(headers, (*(self.api_keys or ()), *self.control_keys), _KEYED)
         elif self.api_keys is not None:
-            _check_key(headers, self.api_keys)
+            operators = self.control_keys if path.startswith(ADMIN_PREFIX) else ()
+            _check_key(headers, (*self.api_keys, *operators))
 
     def check_host(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Raises `HostNotAllowed`."""
         if self.hosts is not None:
             _check_host(headers, self.hosts)
+
+    def is_operator(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether they bring the control token."""
+        try:
+            _check_key(headers, self.control_keys)
+        except InvalidAPIKey:
+            return False
+        return True
 
     def is_open(self, path: str) -> bool:
         """Whether all clients are alike here, whatever key they happen to send."""
@@ -263,6 +285,8 @@ class Edge:
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
         else:
+            if scope["path"].startswith(ADMIN_PREFIX):
+                scope = {**scope, OPERATOR: self._policy.is_operator(scope["headers"])}
             if self._policy.is_open(scope["path"]):
                 scope = _without_keys(scope)
             await self._serve(scope, receive, send)

@@ -25,6 +25,8 @@ class Worker:
     ready_at: float | None = None
     leases: set[Lease] = field(default_factory=set)
     is_refusing: bool = False
+    is_set_aside: bool = False
+    """It gets nothing more to do, as it is to go."""
     has_stalled: bool = False
     """What it had to do was taken from it, as it made no step; it has made none since."""
     num_ejections: int = 0

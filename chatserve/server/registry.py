@@ -66,7 +66,8 @@ class WorkerRegistry:
         self._clock = clock
         self._expiry_s = expiry_s
         self._stall_s = stall_s or float("inf")
-        self._expected = tuple(expected)
+        # not those of workers that come from elsewhere
+        self._expected = dict.fromkeys(expected, True)
         self._workers: dict[str, Worker] = {}
         # said goodbye, and still have something to finish
         self._leaving: list[Worker] = []
@@ -76,6 +77,12 @@ class WorkerRegistry:
         # outlives the workers: a model does not vanish from the list while its worker restarts
         self._cards: dict[str, ModelCard] = {}
         self._picks = itertools.count(1)
+
+    def expect(self, model: str, *, is_awaited: bool) -> None:
+        """A model that may be served here, be it now or not. `is_awaited`: nothing is ready without
+        it."""
+        self._expected[model] = is_awaited
+        self._tell()
 
     @property
     def is_closing(self) -> bool:
@@ -130,7 +137,7 @@ class WorkerRegistry:
         worker = known or Worker(worker_id, base_url, status, seen_at=now, moved_at=now)
         worker.seen_at, worker.moved_at, worker.status = now, now, status
         worker.ejected_until = None
-        worker.is_refusing = worker.has_stalled = False
+        worker.is_refusing = worker.has_stalled = worker.is_set_aside = False
         self._workers[worker_id] = worker
         self._remember(worker)
         self._tell()
@@ -198,6 +205,18 @@ class WorkerRegistry:
         if worker is None or worker.ejected_until is None:
             return None
         return worker if self._clock() >= worker.ejected_until else None
+
+    def set_aside(self, worker_id: str) -> bool:
+        """Give a worker nothing more to do, until it registers anew; what it has, it finishes.
+
+        False: unknown here.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return False
+        worker.is_set_aside = True
+        self._tell()
+        return True
 
     def readmit(self, worker_id: str) -> None:
         """Take an ejected worker back after a good probe."""
@@ -278,6 +297,12 @@ class WorkerRegistry:
         if not any(worker.serves(model) for worker in self._workers.values()):
             self._cards.pop(model, None)
 
+    def forget_family(self, model: str) -> None:
+        """The same with what is served beside it, as an adapter."""
+        for card in list(self._cards.values()):
+            if model in (card.name, card.parent):
+                self.forget(card.name)
+
     def cards(self) -> list[ModelCard]:
         """The models of `/v1/models`: those served, also while their worker restarts.
 
@@ -295,10 +320,12 @@ class WorkerRegistry:
         return [self._readiness(name) for name in names]
 
     def is_ready(self) -> bool:
-        """Whether every expected model, and at least one, has a ready worker."""
+        """Whether every awaited model has a ready worker; where none is expected, any."""
         states = {model.name: model.state for model in self.readiness()}
-        wanted = self._expected or tuple(name for name in states if states[name] == "ready")
-        return bool(wanted) and all(states[name] == "ready" for name in wanted)
+        if self._expected:
+            wanted = [name for name, is_awaited in self._expected.items() if is_awaited]
+            return all(states[name] == "ready" for name in wanted)
+        return "ready" in states.values()
 
     def stalled(self) -> list[Worker]:
         """Workers that have work and make no step."""
@@ -334,7 +361,7 @@ class WorkerRegistry:
         leaving = [
             worker
             for worker in self._workers.values()
-            if worker.is_refusing or worker.status.state == "draining"
+            if worker.is_refusing or self._state(worker) == "draining"
         ]
         for worker in (*self._leaving, *leaving):
             for lease in [each for each in worker.leases if each.can_move()]:
@@ -363,7 +390,7 @@ class WorkerRegistry:
         is_to_move = worker.has_work or worker.has_stalled
         if is_to_move and self._clock() - worker.moved_at > self._stall_s:
             return "stalled"
-        return worker.status.state
+        return "draining" if worker.is_set_aside else worker.status.state
 
     def _remember(self, worker: Worker) -> None:
         if worker.status.state == "ready":

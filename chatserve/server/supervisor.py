@@ -123,6 +123,12 @@ class Supervisor:
                 await asyncio.wait_for(self._is_retired.wait(), pause_s)
                 return
 
+    @property
+    def pid(self) -> int | None:
+        """Of the child that runs now."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
     def retire(self) -> None:
         """Let the child go on, but do not start it again."""
         self._is_retired.set()

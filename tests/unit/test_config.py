@@ -97,6 +97,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "heartbeat_expiry_s": ([0.1, 86400.0], [0.09, 86401.0, "nan", "-inf"]),
     "stall_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "resume_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
+    "load_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "queue_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "first_token_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),
     "token_gap_timeout_s": ([0.0, 86400.0], [-1.0, 86401.0, "nan", "inf"]),

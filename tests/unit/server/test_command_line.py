@@ -22,7 +22,7 @@ from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 from chatserve.options import EngineConfig, ModelOptions
 from chatserve.server import command_line, launch, worker_process
-from chatserve.server.launch import named
+from chatserve.server.fleet.settings import all_models
 from chatserve.settings import fields_of, flags_of
 from tests.fakes import FakeEngine, FakeModel
 
@@ -220,11 +220,18 @@ def test_name_that_cannot_be_shown(name: str) -> None:
 
 
 def test_names_and_weights_pair_up() -> None:
-    assert named(["/a", "/b"], []) == [("a", "/a"), ("b", "/b")]
-    assert named(["/a", "/b"], ["x", "y"]) == [("x", "/a"), ("y", "/b")]
+    def named(weights: list[str], names: list[str], *models: str) -> Any:
+        return all_models(ServeConfig(model_names=tuple(names), models=models), weights)
+
+    assert named(["/a", "/b"], []) == ([("a", "/a"), ("b", "/b")], [])
+    assert named(["/a", "/b"], ["x", "y"]) == ([("x", "/a"), ("y", "/b")], [])
+    assert named([], [], "x=/a", "/b=1/c") == ([], [("x", "/a"), ("c", "/b=1/c")])
     for weights, names in ((["/a"], ["x", "y"]), (["/x/a", "/y/a"], []), ([], [])):
         with pytest.raises(UsageError):
             named(weights, names)
+    for models in (["a=/x"], ["=/x"], ["y="]):
+        with pytest.raises(UsageError):
+            named(["/a"], [], *models)
 
 
 def test_settings_survive_the_way_to_the_child() -> None:

@@ -16,6 +16,7 @@ from chatserve.config import ServeConfig, WorkerConfig, build
 from chatserve.errors import DoesNotFit, UsageError
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server import launch, process
+from chatserve.server.fleet import workers
 from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
@@ -201,8 +202,19 @@ def test_a_server_is_as_patient_as_its_workers(
             ["m"],
             (),
             RestartPolicy,
+            None,
         )
     assert given == [stall_s]
+
+
+def started(registry: WorkerRegistry) -> workers.Workers:
+    """The workers of a server, one of them made."""
+    found = workers.Workers(
+        ServeConfig(), (), RestartPolicy, registry, control_token="x",
+        control_url="http://127.0.0.1:1", folder=None, sockets={},
+    )  # fmt: skip
+    found.start("m", "m")
+    return found
 
 
 def test_workers_of_a_server_register_whatever_the_settings_say(
@@ -216,9 +228,8 @@ def test_workers_of_a_server_register_whatever_the_settings_say(
     def keep(_name: str, _command: Any, environment: Any, *_: Any, **__: Any) -> None:
         environments.append(environment(3))
 
-    monkeypatch.setattr(launch, "Supervisor", keep)
-    server = launch._Server(ServeConfig(), ["m"], (), RestartPolicy)
-    server._supervisor("http://127.0.0.1:1", None, "m", "m")
+    monkeypatch.setattr(workers, "Supervisor", keep)
+    started(WorkerRegistry(FakeClock()))
     [environ] = environments
     worker = build(WorkerConfig, {}, file=tmp_path / "config.toml", environ=environ)
     assert not worker.no_register and worker.parent_pipe == 3
@@ -236,14 +247,10 @@ def test_how_long_a_worker_was_ready_is_known_when_it_ends(monkeypatch: pytest.M
     def keep(_name: str, _command: Any, environment: Any, _policy: Any, *, on_exit: Any) -> None:
         children.append((environment, on_exit))
 
-    monkeypatch.setattr(launch, "Supervisor", keep)
-    monkeypatch.setattr(
-        launch, "WorkerRegistry", lambda _, **options: WorkerRegistry(clock, **options)
-    )
-    server = launch._Server(ServeConfig(), ["m"], (), RestartPolicy)
-    server._supervisor("http://127.0.0.1:1", None, "m", "m")
+    monkeypatch.setattr(workers, "Supervisor", keep)
+    registry = WorkerRegistry(clock)
+    registry.on_change = started(registry).look
     [(start, end)] = children
-    registry = server._registry
 
     def run(*, load_s: int, ready_s: int, is_silent: bool = False) -> float:
         worker_id = start(3)["CHATSERVE_WORKER_ID"]

@@ -1,0 +1,471 @@
+"""Fleet: the models that a server declares, brought into memory and out of it, one worker each.
+
+Decides nothing by itself about who makes room for whom (`policy.py`), and starts no process
+(`workers.py`). Its clock is handed in. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from chatserve.errors import (
+    CannotLoad,
+    ChatserveError,
+    DoesNotFit,
+    ModelConflict,
+    ModelNotLoaded,
+    NoRoomForModel,
+    ShuttingDown,
+)
+from chatserve.server.fleet.measure import Estimate, Measure
+from chatserve.server.fleet.model import Model, Start
+from chatserve.server.fleet.policy import Holding, Shortage, expired, make_room
+from chatserve.server.leases import Worker
+from chatserve.server.registry import WorkerRegistry
+
+logger = logging.getLogger(__name__)
+
+COOL_S = 5.0
+"""After a load that failed nobody's request tries it again so soon."""
+KILL_AFTER_S = 5.0
+"""More than the drain may take."""
+LOOK_S = 1.0
+MAX_MODELS = 256
+
+
+@dataclass(frozen=True)
+class FleetPolicy:
+    """`auto_load`: who asks for a model loads it, and others make room. `max_bytes`: of all models
+    together; None: what is free. `keep_alive_s`: how long a model stays that nobody uses; None: for
+    ever. `load_timeout_s`: how long who cannot be told of progress waits for a load."""
+
+    auto_load: bool = False
+    max_bytes: int | None = None
+    keep_alive_s: float | None = None
+    load_timeout_s: float = 300.0
+    drain_s: float = 30.0
+
+
+class Fleet:
+    """All models by name, the first ones first."""
+
+    def __init__(
+        self,
+        registry: WorkerRegistry,
+        start: Start,
+        measure: Measure,
+        clock: Callable[[], float],
+        policy: FleetPolicy,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.policy = policy
+        self._registry = registry
+        self._start = start
+        self._measure = measure
+        self._clock = clock
+        self._on_change = on_change
+        self._models: dict[str, Model] = {}
+        # who looks for room must not be misled by another one who does
+        self._deciding = asyncio.Lock()
+        self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hurried: asyncio.Event | None = None
+        self._is_closed = False
+
+    # ---- which there are
+
+    def declare(self, name: str, weights: str, *, is_first: bool = False) -> Model:
+        """A model that can be loaded. Raises `ModelConflict`."""
+        known = self._models.get(name)
+        if known is not None and known.weights != weights:
+            raise ModelConflict(
+                f"another model is called {name[:100]}, of {known.weights}; choose another name",
+                param="name",
+            )
+        if known is None and len(self._models) >= MAX_MODELS:
+            raise ModelConflict(f"there are {MAX_MODELS} models already; serve no more by this one")
+        if known is None:
+            known = self._models[name] = Model(name, weights, is_first, used_at=self._clock())
+            self._registry.expect(name, is_awaited=is_first)
+        return known
+
+    def models(self) -> list[Model]:
+        return list(self._models.values())
+
+    def find(self, name: str) -> Model | None:
+        """The model of that name; with an adapter, its base."""
+        return self._models.get(name) or self._models.get(name.rpartition(":")[0])
+
+    def worker_of(self, model: Model) -> Worker | None:
+        return None if model.started is None else self._registry.find(model.started.worker_id)
+
+    def is_busy(self, model: Model) -> bool:
+        worker = self.worker_of(model)
+        # what it says of itself may be seconds old
+        return model.num_held > 0 or (worker is not None and bool(worker.leases))
+
+    # ---- in
+
+    async def _bring_first(self) -> None:
+        """Load the models that the server was started with; where others can make room later, only
+        those for which there is some."""
+        first = [model for model in self._models.values() if model.is_first]
+        if not self.policy.auto_load or (len(first) == 1 and self.policy.max_bytes is None):
+            for model in first:
+                self._begin(model, is_measured=True)
+            return
+        for model in first:
+            loaded = self._begin(model, may_evict=False)
+            try:
+                await asyncio.shield(loaded)
+            except ChatserveError as error:
+                if self._fatal.done():
+                    return
+                logger.info("%s waits until it is asked for: %s", model.name, error.message)
+                model.is_first = False
+                self._registry.expect(model.name, is_awaited=False)
+
+    def load(self, model: Model) -> asyncio.Future[None]:
+        """Done when it is ready; to be shielded: others may wait for the same.
+
+        Fails with `CannotLoad` in the worker's own words, `NoRoomForModel`, or `ModelConflict` when
+        somebody unloads it meanwhile.
+        """
+        if model.loaded is not None and (model.is_loading or model.phase == "ready"):
+            return model.loaded
+        return self._begin(model)
+
+    async def until_ready(self, model: Model) -> None:
+        """For a request: raises what to tell its client."""
+        while model.phase != "ready":
+            if not self.policy.auto_load:
+                if model.phase == "loading":
+                    return  # the registry says how far it is
+                raise ModelNotLoaded(
+                    f"{model.name} is {model.phase}; `chatserve load {model.name}` loads it",
+                    retry_after_s=5,
+                )
+            if self._is_closed:
+                raise _shutting_down()
+            failure = model.failure
+            if failure is None or self._clock() - model.failed_at >= COOL_S:
+                try:
+                    await asyncio.shield(self.load(model))
+                    continue
+                except CannotLoad as error:
+                    failure = error
+            if failure.exit_code == DoesNotFit.exit_code:
+                raise failure
+            raise ModelNotLoaded(
+                f"{model.name} cannot be loaded: {failure.message}", retry_after_s=int(COOL_S)
+            )
+
+    @contextlib.contextmanager
+    def held(self, model: Model) -> Iterator[None]:
+        """Nobody unloads it for want of room or use; a lease goes on with that."""
+        model.num_held += 1
+        try:
+            yield
+        finally:
+            model.num_held -= 1
+            model.used_at = self._clock()
+
+    # ---- out
+
+    async def unload(self, model: Model) -> None:
+        """Let its answers end, then its worker; returns when the memory is back."""
+        await self._stop_loading(
+            model, ModelConflict(f"{model.name} was unloaded while it was being loaded")
+        )
+        if model.going is None:
+            if model.started is None:
+                model.phase, model.failure = "unloaded", None
+                self._on_change()
+                return
+            model.is_first = False
+            model.phase = "draining"
+            self._registry.expect(model.name, is_awaited=False)
+            self._registry.set_aside(model.started.worker_id)
+            model.going = asyncio.create_task(self._take_down(model))
+            self._on_change()
+        await asyncio.shield(model.going)
+
+    # ---- the server's own life
+
+    async def outlive(self) -> None:
+        """Load the first models and look after idle ones, until one of the first is no use: raises
+        its `StartupError`."""
+        jobs = [
+            asyncio.create_task(job)
+            for job in (self._bring_first(), self._look(), self._measure_declared())
+        ]
+        try:
+            await asyncio.shield(self._fatal)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Load nothing more, start nothing again; workers go on with what they have."""
+        self._is_closed = True
+        for model in self._models.values():
+            if model.started is not None:
+                model.started.supervisor.retire()
+            if model.bringing is not None:
+                await self._stop_loading(model, _shutting_down())
+
+    def hurry(self) -> None:
+        """Let answers end now, with an error each."""
+        for model in self._models.values():
+            if model.started is not None:
+                model.started.supervisor.hurry()
+
+    async def stop(self, *, kill_after_s: float, hurry: asyncio.Event) -> None:
+        started = [each.started for each in self._models.values() if each.started is not None]
+        await asyncio.gather(
+            *(each.supervisor.stop(kill_after_s=kill_after_s, hurry=hurry) for each in started)
+        )
+        tasks = [
+            task
+            for each in self._models.values()
+            for task in (each.running, each.going)
+            if task is not None
+        ]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---- how
+
+    def _begin(
+        self, model: Model, *, may_evict: bool = True, is_measured: bool = False
+    ) -> asyncio.Future[None]:
+        if self._is_closed:
+            raise _shutting_down()
+        model.loaded = asyncio.get_running_loop().create_future()
+        if model.going is None:
+            model.phase, model.failure = "loading", None
+        if is_measured and model.going is None:
+            self._start_worker(model)
+        model.bringing = asyncio.create_task(self._bring(model, may_evict))
+        self._on_change()
+        return model.loaded
+
+    async def _bring(self, model: Model, may_evict: bool) -> None:
+        try:
+            if model.going is not None:
+                await asyncio.shield(model.going)
+                model.phase, model.failure = "loading", None
+            if model.started is None:
+                async with self._deciding:
+                    await self._make_room(model, may_evict)
+                    self._start_worker(model)
+            await self._until_up(model)
+        except ChatserveError as error:
+            self._give_up(model, error)
+        except Exception as error:  # a bug must not let anybody wait for ever
+            logger.exception("loading %s failed", model.name)
+            self._give_up(model, CannotLoad(f"{model.name}: {type(error).__name__}: {error}"))
+        else:
+            model.phase, model.used_at = "ready", self._clock()
+            assert model.loaded is not None
+            model.loaded.set_result(None)
+        self._on_change()
+
+    def _start_worker(self, model: Model) -> None:
+        model.started = self._start(model.name, model.weights)
+        model.running = asyncio.create_task(model.started.supervisor.run())
+        model.running.add_done_callback(lambda task: self._ended(model, task))
+
+    def _ended(self, model: Model, task: asyncio.Task[None]) -> None:
+        """A worker that nobody has told to end was given up."""
+        if task.cancelled() or task.exception() is None or model.running is not task:
+            return
+        error = task.exception()
+        assert error is not None
+        # where others make room, too little of it is no reason to end
+        may_wait = self.policy.auto_load and isinstance(error, DoesNotFit)
+        is_alone = not any(each.phase == "ready" for each in self._models.values())
+        if model.is_first and not self._fatal.done() and (is_alone or not may_wait):
+            self._fatal.set_exception(error)
+            self._fatal.exception()
+        if model.phase == "ready":
+            reason = error if isinstance(error, ChatserveError) else CannotLoad(str(error))
+            model.fail(reason, self._clock())
+            self._clear(model)
+            self._on_change()
+
+    async def _until_up(self, model: Model) -> None:
+        """Raises the `StartupError` that its worker ended with."""
+        running = model.running
+        assert running is not None
+        with self._registry.changes() as change:
+            while not self._is_up(model):
+                change.clear()
+                waiter = asyncio.ensure_future(change.wait())
+                try:
+                    await asyncio.wait({running, waiter}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    waiter.cancel()
+                if running.done():
+                    running.result()
+                    raise ModelConflict(f"{model.name} was stopped while it was being loaded")
+
+    def _is_up(self, model: Model) -> bool:
+        assert model.started is not None
+        worker_id = model.started.worker_id
+        return any(each.worker_id == worker_id for each in self._registry.ready(model.name))
+
+    def _give_up(self, model: Model, error: ChatserveError) -> None:
+        if isinstance(error, NoRoomForModel | ModelConflict):
+            model.phase = "unloaded"
+        else:
+            model.fail(error, self._clock())
+        if model.running is None or model.running.done():
+            self._clear(model)
+        assert model.phase == "unloaded" or model.failure is not None
+        model.give_up(error if model.failure is None else model.failure)
+
+    async def _stop_loading(self, model: Model, error: ChatserveError) -> None:
+        bringing = model.bringing
+        if bringing is None or bringing.done():
+            return
+        model.give_up(error)
+        bringing.cancel()
+        await asyncio.gather(bringing, return_exceptions=True)
+
+    async def _take_down(self, model: Model) -> None:
+        started, running = model.started, model.running
+        assert started is not None and running is not None
+        try:
+            await started.supervisor.stop(kill_after_s=self.policy.drain_s + KILL_AFTER_S)
+            await asyncio.gather(running, return_exceptions=True)
+        finally:
+            self._clear(model)
+            model.going = None
+            model.phase, model.failure = "unloaded", None
+            self._on_change()
+
+    def _clear(self, model: Model) -> None:
+        if model.started is not None:
+            model.started.forget()
+        model.started = model.running = None
+
+    # ---- room
+
+    async def _make_room(self, model: Model, may_evict: bool) -> None:
+        """Raises `NoRoomForModel`, or `CannotLoad` where there can be none."""
+        if not self.policy.auto_load and self.policy.max_bytes is None:
+            return  # the worker itself says whether it fits
+        while True:
+            estimate = await self._measure(model.weights)
+            if estimate is None:
+                return
+            model.num_bytes = estimate.num_bytes
+            others = [each for each in self._models.values() if each.started and each is not model]
+            free_bytes = self._free_bytes(estimate, others)
+            found = make_room(estimate.num_bytes, free_bytes, map(self._holding, others))
+            if isinstance(found, Shortage):
+                leaving = [each.going for each in others if each.going is not None]
+                if not leaving:
+                    raise self._no_room(model, estimate, found)
+                await asyncio.wait(leaving, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            if found and not (may_evict and self.policy.auto_load):
+                names = ", ".join(found)
+                raise NoRoomForModel(
+                    f"{model.name} needs {_gb(estimate.num_bytes)} and "
+                    f"{_gb(max(0, free_bytes))} are free; unload {names} first",
+                    retry_after_s=5,
+                )
+            if not found:
+                return
+            for name in found:
+                logger.info("%s makes room for %s", name, model.name)
+                await self.unload(self._models[name])
+            if self.policy.max_bytes is None:
+                return  # memory that has just come back may be counted late; the worker looks again
+
+    def _free_bytes(self, estimate: Estimate, others: Sequence[Model]) -> int:
+        if self.policy.max_bytes is not None:
+            return self.policy.max_bytes - sum(self._bytes_of(each) for each in others)
+        not_yet = 0
+        for each in others:
+            if each.phase == "loading":
+                worker = self.worker_of(each)
+                taken = worker.status.loaded_bytes if worker else 0
+                not_yet += max(0, self._bytes_of(each) - taken)
+        return estimate.free_bytes - not_yet
+
+    def _holding(self, model: Model) -> Holding:
+        is_busy = model.phase != "ready" or self.is_busy(model)
+        return Holding(model.name, self._bytes_of(model), model.used_at, is_busy)
+
+    def _bytes_of(self, model: Model) -> int:
+        if model.num_bytes is not None:
+            return model.num_bytes
+        worker = self.worker_of(model)
+        return worker.status.total_bytes if worker else 0
+
+    def _no_room(self, model: Model, estimate: Estimate, lack: Shortage) -> ChatserveError:
+        need = f"{model.name} needs {_gb(estimate.num_bytes)}"
+        limit = self.policy.max_bytes
+        if lack.is_for_good:
+            there = (
+                f"--max-loaded-bytes allows {_gb(limit)}"
+                if limit is not None
+                else f"there are {_gb(lack.free_bytes + lack.idle_bytes + lack.busy_bytes)}, "
+                "with all other models unloaded"
+            )
+            return CannotLoad(
+                f"{need}, {there}; use a smaller model or form, or a shorter --context-length",
+                exit_code=DoesNotFit.exit_code,
+            )
+        return NoRoomForModel(
+            f"{need} and {_gb(lack.free_bytes + lack.idle_bytes)} can be had; "
+            f"{', '.join(lack.busy)} is busy in {_gb(lack.busy_bytes)}; try again when it is idle",
+            retry_after_s=5,
+        )
+
+    # ---- looking after
+
+    async def _look(self) -> None:
+        keep_alive_s = self.policy.keep_alive_s
+        look_s = LOOK_S if keep_alive_s is None else min(LOOK_S, max(0.05, keep_alive_s / 4))
+        while True:
+            await asyncio.sleep(look_s)
+            now = self._clock()
+            ready = [each for each in self._models.values() if each.phase == "ready"]
+            for model in ready:
+                if self.is_busy(model):
+                    model.used_at = now
+            if keep_alive_s is None:
+                continue
+            for name in expired(map(self._holding, ready), now, keep_alive_s):
+                logger.info("%s was not used for %g s and is unloaded", name, keep_alive_s)
+                # its answers have ended: it does not take long, and does not keep others waiting
+                self._unload_beside(self._models[name])
+
+    def _unload_beside(self, model: Model) -> None:
+        unloading = asyncio.ensure_future(self.unload(model))
+        unloading.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _measure_declared(self) -> None:
+        """So that the list of models can say what each would take."""
+        for model in list(self._models.values()):
+            if model.num_bytes is None and model.started is None:
+                estimate = await self._measure(model.weights)
+                if estimate is not None and model.num_bytes is None:
+                    model.num_bytes = estimate.num_bytes
+                    self._on_change()
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; try again when it is back")

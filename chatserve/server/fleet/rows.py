@@ -1,0 +1,159 @@
+"""What is told of models: in `/v1/models`, `/admin/models` and `chatserve ps`. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatserve.server.fleet.model import Model
+from chatserve.server.fleet.models import Fleet
+from chatserve.server.registry import ModelReadiness, WorkerRegistry
+
+
+class ModelRows:
+    """Over the models of a `fleet`, and those that workers bring from elsewhere."""
+
+    def __init__(self, registry: WorkerRegistry, fleet: Fleet | None) -> None:
+        self._registry = registry
+        self._fleet = fleet
+
+    def cards(self) -> list[dict[str, Any]]:
+        """OpenAI's models; how far each is and what it takes stands among our own fields."""
+        known = {card.name: card.to_openai() for card in self._registry.cards()}
+        states = {each.name: each for each in self._registry.readiness()}
+        models = [] if self._fleet is None else self._fleet.models()
+        for name, card in known.items():
+            base = card["parent"] or name
+            model = next((each for each in models if each.name == base), None)
+            if model is not None:
+                card["chatserve"] |= self._brief(model)
+            elif base in states:
+                seen = states[base]
+                card["chatserve"] |= {"state": seen.state, "bytes": seen.total_bytes or None}
+        cards = []
+        for model in models:
+            cards += [
+                known.pop(name)
+                for name in [
+                    model.name,
+                    *(n for n, card in known.items() if card["parent"] == model.name),
+                ]
+                if name in known
+            ] or [self._bare(model)]
+        return [*cards, *known.values()]
+
+    def rows(self, now: float) -> list[dict[str, Any]]:
+        """For operators. `now` by the fleet's clock."""
+        rows = []
+        fleet = self._fleet
+        of_fleet = set()
+        if fleet is not None:
+            for model in fleet.models():
+                rows.append(self._row(fleet, model, now))
+                of_fleet.add(model.name)
+        for card in self._registry.cards():
+            if card.name in of_fleet or card.parent is not None:
+                continue
+            ready = self._registry.ready(card.name)
+            state = next(s for s in self._registry.readiness() if s.name == card.name)
+            rows.append(
+                {
+                    "name": card.name,
+                    "state": state.state,
+                    "weights": None,
+                    "bytes": state.total_bytes or None,
+                    "loaded_bytes": state.loaded_bytes,
+                    "total_bytes": state.total_bytes,
+                    "memory_bytes": None,
+                    "device": card.description.get("device"),
+                    "running": sum(len(worker.leases) for worker in ready),
+                    "idle_s": None,
+                    "keep_alive_left_s": None,
+                    "worker_id": ready[0].worker_id if ready else None,
+                    "error": None,
+                }
+            )
+        return rows
+
+    def progress(self, model: Model) -> tuple[int, int]:
+        """Bytes that are loaded, and of how many; 0 of 0 while nobody knows."""
+        worker = self._fleet.worker_of(model) if self._fleet else None
+        return (worker.status.loaded_bytes, worker.status.total_bytes) if worker else (0, 0)
+
+    def _row(self, fleet: Fleet, model: Model, now: float) -> dict[str, Any]:
+        loaded, total = self.progress(model)
+        worker = fleet.worker_of(model)
+        is_busy = fleet.is_busy(model)
+        idle_s = None
+        if model.phase == "ready":
+            idle_s = 0.0 if is_busy else max(0.0, now - model.used_at)
+        keep_s = fleet.policy.keep_alive_s
+        left_s = None if idle_s is None or keep_s is None else max(0.0, keep_s - idle_s)
+        failure = model.failure
+        return {
+            "name": model.name,
+            "state": self.state_of(model),
+            "weights": model.weights,
+            "bytes": self._bytes(model),
+            "loaded_bytes": loaded,
+            "total_bytes": total,
+            "memory_bytes": _memory_of(model.started.supervisor.pid if model.started else None),
+            "device": self._device(model),
+            "running": len(worker.leases) if worker else 0,
+            "idle_s": None if idle_s is None else round(idle_s, 1),
+            "keep_alive_left_s": None if left_s is None else round(left_s, 1),
+            "worker_id": worker.worker_id if worker else None,
+            "error": failure and {"message": failure.message, "exit_code": failure.exit_code},
+        }
+
+    def state_of(self, model: Model) -> str:
+        """Of a model that is loaded, its worker's: it may have crashed, or be stalled."""
+        if model.phase != "ready" or self._fleet is None:
+            return model.phase
+        states = {each.name: each.state for each in self._registry.readiness()}
+        return states.get(model.name, "starting")
+
+    def state_in(self, seen: ModelReadiness) -> str:
+        """What `/health/ready` says of it."""
+        model = self._fleet.find(seen.name) if self._fleet else None
+        is_here = model is None or model.phase in ("loading", "ready") or seen.state == "ready"
+        return seen.state if is_here or model is None else model.phase
+
+    def _device(self, model: Model) -> str | None:
+        for card in self._registry.cards():
+            if card.name == model.name and model.started is not None:
+                device = card.description.get("device")
+                return None if device is None else str(device)
+        return None
+
+    def _brief(self, model: Model) -> Mapping[str, Any]:
+        return {"state": self.state_of(model), "bytes": self._bytes(model)}
+
+    def _bytes(self, model: Model) -> int | None:
+        return model.num_bytes or self.progress(model)[1] or None
+
+    def _bare(self, model: Model) -> dict[str, Any]:
+        """Of a model that no worker has described yet."""
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "chatserve",
+            "root": model.name,
+            "parent": None,
+            "chatserve": {"context_length": None, **self._brief(model)},
+        }
+
+
+def _memory_of(pid: int | None) -> int | None:
+    """Of main memory, what a process and those that it has started hold now."""
+    if pid is None:
+        return None
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        return sum(int(each.memory_info().rss) for each in family)
+    except psutil.Error:
+        return None
