@@ -55,7 +55,7 @@ from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.fleet.gate import Gate, LoadingStream
 from chatserve.server.fleet.models import Fleet
-from chatserve.server.fleet.routes import OperatorRoutes
+from chatserve.server.fleet.routes import FleetRoutes
 from chatserve.server.fleet.rows import ModelRows
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
@@ -104,7 +104,7 @@ def create_controller_app(
     )  # fmt: skip
     controller.add_to(app)
     ResponseDoor(response_store, controller).add_to(app)
-    OperatorRoutes(registry, fleet, controller.rows, options).add_to(app)
+    FleetRoutes(registry, fleet, controller.rows, options).add_to(app)
     Conversations(conversations).add_to(app)
     page = Page()
     page.add_to(app)

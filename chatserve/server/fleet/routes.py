@@ -36,7 +36,7 @@ from chatserve.server.registry import WorkerRegistry
 logger = logging.getLogger(__name__)
 
 
-class OperatorRoutes:
+class FleetRoutes:
     """Of a controller; `fleet` None: one that starts no workers itself."""
 
     def __init__(
