@@ -16,9 +16,9 @@ from chatserve.options import (
     ApiOptions,
     DrainOptions,
     EngineConfig,
-    FleetOptions,
     KeepingOptions,
     ListenOptions,
+    LoadingOptions,
     ModelOptions,
     TimeLimits,
 )
@@ -115,7 +115,7 @@ class ControllerConfig(KeepingOptions, DrainOptions, ListenOptions):
 
 @dataclass(frozen=True)
 class ServeConfig(
-    ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions, FleetOptions
+    ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions, LoadingOptions
 ):
     """`chatserve serve`: a controller and one supervised worker per loaded model."""
 

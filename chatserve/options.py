@@ -188,7 +188,7 @@ class KeepingOptions:
 
 
 @dataclass(frozen=True)
-class FleetOptions:
+class LoadingOptions:
     """Which models a server has beside those it starts with, and who makes room for whom."""
 
     models: tuple[str, ...] = setting(

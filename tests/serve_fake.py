@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from chatserve.server import command_line
-from chatserve.server.fleet.measure import Estimate
+from chatserve.server.repertoire.measure import Estimate
 from chatserve.server.supervisor import RestartPolicy
 
 WORKER = (sys.executable, "-m", "tests.fake_worker")

@@ -24,8 +24,8 @@ from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 
 if TYPE_CHECKING:
-    from chatserve.server.fleet.measure import Measure
     from chatserve.server.launch import Policy
+    from chatserve.server.repertoire.measure import Measure
     from chatserve.server.worker_process import Load
 
 Config = TypeVar("Config")
@@ -47,8 +47,8 @@ def serve(
     _add_weights(parser)
 
     def run(config: ServeConfig, weights: list[str]) -> int:
-        from chatserve.server.fleet.settings import split_model
         from chatserve.server.launch import WORKER_COMMAND, run_server
+        from chatserve.server.repertoire.settings import split_model
         from chatserve.server.supervisor import RestartPolicy
 
         num_models = len(weights) + len(config.models)

@@ -53,16 +53,16 @@ from chatserve.server.conversations import Conversations
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.error_response import install_error_handlers
-from chatserve.server.fleet.gate import Gate, LoadingStream
-from chatserve.server.fleet.models import Fleet
-from chatserve.server.fleet.routes import FleetRoutes
-from chatserve.server.fleet.rows import ModelRows
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
 from chatserve.server.page import Page
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay
+from chatserve.server.repertoire.gate import Gate, LoadingStream
+from chatserve.server.repertoire.models import Repertoire
+from chatserve.server.repertoire.routes import RepertoireRoutes
+from chatserve.server.repertoire.rows import ModelRows
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.worker_client import WorkerClient
@@ -84,7 +84,7 @@ def create_controller_app(
     conversations: ConversationStore | None = None,
     resume: ResumePolicy = RESUME,
     sockets: Mapping[str, str] = MappingProxyType({}),
-    fleet: Fleet | None = None,
+    repertoire: Repertoire | None = None,
     options: ModelOptions | None = None,
 ) -> Edge:
     """The ASGI app of a controller. Without a `policy` it is open to loopback names.
@@ -92,11 +92,11 @@ def create_controller_app(
     `response_store`: where responses are kept that others go on from; None keeps none.
     `conversations`: the same for those of the page. `resume`: whether and for how long answers look
     for another worker when theirs is lost. `sockets`: where workers listen, by their ids, that were
-    told to by who runs this controller. `fleet`: the models whose workers it starts, if it does,
-    with `options`.
+    told to by who runs this controller. `repertoire`: the models whose workers it starts, if it
+    does, with `options`.
     """
     controller = ControllerRoutes(
-        registry, control_token, heartbeat_interval_s, resume, sockets, fleet
+        registry, control_token, heartbeat_interval_s, resume, sockets, repertoire
     )
     app = FastAPI(
         lifespan=controller.lifespan, redirect_slashes=False,
@@ -104,7 +104,7 @@ def create_controller_app(
     )  # fmt: skip
     controller.add_to(app)
     ResponseDoor(response_store, controller).add_to(app)
-    FleetRoutes(registry, fleet, controller.rows, options).add_to(app)
+    RepertoireRoutes(registry, repertoire, controller.rows, options).add_to(app)
     Conversations(conversations).add_to(app)
     page = Page()
     page.add_to(app)
@@ -112,7 +112,7 @@ def create_controller_app(
     install_error_handlers(app)
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
-    door = ControllerDoor(registry, can_load=fleet is not None and fleet.policy.auto_load)
+    door = ControllerDoor(registry, can_load=repertoire is not None and repertoire.policy.auto_load)
     controller.edge = Edge(app, policy, check_room=door.check, open_pages=page.paths)
     return controller.edge
 
@@ -129,16 +129,16 @@ class ControllerRoutes:
         heartbeat_interval_s: float,
         resume: ResumePolicy,
         sockets: Mapping[str, str],
-        fleet: Fleet | None,
+        repertoire: Repertoire | None,
     ) -> None:
         self._registry = registry
         self._token = control_token
         self._heartbeat_interval_s = heartbeat_interval_s
         self._resume = resume
         self._sockets = sockets
-        self._fleet = fleet
-        self.rows = ModelRows(registry, fleet)
-        self._gate = None if fleet is None else Gate(fleet, self.rows, self._relayed)
+        self._repertoire = repertoire
+        self.rows = ModelRows(registry, repertoire)
+        self._gate = None if repertoire is None else Gate(repertoire, self.rows, self._relayed)
         self._client: WorkerClient
         self._relay: Relay
         self._adapters: AdapterDispatch

@@ -29,10 +29,6 @@ from chatserve.server.connection import within_file_limit
 from chatserve.server.controller import create_controller_app
 from chatserve.server.controller_process import access_policy
 from chatserve.server.conversations import store_for
-from chatserve.server.fleet.measure import Measure, Planned
-from chatserve.server.fleet.models import Fleet
-from chatserve.server.fleet.settings import all_models, fleet_policy
-from chatserve.server.fleet.workers import Workers
 from chatserve.server.lifeline import tie_to_parent
 from chatserve.server.listener import Listener, bind, url_of
 from chatserve.server.moves import ResumePolicy
@@ -44,6 +40,10 @@ from chatserve.server.process import (
     run_until,
 )
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire.measure import Measure, Planned
+from chatserve.server.repertoire.models import Repertoire
+from chatserve.server.repertoire.settings import all_models, loading_policy
+from chatserve.server.repertoire.workers import Workers
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.service_manager import ServiceManager
 from chatserve.server.socket_folder import socket_folder
@@ -98,7 +98,7 @@ class _Server:
     ) -> None:
         self._config = config
         self._first, self._waiting = all_models(config, weights)
-        self._fleet_policy = fleet_policy(config)
+        self._loading_policy = loading_policy(config)
         self._worker_command = tuple(worker_command)
         self._policy = policy
         self._measure = measure or Planned(config)
@@ -122,13 +122,13 @@ class _Server:
         """Raises `StartupError` when the address is taken or a worker is no use."""
         config = self._config
         policy = access_policy(config, self._token)
-        fleet = Fleet(
+        repertoire = Repertoire(
             self._registry,
             lambda name, weights: self._workers.start(name, weights),
             self._measure,
             time.monotonic,
-            self._fleet_policy,
-            on_change=lambda: self._announce_models(fleet),
+            self._loading_policy,
+            on_change=lambda: self._announce_models(repertoire),
         )
         edge = create_controller_app(
             self._registry,
@@ -139,7 +139,7 @@ class _Server:
             conversations=store_for(config, config.host, policy),
             resume=ResumePolicy(config.resume, config.resume_timeout_s),
             sockets=self._sockets,
-            fleet=fleet,
+            repertoire=repertoire,
             options=config,
         )
         # before the workers: who finds the port taken should not load a model first
@@ -163,9 +163,9 @@ class _Server:
                 sockets=self._sockets,
             )  # fmt: skip
             for name, path in self._first:
-                fleet.declare(name, path, is_first=True)
+                repertoire.declare(name, path, is_first=True)
             for name, path in self._waiting:
-                fleet.declare(name, path)
+                repertoire.declare(name, path)
             stack.enter_context(self._stop.installed())
             await stack.enter_async_context(manager.told(self._progress))
             await listener.start()
@@ -177,36 +177,36 @@ class _Server:
                 # who started us wants to ask how far the model is, before it is ready
                 _tell(f"listening: {url_of(config.host, public)}/v1")
             try:
-                await run_until(self._stop.asked, fleet.outlive(), announcement)
+                await run_until(self._stop.asked, repertoire.outlive(), announcement)
             finally:
                 manager.stopping()
-                await self._shut_down(listener, fleet)
+                await self._shut_down(listener, repertoire)
         return EXIT_INTERRUPTED if self._stop.is_interrupted else 0
 
-    async def _shut_down(self, listener: Listener, fleet: Fleet) -> None:
+    async def _shut_down(self, listener: Listener, repertoire: Repertoire) -> None:
         async def abort() -> None:
             self._registry.abort(
                 ShuttingDown("the server has shut down; try again when it is back")
             )
-            fleet.hurry()
+            repertoire.hurry()
 
-        await fleet.close()
+        await repertoire.close()
         self._registry.close()
         insisted = self._stop.insisted
         await listener.drain(seconds=self._config.drain_timeout_s, hurry=insisted, abort=abort)
-        await fleet.stop(kill_after_s=WORKER_STOP_S, hurry=insisted)
+        await repertoire.stop(kill_after_s=WORKER_STOP_S, hurry=insisted)
         await listener.close()
 
     def _note_change(self) -> None:
         self._has_changed.set()
         self._workers.look()
 
-    def _announce_models(self, fleet: Fleet) -> None:
+    def _announce_models(self, repertoire: Repertoire) -> None:
         if self._announcement is not None:
             self._announcement.tell(
                 RunningModel(model.name, full_weights(model.weights))
-                for model in fleet.models()
-                if fleet.policy.auto_load or model.phase in ("loading", "ready")
+                for model in repertoire.models()
+                if repertoire.policy.auto_load or model.phase in ("loading", "ready")
             )
 
     def _progress(self) -> str:

@@ -74,7 +74,7 @@ def test_they_are_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [card["parent"] for card in packed] == [None, "tiny"]
     assert loading[0]["chatserve"] == {"context_length": None}
     assert measured[0]["chatserve"]["quality"]["top1_agreement"] == 0.98
-    shown = {"state", "bytes"}  # a controller's own: tests/integration/test_fleet.py
+    shown = {"state", "bytes"}  # a controller's own: tests/integration/test_repertoire.py
     for card in (*loading, *whole, *packed, *measured, *cards_of(encoder)):
         CARD.validate(card)
         shown |= card["chatserve"].keys()

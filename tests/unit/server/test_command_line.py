@@ -22,7 +22,7 @@ from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
 from chatserve.options import EngineConfig, ModelOptions
 from chatserve.server import command_line, launch, worker_process
-from chatserve.server.fleet.settings import all_models
+from chatserve.server.repertoire.settings import all_models
 from chatserve.settings import fields_of, flags_of
 from tests.fakes import FakeEngine, FakeModel
 

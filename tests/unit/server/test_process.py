@@ -16,7 +16,6 @@ from chatserve.config import ServeConfig, WorkerConfig, build
 from chatserve.errors import DoesNotFit, UsageError
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server import launch, process
-from chatserve.server.fleet import workers
 from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
@@ -26,6 +25,7 @@ from chatserve.server.process import (
     run_until,
 )
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire import workers
 from chatserve.server.supervisor import RestartPolicy
 from tests.fakes import FakeClock
 

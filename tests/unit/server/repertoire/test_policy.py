@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatserve.server.fleet.policy import Holding, Shortage, expired, make_room
+from chatserve.server.repertoire.policy import Holding, Shortage, expired, make_room
 
 
 def held(name: str, num_bytes: int, used_at: float, *, is_busy: bool = False) -> Holding:

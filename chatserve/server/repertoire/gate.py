@@ -19,9 +19,9 @@ from chatserve.errors import ChatserveError, ModelNotLoaded
 from chatserve.protocol.sse import PING, encode_loading
 from chatserve.server.disconnect import disconnected, until_disconnect
 from chatserve.server.error_response import error_event
-from chatserve.server.fleet.model import Model
-from chatserve.server.fleet.models import Fleet
-from chatserve.server.fleet.rows import ModelRows
+from chatserve.server.repertoire.model import Model
+from chatserve.server.repertoire.models import Repertoire
+from chatserve.server.repertoire.rows import ModelRows
 from chatserve.server.upstream import told_error
 
 QUICK_S = 1.0
@@ -34,24 +34,24 @@ Forward = Callable[[Request, str, bytes], Awaitable[Response]]
 class Gate:
     """`forward` is the relay's."""
 
-    def __init__(self, fleet: Fleet, rows: ModelRows, forward: Forward) -> None:
-        self._fleet = fleet
+    def __init__(self, repertoire: Repertoire, rows: ModelRows, forward: Forward) -> None:
+        self._repertoire = repertoire
         self._rows = rows
         self._forward = forward
 
     async def forward(self, request: Request, model: str, body: bytes) -> Response:
         """What the relay answers, at once or when the model is there. Raises what that raises, and
         why the model cannot be loaded."""
-        found = self._fleet.find(model)
+        found = self._repertoire.find(model)
         if found is None:
             return await self._forward(request, model, body)
-        with self._fleet.held(found):
+        with self._repertoire.held(found):
             if found.phase != "ready":
                 is_stream = await asyncio.to_thread(_wants_stream, body)
-                until_ready = asyncio.ensure_future(self._fleet.until_ready(found))
+                until_ready = asyncio.ensure_future(self._repertoire.until_ready(found))
                 waiting: asyncio.Future[None] | None = until_ready
                 try:
-                    limit_s = QUICK_S if is_stream else self._fleet.policy.load_timeout_s
+                    limit_s = QUICK_S if is_stream else self._repertoire.policy.load_timeout_s
                     await until_disconnect(request.receive, _within(until_ready, limit_s))
                     if not until_ready.done():
                         if is_stream:
@@ -66,15 +66,15 @@ class Gate:
             return await self._forward(request, model, body)
 
     async def go_on(self, request: Request, model: str, found: Model, body: bytes) -> Response:
-        with self._fleet.held(found):
-            await self._fleet.until_ready(found)
+        with self._repertoire.held(found):
+            await self._repertoire.until_ready(found)
             return await self._forward(request, model, body)
 
     def progress(self, model: Model) -> bytes:
         return encode_loading(*self._rows.progress(model))
 
     def held(self, model: Model) -> contextlib.AbstractContextManager[None]:
-        return self._fleet.held(model)
+        return self._repertoire.held(model)
 
     def _still_loading(self, model: Model, limit_s: float) -> ChatserveError:
         loaded, total = self._rows.progress(model)

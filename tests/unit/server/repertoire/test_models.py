@@ -1,4 +1,4 @@
-"""The fleet: one load for all who wait, room by need, drains, failures; no process, no socket."""
+"""Models in and out: one load for all who wait, room by need, drains, failures; no process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from chatserve.errors import (
     ShuttingDown,
 )
 from chatserve.protocol.control import ModelCard, WorkerStatus
-from chatserve.server.fleet.measure import Estimate
-from chatserve.server.fleet.model import Model
-from chatserve.server.fleet.models import COOL_S, Fleet, FleetPolicy
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire.measure import Estimate
+from chatserve.server.repertoire.model import Model
+from chatserve.server.repertoire.models import COOL_S, LoadingPolicy, Repertoire
 from tests.fakes import FakeClock
 
 GB = 10**9
@@ -72,18 +72,18 @@ class FakeWorker:
 
 
 class House:
-    """A fleet over a real registry, with fake workers; `sizes` by WEIGHTS."""
+    """A repertoire over a real registry, with fake workers; `sizes` by WEIGHTS."""
 
-    def __init__(self, policy: FleetPolicy, free: int = 10 * GB, **sizes: int) -> None:
+    def __init__(self, policy: LoadingPolicy, free: int = 10 * GB, **sizes: int) -> None:
         self.clock = FakeClock()
         self.registry = WorkerRegistry(self.clock)
         self.free = free
         self.sizes = sizes
         self.workers: list[FakeWorker] = []
-        self.fleet = Fleet(self.registry, self._start, self._measure, self.clock, policy)
+        self.repertoire = Repertoire(self.registry, self._start, self._measure, self.clock, policy)
 
     def declare(self, *names: str, is_first: bool = False) -> list[Model]:
-        return [self.fleet.declare(name, name, is_first=is_first) for name in names]
+        return [self.repertoire.declare(name, name, is_first=is_first) for name in names]
 
     def _start(self, name: str, _weights: str) -> FakeWorker:
         self.workers.append(FakeWorker(self, name, len(self.workers)))
@@ -94,7 +94,7 @@ class House:
         return None if size is None else Estimate(size * GB, self.free)
 
     async def up(self, model: Model) -> None:
-        loading = self.fleet.load(model)
+        loading = self.repertoire.load(model)
         await self.until(lambda: model.started is not None)
         self.workers[-1].ready()
         await loading
@@ -111,14 +111,14 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 30))
 
 
-AUTO = FleetPolicy(auto_load=True, max_bytes=10 * GB)
+AUTO = LoadingPolicy(auto_load=True, max_bytes=10 * GB)
 
 
 def test_ten_who_ask_at_once_start_one_load() -> None:
     async def test() -> None:
         house = House(AUTO, a=3)
         [model] = house.declare("a")
-        asking = [asyncio.create_task(house.fleet.until_ready(model)) for _ in range(10)]
+        asking = [asyncio.create_task(house.repertoire.until_ready(model)) for _ in range(10)]
         await house.until(lambda: bool(house.workers))
         assert model.phase == "loading" and not any(task.done() for task in asking)
         house.workers[0].ready()
@@ -132,7 +132,7 @@ def test_who_leaves_does_not_end_the_load_of_others() -> None:
     async def test() -> None:
         house = House(AUTO, a=3)
         [model] = house.declare("a")
-        asking = [asyncio.create_task(house.fleet.until_ready(model)) for _ in range(2)]
+        asking = [asyncio.create_task(house.repertoire.until_ready(model)) for _ in range(2)]
         await house.until(lambda: bool(house.workers))
         asking[0].cancel()
         await asyncio.gather(asking[0], return_exceptions=True)
@@ -150,7 +150,7 @@ def test_the_least_recently_used_makes_room() -> None:
         house.clock.advance(1)
         await house.up(b)
         house.clock.advance(1)
-        with house.fleet.held(a):
+        with house.repertoire.held(a):
             house.clock.advance(1)
         await house.up(c)
         assert (a.phase, b.phase, c.phase) == ("ready", "unloaded", "ready")
@@ -165,11 +165,11 @@ def test_who_has_requests_stays() -> None:
         a, b = house.declare("a", "b")
         await house.up(a)
         with house.registry.pick("a"), pytest.raises(NoRoomForModel, match=r"a is busy in 6\.0 GB"):
-            await house.fleet.until_ready(b)
+            await house.repertoire.until_ready(b)
         assert (a.phase, b.phase) == ("ready", "unloaded")
         # and one on its way to the worker counts as well
-        with house.fleet.held(a), pytest.raises(NoRoomForModel):
-            await house.fleet.until_ready(b)
+        with house.repertoire.held(a), pytest.raises(NoRoomForModel):
+            await house.repertoire.until_ready(b)
         await house.up(b)
         assert (a.phase, b.phase) == ("unloaded", "ready")
 
@@ -180,18 +180,18 @@ def test_who_has_requests_stays() -> None:
     ("policy", "words"),
     [
         (AUTO, "needs 11.0 GB, --max-loaded-bytes allows 10.0 GB"),
-        (FleetPolicy(auto_load=True), "needs 11.0 GB, there are 8.0 GB"),
+        (LoadingPolicy(auto_load=True), "needs 11.0 GB, there are 8.0 GB"),
     ],
 )
 def test_what_never_fits_is_a_400_with_numbers_and_unloads_nobody(
-    policy: FleetPolicy, words: str
+    policy: LoadingPolicy, words: str
 ) -> None:
     async def test() -> None:
         house = House(policy, free=6 * GB, a=2, b=11)
         a, b = house.declare("a", "b")
         await house.up(a)
         with pytest.raises(CannotLoad, match=words) as caught:
-            await house.fleet.until_ready(b)
+            await house.repertoire.until_ready(b)
         assert caught.value.exit_code == DoesNotFit.exit_code
         assert a.phase == "ready"
 
@@ -200,12 +200,12 @@ def test_what_never_fits_is_a_400_with_numbers_and_unloads_nobody(
 
 def test_memory_that_others_are_about_to_take_is_not_free() -> None:
     async def test() -> None:
-        house = House(FleetPolicy(auto_load=True), free=10 * GB, a=6, b=6)
+        house = House(LoadingPolicy(auto_load=True), free=10 * GB, a=6, b=6)
         a, b = house.declare("a", "b")
-        first = house.fleet.load(a)
+        first = house.repertoire.load(a)
         await house.until(lambda: a.started is not None)
         with pytest.raises(NoRoomForModel, match=r"4\.0 GB can be had; a is busy"):
-            await house.fleet.load(b)
+            await house.repertoire.load(b)
         house.workers[0].ready()
         await first
 
@@ -214,13 +214,13 @@ def test_memory_that_others_are_about_to_take_is_not_free() -> None:
 
 def test_without_auto_load_nobody_is_unloaded_for_another() -> None:
     async def test() -> None:
-        house = House(FleetPolicy(max_bytes=10 * GB), a=6, b=6)
+        house = House(LoadingPolicy(max_bytes=10 * GB), a=6, b=6)
         a, b = house.declare("a", "b")
         await house.up(a)
         with pytest.raises(NoRoomForModel, match="unload a first"):
-            await house.fleet.load(b)
+            await house.repertoire.load(b)
         with pytest.raises(ModelNotLoaded, match="`chatserve load b`"):
-            await house.fleet.until_ready(b)
+            await house.repertoire.until_ready(b)
 
     run(test())
 
@@ -232,7 +232,7 @@ def test_an_unload_waits_for_answers_and_then_for_the_process() -> None:
         await house.up(model)
         worker = house.workers[0]
         worker.may_stop.clear()
-        unloading = asyncio.create_task(house.fleet.unload(model))
+        unloading = asyncio.create_task(house.repertoire.unload(model))
         await worker.is_told_to_stop.wait()
         assert model.phase == "draining" and not house.registry.ready("a")
         worker.may_stop.set()
@@ -250,9 +250,9 @@ def test_a_load_during_the_drain_comes_after_it() -> None:
         await house.up(model)
         first = house.workers[0]
         first.may_stop.clear()
-        unloading = asyncio.create_task(house.fleet.unload(model))
+        unloading = asyncio.create_task(house.repertoire.unload(model))
         await first.is_told_to_stop.wait()
-        asking = asyncio.create_task(house.fleet.until_ready(model))
+        asking = asyncio.create_task(house.repertoire.until_ready(model))
         await asyncio.sleep(0.01)
         assert len(house.workers) == 1 and not asking.done()
         first.may_stop.set()
@@ -268,9 +268,9 @@ def test_an_unload_during_the_load_ends_it_and_tells_who_waits() -> None:
     async def test() -> None:
         house = House(AUTO, a=3)
         [model] = house.declare("a")
-        asking = asyncio.create_task(house.fleet.until_ready(model))
+        asking = asyncio.create_task(house.repertoire.until_ready(model))
         await house.until(lambda: bool(house.workers))
-        await house.fleet.unload(model)
+        await house.repertoire.unload(model)
         with pytest.raises(ModelConflict, match="unloaded while"):
             await asking
         assert model.phase == "unloaded" and house.workers[0].is_told_to_stop.is_set()
@@ -294,7 +294,7 @@ def test_who_asks_for_what_fails_is_told_in_its_own_words_and_others_go_on(
         house = House(AUTO, a=3, b=3)
         a, b = house.declare("a", "b")
         await house.up(b)
-        asking = [asyncio.create_task(house.fleet.until_ready(a)) for _ in range(3)]
+        asking = [asyncio.create_task(house.repertoire.until_ready(a)) for _ in range(3)]
         await house.until(lambda: len(house.workers) == 2)
         house.workers[1].fail(error)
         for each in asking:
@@ -304,7 +304,7 @@ def test_who_asks_for_what_fails_is_told_in_its_own_words_and_others_go_on(
         assert a.failure and a.failure.exit_code == error.exit_code  # type: ignore[attr-defined]
         # for a while it is not tried again, and then it is
         with pytest.raises(kind, match=words):
-            await house.fleet.until_ready(a)
+            await house.repertoire.until_ready(a)
         assert len(house.workers) == 2
         house.clock.advance(COOL_S)
         await house.up(a)
@@ -314,14 +314,14 @@ def test_who_asks_for_what_fails_is_told_in_its_own_words_and_others_go_on(
 
 def test_a_first_model_that_is_no_use_ends_the_server_and_a_later_one_does_not() -> None:
     async def test() -> None:
-        house = House(FleetPolicy())
+        house = House(LoadingPolicy())
         [a] = house.declare("a", is_first=True)
         [b] = house.declare("b")
-        living = asyncio.create_task(house.fleet.outlive())
+        living = asyncio.create_task(house.repertoire.outlive())
         await house.until(lambda: a.started is not None)
         house.workers[0].ready()
         await house.until(lambda: a.phase == "ready")
-        later = house.fleet.load(b)
+        later = house.repertoire.load(b)
         await house.until(lambda: b.started is not None)
         house.workers[1].fail(ModelLoadError("bad"))
         with pytest.raises(CannotLoad, match="bad"):
@@ -338,7 +338,7 @@ def test_first_models_that_do_not_fit_together_wait() -> None:
     async def test() -> None:
         house = House(AUTO, a=6, b=6)
         a, b = house.declare("a", "b", is_first=True)
-        living = asyncio.create_task(house.fleet.outlive())
+        living = asyncio.create_task(house.repertoire.outlive())
         await house.until(lambda: a.started is not None)
         assert not house.registry.is_ready()
         house.workers[0].ready()
@@ -354,14 +354,14 @@ def test_the_end_of_the_server_is_told_to_who_waits_for_a_load() -> None:
     async def test() -> None:
         house = House(AUTO, a=3)
         [model] = house.declare("a")
-        asking = asyncio.create_task(house.fleet.until_ready(model))
+        asking = asyncio.create_task(house.repertoire.until_ready(model))
         await house.until(lambda: bool(house.workers))
-        await house.fleet.close()
+        await house.repertoire.close()
         with pytest.raises(ShuttingDown):
             await asking
         with pytest.raises(ShuttingDown):
-            house.fleet.load(model)
-        await house.fleet.stop(kill_after_s=1, hurry=asyncio.Event())
+            house.repertoire.load(model)
+        await house.repertoire.stop(kill_after_s=1, hurry=asyncio.Event())
         assert house.workers[0].end.done()
 
     run(test())
@@ -370,19 +370,19 @@ def test_the_end_of_the_server_is_told_to_who_waits_for_a_load() -> None:
 def test_two_models_of_one_name_are_refused() -> None:
     async def test() -> None:
         house = House(AUTO)
-        house.fleet.declare("a", "/x")
-        assert house.fleet.declare("a", "/x").weights == "/x"
+        house.repertoire.declare("a", "/x")
+        assert house.repertoire.declare("a", "/x").weights == "/x"
         with pytest.raises(ModelConflict, match="another model is called a"):
-            house.fleet.declare("a", "/y")
+            house.repertoire.declare("a", "/y")
 
     run(test())
 
 
 def test_an_idle_model_is_unloaded_when_its_time_is_over_and_a_busy_one_is_not() -> None:
     async def test() -> None:
-        house = House(FleetPolicy(auto_load=True, keep_alive_s=0.2), a=1, b=1)
+        house = House(LoadingPolicy(auto_load=True, keep_alive_s=0.2), a=1, b=1)
         a, b = house.declare("a", "b")
-        living = asyncio.create_task(house.fleet.outlive())
+        living = asyncio.create_task(house.repertoire.outlive())
         await house.up(a)
         await house.up(b)
         with house.registry.pick("b"):

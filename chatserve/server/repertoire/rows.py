@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatserve.server.fleet.model import Model
-from chatserve.server.fleet.models import Fleet
 from chatserve.server.registry import ModelReadiness, WorkerRegistry
+from chatserve.server.repertoire.model import Model
+from chatserve.server.repertoire.models import Repertoire
 
 
 class ModelRows:
-    """Over the models of a `fleet`, and those that workers bring from elsewhere."""
+    """Over the models of a `repertoire`, and those that workers bring from elsewhere."""
 
-    def __init__(self, registry: WorkerRegistry, fleet: Fleet | None) -> None:
+    def __init__(self, registry: WorkerRegistry, repertoire: Repertoire | None) -> None:
         self._registry = registry
-        self._fleet = fleet
+        self._repertoire = repertoire
 
     def cards(self) -> list[dict[str, Any]]:
         """OpenAI's models; how far each is and what it takes stands among our own fields."""
         known = {card.name: card.to_openai() for card in self._registry.cards()}
         states = {each.name: each for each in self._registry.readiness()}
-        models = [] if self._fleet is None else self._fleet.models()
+        models = [] if self._repertoire is None else self._repertoire.models()
         for name, card in known.items():
             base = card["parent"] or name
             model = next((each for each in models if each.name == base), None)
@@ -43,16 +43,16 @@ class ModelRows:
         return [*cards, *known.values()]
 
     def rows(self, now: float) -> list[dict[str, Any]]:
-        """For operators. `now` by the fleet's clock."""
+        """For operators. `now` by the repertoire's clock."""
         rows = []
-        fleet = self._fleet
-        of_fleet = set()
-        if fleet is not None:
-            for model in fleet.models():
-                rows.append(self._row(fleet, model, now))
-                of_fleet.add(model.name)
+        repertoire = self._repertoire
+        of_repertoire = set()
+        if repertoire is not None:
+            for model in repertoire.models():
+                rows.append(self._row(repertoire, model, now))
+                of_repertoire.add(model.name)
         for card in self._registry.cards():
-            if card.name in of_fleet or card.parent is not None:
+            if card.name in of_repertoire or card.parent is not None:
                 continue
             ready = self._registry.ready(card.name)
             state = next(s for s in self._registry.readiness() if s.name == card.name)
@@ -77,17 +77,17 @@ class ModelRows:
 
     def progress(self, model: Model) -> tuple[int, int]:
         """Bytes that are loaded, and of how many; 0 of 0 while nobody knows."""
-        worker = self._fleet.worker_of(model) if self._fleet else None
+        worker = self._repertoire.worker_of(model) if self._repertoire else None
         return (worker.status.loaded_bytes, worker.status.total_bytes) if worker else (0, 0)
 
-    def _row(self, fleet: Fleet, model: Model, now: float) -> dict[str, Any]:
+    def _row(self, repertoire: Repertoire, model: Model, now: float) -> dict[str, Any]:
         loaded, total = self.progress(model)
-        worker = fleet.worker_of(model)
-        is_busy = fleet.is_busy(model)
+        worker = repertoire.worker_of(model)
+        is_busy = repertoire.is_busy(model)
         idle_s = None
         if model.phase == "ready":
             idle_s = 0.0 if is_busy else max(0.0, now - model.used_at)
-        keep_s = fleet.policy.keep_alive_s
+        keep_s = repertoire.policy.keep_alive_s
         left_s = None if idle_s is None or keep_s is None else max(0.0, keep_s - idle_s)
         failure = model.failure
         return {
@@ -108,14 +108,14 @@ class ModelRows:
 
     def state_of(self, model: Model) -> str:
         """Of a model that is loaded, its worker's: it may have crashed, or be stalled."""
-        if model.phase != "ready" or self._fleet is None:
+        if model.phase != "ready" or self._repertoire is None:
             return model.phase
         states = {each.name: each.state for each in self._registry.readiness()}
         return states.get(model.name, "starting")
 
     def state_in(self, seen: ModelReadiness) -> str:
         """What `/health/ready` says of it."""
-        model = self._fleet.find(seen.name) if self._fleet else None
+        model = self._repertoire.find(seen.name) if self._repertoire else None
         is_here = model is None or model.phase in ("loading", "ready") or seen.state == "ready"
         return seen.state if is_here or model is None else model.phase
 

@@ -1,4 +1,4 @@
-"""Fleet: the models that a server declares, brought into memory and out of it, one worker each.
+"""Repertoire: the models of a server, brought into memory and out of it, one worker each.
 
 Decides nothing by itself about who makes room for whom (`policy.py`), and starts no process
 (`workers.py`). Its clock is handed in. Knows no HTTP.
@@ -21,11 +21,11 @@ from chatserve.errors import (
     NoRoomForModel,
     ShuttingDown,
 )
-from chatserve.server.fleet.measure import Estimate, Measure
-from chatserve.server.fleet.model import Model, Start
-from chatserve.server.fleet.policy import Holding, Shortage, expired, make_room
 from chatserve.server.leases import Worker
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire.measure import Estimate, Measure
+from chatserve.server.repertoire.model import Model, Start
+from chatserve.server.repertoire.policy import Holding, Shortage, expired, make_room
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ MAX_MODELS = 256
 
 
 @dataclass(frozen=True)
-class FleetPolicy:
+class LoadingPolicy:
     """`auto_load`: who asks for a model loads it, and others make room. `max_bytes`: of all models
     together; None: what is free. `keep_alive_s`: how long a model stays that nobody uses; None: for
     ever. `load_timeout_s`: how long who cannot be told of progress waits for a load."""
@@ -50,7 +50,7 @@ class FleetPolicy:
     drain_s: float = 30.0
 
 
-class Fleet:
+class Repertoire:
     """All models by name, the first ones first."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Fleet:
         start: Start,
         measure: Measure,
         clock: Callable[[], float],
-        policy: FleetPolicy,
+        policy: LoadingPolicy,
         *,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:

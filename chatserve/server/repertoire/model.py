@@ -13,7 +13,7 @@ Phase = Literal["unloaded", "loading", "ready", "draining", "failed"]
 
 
 class Supervised(Protocol):
-    """`chatserve.server.supervisor.Supervisor`, as a fleet uses it."""
+    """`chatserve.server.supervisor.Supervisor`, as a repertoire uses it."""
 
     @property
     def pid(self) -> int | None: ...

@@ -26,29 +26,29 @@ from chatserve.protocol.operation import (
 )
 from chatserve.server.disconnect import nobody_listens, until_disconnect
 from chatserve.server.edge import OPERATOR
-from chatserve.server.fleet.model import Model
-from chatserve.server.fleet.models import Fleet
-from chatserve.server.fleet.rows import ModelRows
-from chatserve.server.fleet.sources import check_source, name_for
 from chatserve.server.json_response import json_response
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire.model import Model
+from chatserve.server.repertoire.models import Repertoire
+from chatserve.server.repertoire.rows import ModelRows
+from chatserve.server.repertoire.sources import check_source, name_for
 
 logger = logging.getLogger(__name__)
 
 
-class FleetRoutes:
-    """Of a controller; `fleet` None: one that starts no workers itself."""
+class RepertoireRoutes:
+    """Of a controller; `repertoire` None: one that starts no workers itself."""
 
     def __init__(
         self,
         registry: WorkerRegistry,
-        fleet: Fleet | None,
+        repertoire: Repertoire | None,
         rows: ModelRows,
         options: ModelOptions | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
-        self._fleet = fleet
+        self._repertoire = repertoire
         self._rows = rows
         self._options = options or ModelOptions()
         self._clock = clock
@@ -63,7 +63,7 @@ class FleetRoutes:
     async def list_models(self, request: Request) -> Response:
         """How far each model is, what it takes, and what of its time is left. Where its files lie
         is for operators."""
-        policy = self._fleet.policy if self._fleet is not None else None
+        policy = self._repertoire.policy if self._repertoire is not None else None
         return json_response(
             {
                 "models": [
@@ -78,20 +78,22 @@ class FleetRoutes:
 
     async def load(self, request: Request) -> Response:
         """Load a model. Raises `CannotLoad` in its worker's own words."""
-        fleet = self._own_fleet()
+        repertoire = self._own_repertoire()
         asked = parse(LoadModel, await request.body())
-        model = await self._named(fleet, asked, is_operator=bool(request.scope.get(OPERATOR)))
-        loading = asyncio.shield(fleet.load(model))
+        model = await self._named(repertoire, asked, is_operator=bool(request.scope.get(OPERATOR)))
+        loading = asyncio.shield(repertoire.load(model))
         return await self._answer(request, model, loading, asked.wait)
 
     async def unload(self, request: Request) -> Response:
         """Let a model's answers end, and give its memory back."""
-        fleet = self._own_fleet()
+        repertoire = self._own_repertoire()
         asked = parse(UnloadModel, await request.body())
-        model = next((each for each in fleet.models() if each.name == asked.model), None)
+        model = next((each for each in repertoire.models() if each.name == asked.model), None)
         if model is None:
-            raise self._unknown(fleet, asked.model)
-        return await self._answer(request, model, self._beside(fleet.unload(model)), asked.wait)
+            raise self._unknown(repertoire, asked.model)
+        return await self._answer(
+            request, model, self._beside(repertoire.unload(model)), asked.wait
+        )
 
     async def drain(self, request: Request) -> Response:
         """Give a worker nothing more to do. One of this server's own ends when it has finished, and
@@ -103,24 +105,24 @@ class FleetRoutes:
                 f"no worker has the id {asked.id}; /admin/models tells those of models", param="id"
             )
         self._registry.set_aside(asked.id)
-        models = [] if self._fleet is None else self._fleet.models()
+        models = [] if self._repertoire is None else self._repertoire.models()
         for model in models:
-            if self._fleet and model.started and model.started.worker_id == asked.id:
-                self._beside(self._fleet.unload(model))
+            if self._repertoire and model.started and model.started.worker_id == asked.id:
+                self._beside(self._repertoire.unload(model))
         return json_response({"id": asked.id, "state": "draining", "running": len(worker.leases)})
 
-    def _own_fleet(self) -> Fleet:
-        if self._fleet is None:
+    def _own_repertoire(self) -> Repertoire:
+        if self._repertoire is None:
             raise InvalidRequest(
                 "this controller starts no workers itself; start one by `chatserve worker WEIGHTS "
                 "--controller URL`, and stop it there"
             )
-        return self._fleet
+        return self._repertoire
 
-    async def _named(self, fleet: Fleet, asked: LoadModel, *, is_operator: bool) -> Model:
+    async def _named(self, repertoire: Repertoire, asked: LoadModel, *, is_operator: bool) -> Model:
         if (asked.model is None) == (asked.weights is None):
             raise InvalidRequest("name either `model` or `weights`", param="model")
-        known = {each.name: each for each in fleet.models()}
+        known = {each.name: each for each in repertoire.models()}
         if asked.model is not None and asked.model in known:
             return known[asked.model]
         weights = asked.weights or asked.model or ""
@@ -131,7 +133,7 @@ class FleetRoutes:
             check_source, weights, is_operator=is_operator,
             revision=self._options.revision, offline=self._options.offline,
         )  # fmt: skip
-        return fleet.declare(name_for(asked, weights), weights)
+        return repertoire.declare(name_for(asked, weights), weights)
 
     async def _answer(
         self, request: Request, model: Model, work: asyncio.Future[None], is_wanted: bool
@@ -163,8 +165,8 @@ class FleetRoutes:
         job.add_done_callback(_log_failure)
         return job
 
-    def _unknown(self, fleet: Fleet, name: str) -> ChatserveError:
-        names = ", ".join(each.name for each in fleet.models()) or "none"
+    def _unknown(self, repertoire: Repertoire, name: str) -> ChatserveError:
+        names = ", ".join(each.name for each in repertoire.models()) or "none"
         return ModelNotFound(
             f"{name[:100]!r} is no model of this server; there is {names}", param="model"
         )

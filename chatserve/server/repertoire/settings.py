@@ -1,4 +1,4 @@
-"""The settings of a fleet as they are written, and what they mean."""
+"""The settings of a repertoire as they are written, and what they mean."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from chatserve.config import ServeConfig, served_names
 from chatserve.errors import UsageError
-from chatserve.server.fleet.models import FleetPolicy
+from chatserve.server.repertoire.models import LoadingPolicy
 
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(s|m|h|d)?", re.IGNORECASE | re.ASCII)
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def fleet_policy(config: ServeConfig) -> FleetPolicy:
+def loading_policy(config: ServeConfig) -> LoadingPolicy:
     """Raises `UsageError`."""
     from chatserve.models.memory import parse_size
 
@@ -30,7 +30,7 @@ def fleet_policy(config: ServeConfig) -> FleetPolicy:
         raise UsageError(
             "--keep-alive unloads models that only --auto-load brings back; start with both"
         )
-    return FleetPolicy(
+    return LoadingPolicy(
         auto_load=config.auto_load,
         max_bytes=max_bytes,
         keep_alive_s=None if config.keep_alive is None else seconds_of(config.keep_alive),
