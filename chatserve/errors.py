@@ -67,9 +67,11 @@ class ChatserveError(Exception):
     """Root of all errors that chatserve raises on purpose.
 
     `code` is the machine-readable name that goes over the wire, `param` the request field at fault.
+    `is_foreign`: the words are another server's.
     """
 
     code: ClassVar[str] = "internal_error"
+    is_foreign = False
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

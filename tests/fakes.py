@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from chatserve.errors import (
     EngineStopped,
     ModelNotFound,
 )
+from chatserve.meter import Meter
 from chatserve.models.tool_format import TAGS
 from chatserve.server.contract import Renderer, ToolDefinitions
 
@@ -50,6 +52,8 @@ class FakeStats:
     num_waiting: int = 0
     free_kv_tokens: int = 1000
     is_alive: bool = True
+    num_kv_tokens: int = 1000
+    num_preempted: int = 0
 
 
 class FakeClock:
@@ -73,6 +77,7 @@ class FakeStream:
         self._seq_id = seq_id
         self._events = list(events)
         self._is_done = False
+        self._begun_at = self._spoke_at = time.monotonic()
 
     @property
     def place(self) -> int | None:
@@ -94,6 +99,7 @@ class FakeStream:
         if self._engine.step_s is not None:
             await asyncio.sleep(self._engine.step_s)
         event = self._events.pop(0)
+        self._measure(event)
         if event.is_last:
             self._finish(self._engine.finished)
         self._engine.note_event(self._seq_id)
@@ -101,6 +107,19 @@ class FakeStream:
 
     async def aclose(self) -> None:
         self._finish(self._engine.aborted)
+
+    def _measure(self, event: TokenEvent) -> None:
+        """As the real engine does."""
+        meter, now = self._engine.meter, time.monotonic()
+        if event.token_ids:
+            is_first = event.num_generated_tokens == 1
+            (meter.first_token if is_first else meter.between_tokens).observe(now - self._spoke_at)
+            if is_first:
+                meter.note_prompt(event.num_prompt_tokens, event.num_cached_tokens)
+            meter.generation_tokens += len(event.token_ids)
+        if event.is_last:
+            meter.note_end(event.finish_reason or "error", now - self._begun_at)
+        self._spoke_at = now
 
     def _finish(self, outcome: list[str]) -> None:
         if not self._is_done:
@@ -135,6 +154,7 @@ class FakeEngine:
         self.num_cached = num_cached
         self.current = FakeStats()
         self.admission = Admission(16, 64)
+        self.meter = Meter()
         self.place: int | None = None
         self.priorities: dict[str, Priority] = {}
         self.is_started = False

@@ -29,6 +29,7 @@ from chatserve.engine.token_stream import (
 )
 from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError, EngineStopped, WorkerStalled
+from chatserve.meter import Meter, Outcome
 from chatserve.options import TimeLimits
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class EngineStats:
     num_waiting: int
     free_kv_tokens: int
     is_alive: bool = True
+    num_kv_tokens: int = 0
+    num_preempted: int = 0
 
 
 class AsyncEngine:
@@ -73,6 +76,7 @@ class AsyncEngine:
         """
         self._engine = engine
         self.admission = Admission(max_num_seqs, max_num_waiting, max_num_seqs_per_key)
+        self.meter = Meter()
         self._places: dict[str, int] = {}
         self._places_at = 0.0
         self._commands: deque[Callable[[], None]] = deque()
@@ -125,6 +129,8 @@ class AsyncEngine:
             num_waiting=max(0, len(self._streams) - engine.num_running - engine.num_held),
             free_kv_tokens=engine.num_free_kv_tokens,
             is_alive=self._is_alive,
+            num_kv_tokens=engine.num_kv_tokens,
+            num_preempted=engine.num_preempted,
         )
 
     def submit(
@@ -168,6 +174,8 @@ class AsyncEngine:
             share=salt,
             max_pending=_max_pending(params),
         )
+        # of what has begun elsewhere, or goes on with the same prompt, it has been counted
+        stream.is_prompt_counted = choice > 0 or bool(begun and begun.units)
         self.admission.add(salt)
         self._streams[seq_id] = stream
         self._watchdog.expect()
@@ -188,7 +196,7 @@ class AsyncEngine:
                     begun=begun,
                 )
                 if said:
-                    self._deliver(said)
+                    self._call(self._dispatch, said, False)
             except ChatserveError as error:
                 self._deliver([TokenEvent(seq_id, num_prompt_tokens=len(prompt_ids), error=error)])
 
@@ -207,10 +215,11 @@ class AsyncEngine:
     def _expire(self, seq_id: str, error: ChatserveError) -> None:
         logger.warning("%s: %s", seq_id, error.message)
         self._streams[seq_id].put(TokenEvent(seq_id, error=error))
-        self._close(seq_id)
+        self._close(seq_id, "error")
 
-    def _close(self, seq_id: str) -> None:
+    def _close(self, seq_id: str, outcome: Outcome = "abort") -> None:
         if (stream := self._streams.pop(seq_id, None)) is not None:
+            self.meter.note_end(outcome, 0.0)
             self.admission.remove(stream.share)
             self._command(lambda: self._engine.abort(seq_id))
 
@@ -236,6 +245,9 @@ class AsyncEngine:
                 self._tick += 1
                 now = self._last_progress = time.monotonic()  # a chunk of prefill is progress, too
                 self.admission.pace.note_step(len(events), now - started_at)
+                self.meter.step.observe(now - started_at)
+                if admitted := self._engine.admitted:
+                    self._call(self._note_turns, admitted, started_at)
                 if events:
                     self._deliver(events)
                 if self._engine.num_waiting:
@@ -270,7 +282,7 @@ class AsyncEngine:
             self._places = self._engine.places()
 
     def _deliver(self, events: Rows[TokenEvent]) -> None:
-        self._call(self._dispatch, events)
+        self._call(self._dispatch, events, True)
 
     def _call(self, function: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
         assert self._loop is not None
@@ -279,23 +291,55 @@ class AsyncEngine:
 
     # Below: the event loop.
 
-    def _dispatch(self, events: Rows[TokenEvent]) -> None:
+    def _dispatch(self, events: Rows[TokenEvent], is_news: bool) -> None:
+        """`is_news` False: another engine has said them before."""
         now = time.monotonic()
+        between = self.meter.between_tokens
+        num_tokens = 0
         for event in events:
             stream = self._streams.get(event.seq_id)
             if stream is None:
                 continue
             if event.token_ids:
+                if is_news:
+                    num_tokens += (num_new := len(event.token_ids))
+                    if stream.heard_at is not None:
+                        between.observe((now - stream.heard_at) / num_new, num_new)
+                    elif stream.spoke_at is None:
+                        stream.first_at = now
+                        self.meter.first_token.observe(now - stream.arrived_at)
+                        self._note_prompt(stream, event)
+                    stream.heard_at = now
                 stream.spoke_at = now
             if event.is_last:
                 del self._streams[event.seq_id]
                 self.admission.remove(stream.share)
-                if event.finish_reason:
-                    self.admission.pace.note_answer(event.num_generated_tokens)
+                self._note_end(stream, event, now)
             stream.put(event)
+        self.meter.generation_tokens += num_tokens
+
+    def _note_prompt(self, stream: TokenStream, event: TokenEvent) -> None:
+        if not stream.is_prompt_counted:
+            stream.is_prompt_counted = True
+            self.meter.note_prompt(event.num_prompt_tokens, event.num_cached_tokens)
+
+    def _note_turns(self, seq_ids: Rows[str], started_at: float) -> None:
+        for seq_id in seq_ids:
+            if (stream := self._streams.get(seq_id)) is not None:
+                self.meter.queue.observe(max(0.0, started_at - stream.arrived_at))
+
+    def _note_end(self, stream: TokenStream, event: TokenEvent, now: float) -> None:
+        self.meter.note_end(event.finish_reason or "error", now - stream.arrived_at)
+        if event.finish_reason is None:
+            return
+        self.admission.pace.note_answer(event.num_generated_tokens)
+        self._note_prompt(stream, event)
+        if event.num_generated_tokens > 1 and stream.first_at and not stream.has_paused:
+            self.meter.note_answer(event.num_generated_tokens, now - stream.first_at)
 
     def _fail_all(self, error: ChatserveError) -> None:
         for seq_id, stream in list(self._streams.items()):
+            self.meter.note_end("error", 0.0)
             stream.put(TokenEvent(seq_id, error=error))
             self.admission.remove(stream.share)
         self._streams.clear()

@@ -72,6 +72,8 @@ class EncoderEngine:
         self._waiting: dict[str, _Text] = {}
         self._line: WaitingLine[_Text] = WaitingLine()
         self._num_running = 0
+        self.admitted: Sequence[str] = ()
+        """Texts whose turn has come in the last step."""
 
     @property
     def has_work(self) -> bool:
@@ -89,6 +91,15 @@ class EncoderEngine:
     def num_held(self) -> int:
         """A text has one event: no reader is too slow for it."""
         return 0
+
+    @property
+    def num_preempted(self) -> int:
+        """Nothing is kept that could be taken away."""
+        return 0
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_free_kv_tokens
 
     @property
     def num_free_kv_tokens(self) -> int:
@@ -176,6 +187,7 @@ class EncoderEngine:
         """
         batch = self._take()
         self._num_running = len(batch)
+        self.admitted = [text.seq_id for text in batch]
         try:
             return self._run(batch)
         except torch.AcceleratorError:

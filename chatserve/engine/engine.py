@@ -104,6 +104,8 @@ class Engine:
         self._speculation = speculation
         self._masks = Masks()
         self._live: dict[str, Live] = {}
+        self.admitted: Rows[str] = ()
+        """Sequences whose turn has come, for the first time, in the last step."""
 
     @property
     def has_work(self) -> bool:
@@ -125,6 +127,11 @@ class Engine:
     def num_preempted(self) -> int:
         """How often a running sequence has had to give its blocks back."""
         return self._scheduler.num_preempted
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Of how many there is place for the keys and values."""
+        return self._blocks.num_blocks * self._blocks.block_size
 
     @property
     def num_free_kv_tokens(self) -> int:
@@ -262,6 +269,7 @@ class Engine:
 
     def _step(self) -> list[TokenEvent]:
         plan = self._scheduler.schedule()
+        self.admitted = plan.admitted
         batch = plan.items
         if not batch:
             return []

@@ -52,6 +52,7 @@ class Plan:
 
     items: list[Scheduled] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
     num_tokens: int = 0
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
@@ -306,6 +307,7 @@ class Scheduler:
                 return
             if is_new:
                 sequence.num_cached_tokens = sequence.num_computed
+                plan.admitted.append(sequence.seq_id)
             self._line.take()
             sequence.status = Status.RUNNING
             self._running[sequence.seq_id] = sequence

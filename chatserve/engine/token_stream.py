@@ -36,6 +36,12 @@ class TokenStream:
         self._max_pending = max_pending
         self.arrived_at = time.monotonic()
         self.spoke_at: float | None = None
+        # for measuring: when its first token came, and the last one that another may follow at the
+        # engine's own pace
+        self.first_at: float | None = None
+        self.heard_at: float | None = None
+        self.has_paused = False
+        self.is_prompt_counted = False
         self._events: deque[TokenEvent] = deque()
         self._arrived = asyncio.Event()
         self._is_done = False
@@ -65,6 +71,7 @@ class TokenStream:
         event = self._events.popleft()
         if self.is_held and len(self._events) <= self._max_pending // 2:
             self.is_held = False
+            self.heard_at, self.has_paused = None, True
             self._on_pressure(False)
         self._is_done = event.is_last
         return event

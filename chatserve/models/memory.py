@@ -41,6 +41,36 @@ def available_host_bytes() -> int:
     return min(_available_memory(), address_space_left())
 
 
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes in use, by whomever, and bytes in all: of main memory, or of all GPUs of the kind.
+
+    (0, 0) for a device that is not there; a device is not woken by the question.
+    """
+    torch = sys.modules.get("torch")
+    if device == "cuda" and torch is not None and torch.cuda.is_initialized():
+        each = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+        return sum(total - free for free, total in each), sum(total for _, total in each)
+    if device == "mps" and torch is not None:
+        return torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    if device != "cpu":
+        return 0, 0
+    try:
+        import psutil
+    except ImportError:
+        return 0, 0
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available, memory.total
+
+
+def resident_bytes() -> int:
+    """Main memory that this process has; 0 where that cannot be found out."""
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    return int(psutil.Process().memory_info().rss)
+
+
 def _available_memory() -> int:
     try:
         import psutil

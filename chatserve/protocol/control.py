@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from chatserve.config import MAX_CARDS
 from chatserve.errors import InvalidRequest
+from chatserve.protocol.measured import Measured
 
 REGISTER_PATH = "/control/register"
 HEARTBEAT_PATH = "/control/heartbeat"
@@ -80,7 +81,7 @@ class WorkerStatus(ControlMessage):
     `tick` counts engine steps, `last_token_age_s` is 0 while nothing runs: a worker that has work
     and does not move is alive and yet not decoding. `num_places`: how many requests it can have at
     once, those that wait among them; 0 where that is not known. `wait_s`: what who comes now has to
-    expect before its turn.
+    expect before its turn. `metrics` is for the operator's eyes: nothing is decided by it.
     """
 
     state: WorkerState
@@ -95,6 +96,7 @@ class WorkerStatus(ControlMessage):
     wait_s: Seconds = 0.0
     loaded_bytes: Count = 0
     total_bytes: Count = 0
+    metrics: Measured | None = None
 
 
 class Registration(ControlMessage):

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
+from typing import Any
 
 import aiohttp
 import orjson
@@ -52,10 +53,12 @@ from chatserve.server.conversation_store import ConversationStore
 from chatserve.server.conversations import Conversations
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.edge import AccessPolicy, Edge
+from chatserve.server.error_log import ErrorLog
 from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
+from chatserve.server.operator_routes import OperatorRoutes, WorkerSeen
 from chatserve.server.page import Page
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay
@@ -113,7 +116,10 @@ def create_controller_app(
     if policy is None:
         policy = AccessPolicy.build("127.0.0.1", control_token=control_token)
     door = ControllerDoor(registry, can_load=repertoire is not None and repertoire.policy.auto_load)
-    controller.edge = Edge(app, policy, check_room=door.check, open_pages=page.paths)
+    controller.edge = Edge(
+        app, policy, check_room=door.check, open_pages=page.paths,
+        errors=controller.errors,
+    )  # fmt: skip
     return controller.edge
 
 
@@ -139,6 +145,11 @@ class ControllerRoutes:
         self._repertoire = repertoire
         self.rows = ModelRows(registry, repertoire)
         self._gate = None if repertoire is None else Gate(repertoire, self.rows, self._relayed)
+        self.errors = ErrorLog()
+        self._operator = OperatorRoutes(
+            self._workers, self.errors, is_draining=lambda: self.edge.is_draining,
+            more=lambda: {"models": self._models_ready()},
+        )  # fmt: skip
         self._client: WorkerClient
         self._relay: Relay
         self._adapters: AdapterDispatch
@@ -150,12 +161,13 @@ class ControllerRoutes:
             self._adapters = AdapterDispatch(self._registry, self._client, self._token)
             watch = asyncio.create_task(watch_workers(self._registry))
             try:
-                async with contextlib.aclosing(self._adapters):
+                async with contextlib.aclosing(self._adapters), self._operator.watching():
                     yield
             finally:
                 watch.cancel()
 
     def add_to(self, app: FastAPI) -> None:
+        self._operator.add_to(app)
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/chat/completions", self.forward, methods=["POST"])
@@ -243,7 +255,11 @@ class ControllerRoutes:
         """200 once every expected model has a ready worker; the body says how far each is."""
         is_ready = self._registry.is_ready() and not self.edge.is_draining
         status = "ready" if is_ready else "draining" if self.edge.is_draining else "loading"
-        models = [
+        reply = {"status": status, "models": self._models_ready()}
+        return json_response(reply, 200 if is_ready else 503)
+
+    def _models_ready(self) -> list[dict[str, Any]]:
+        return [
             {
                 "name": model.name,
                 "state": self.rows.state_in(model),
@@ -252,7 +268,12 @@ class ControllerRoutes:
             }
             for model in self._registry.readiness()
         ]
-        return json_response({"status": status, "models": models}, 200 if is_ready else 503)
+
+    def _workers(self) -> list[WorkerSeen]:
+        return [
+            (worker.worker_id, state, worker.base_url, worker.status)
+            for worker, state in self._registry.overview()
+        ]
 
     async def decode(self) -> Response:
         """Whether tokens come: 503 while a worker has work and makes no step."""
@@ -267,6 +288,7 @@ class ControllerRoutes:
         await self._call_back(base_url)
         status = self._adapters.hear(message.worker_id, message.status, registers=True)
         self._registry.register(message.worker_id, base_url, status)
+        self._operator.hear(message.worker_id, status)
         self._adapters.restore(message.worker_id)
         return control_response(Registered(heartbeat_interval_s=self._heartbeat_interval_s))
 
@@ -274,6 +296,8 @@ class ControllerRoutes:
         message = parse(Heartbeat, await request.body())
         status = self._adapters.hear(message.worker_id, message.status)
         is_known = self._registry.heartbeat(message.worker_id, status)
+        if is_known:
+            self._operator.hear(message.worker_id, status)
         await self._probe(message.worker_id)
         self._adapters.restore(message.worker_id)
         return control_response(HeartbeatReply(is_known=is_known))

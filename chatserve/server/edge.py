@@ -33,6 +33,7 @@ from chatserve.errors import (
 from chatserve.protocol.adapters import LOAD_PATH, SETTLE_PATH, STAGE_PATH, UNLOAD_PATH
 from chatserve.protocol.control import MAX_RESUME_BYTES, RESUME_PATH
 from chatserve.protocol.fields import MAX_BODY_BYTES
+from chatserve.protocol.measured import METRICS_PATH, STATUS_PATH
 from chatserve.protocol.operation import (
     ADMIN_PREFIX,
     DRAIN_WORKER_PATH,
@@ -41,7 +42,9 @@ from chatserve.protocol.operation import (
 )
 from chatserve.server import cross_origin, request_id
 from chatserve.server.disconnect import log_left
+from chatserve.server.error_log import ErrorLog
 from chatserve.server.error_response import error_response
+from chatserve.server.outcome import begin
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
 KEYED_PATHS = frozenset(
@@ -51,6 +54,8 @@ KEYED_PATHS = frozenset(
     }
 )  # fmt: skip
 """They change what a server serves: open to nobody without a key, whatever else is open."""
+WATCHED_PATHS = frozenset({METRICS_PATH, STATUS_PATH})
+"""An operator looks there again and again, also while a server drains."""
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _KEYED = (
@@ -215,10 +220,12 @@ class Edge:
         max_body_bytes: int = MAX_BODY_BYTES,
         check_room: Callable[[Scope], None] | None = None,
         open_pages: frozenset[str] = frozenset(),
+        errors: ErrorLog | None = None,
     ) -> None:
         """`check_room` is asked before a body is read. It raises where that would be in vain.
 
-        `open_pages`: paths that anybody may get, and do nothing else with.
+        `open_pages`: paths that anybody may get, and do nothing else with. `errors` hears what
+        became of each request but those for health, numbers and control.
         """
         self.app = app
         self._open_pages = open_pages
@@ -227,6 +234,7 @@ class Edge:
         self.num_in_flight = 0
         self._policy = policy
         self._check_room = check_room
+        self._errors = errors
         self._max_body_bytes = max_body_bytes
         self._readings: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
@@ -253,6 +261,7 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
+            outcome = begin()
             send = request_id.answering(scope, send)
             if scope["method"] == "HEAD":
                 # the answer to a GET, of which uvicorn leaves the body out
@@ -263,6 +272,9 @@ class Edge:
                 # what still runs when the listener closes is cut; uvicorn would log a traceback
                 if not self.is_draining:
                     raise
+            finally:
+                if self._errors is not None and self._is_counted(scope["path"]):
+                    self._errors.note(outcome)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
@@ -348,7 +360,9 @@ class Edge:
 
     @staticmethod
     def _is_counted(path: str) -> bool:
-        return path == RESUME_PATH or not (path in OPEN_PATHS or path.startswith(CONTROL_PREFIX))
+        if path == RESUME_PATH:
+            return True
+        return not (path in OPEN_PATHS or path in WATCHED_PATHS or path.startswith(CONTROL_PREFIX))
 
     async def _read_body(
         self, headers: list[tuple[bytes, bytes]], receive: Receive, limit: int

@@ -21,6 +21,7 @@ from chatserve.protocol.replies import ErrorType
 from chatserve.server.disconnect import nobody_listens
 from chatserve.server.error_dialects import dialect_of
 from chatserve.server.json_response import JSON_TYPE
+from chatserve.server.outcome import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,11 @@ def status_of(error: ChatserveError) -> tuple[int, ErrorType]:
 
 
 def error_fields(error: Exception) -> dict[str, str | None]:
-    """OpenAI's fields; what is not a ChatserveError is a bug and stays in the log."""
+    """OpenAI's fields; what is not a ChatserveError is a bug and stays in the log.
+
+    Who asks is going to tell the client, which is noted for the operator.
+    """
+    note_error(error, status_of(error)[0] if isinstance(error, ChatserveError) else INTERNAL[0])
     if isinstance(error, ChatserveError):
         fields = {
             "message": error.message + _words_of(error),

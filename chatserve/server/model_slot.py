@@ -12,6 +12,8 @@ from chatserve.errors import NoWorkerAvailable
 from chatserve.protocol.control import ADAPTER_KEY, ModelCard, WorkerState, WorkerStatus
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel
+from chatserve.server.error_log import ErrorLog
+from chatserve.server.worker_metrics import measured
 
 STALL_S = 30.0
 
@@ -31,6 +33,7 @@ class ModelSlot:
         self._names = tuple(names)
         self._stall_s = stall_s
         self._served: tuple[Engine, ServedModel] | None = None
+        self.errors = ErrorLog()
 
     @classmethod
     def filled(cls, engine: Engine, model: ServedModel) -> ModelSlot:
@@ -146,5 +149,6 @@ class ModelSlot:
             models=self.cards(),
             loaded_bytes=self.loaded_bytes,
             total_bytes=self.total_bytes,
+            metrics=measured(self._served, self.errors),
             **progress,
         )

@@ -13,6 +13,7 @@ from typing import Any
 from chatserve.engine.admission import Admission
 from chatserve.engine.sequence import Begun, LoadedAdapter, SamplingParams, TokenEvent
 from chatserve.engine.waiting_line import Priority
+from chatserve.meter import Meter
 from chatserve.server.adapted import fingerprint_of
 from chatserve.server.contract import Engine, ServedModel, Stats, TokenStream
 from chatserve.server.replay_log import LoggedAnswer, ReplayLog
@@ -35,6 +36,10 @@ class RecordingEngine:
     @property
     def admission(self) -> Admission:
         return self._engine.admission
+
+    @property
+    def meter(self) -> Meter:
+        return self._engine.meter
 
     def start(self) -> None:
         self._engine.start()

@@ -288,6 +288,11 @@ class WorkerRegistry:
         """What is known of it, if it is there."""
         return self._workers.get(worker_id)
 
+    def overview(self) -> list[tuple[Worker, ModelState]]:
+        """All workers, and what each is at."""
+        self._expire()
+        return [(worker, self._state(worker)) for worker in self._workers.values()]
+
     def worker_ids(self) -> list[str]:
         self._expire()
         return list(self._workers)

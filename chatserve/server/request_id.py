@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from starlette.types import Message, Scope, Send
 
 from chatserve.protocol.anthropic import MESSAGES_PATH
+from chatserve.server.outcome import note_status
 
 HEADER = "x-request-id"
 ANTHROPIC_HEADER = "request-id"
@@ -47,6 +48,7 @@ def answering(scope: Scope, send: Send) -> Send:
 
     def send_with_id(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
+            note_status(message["status"])
             message = {**message, "headers": [*message["headers"], *headers]}
         return send(message)
 

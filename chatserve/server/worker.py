@@ -6,7 +6,8 @@ A complete server by itself. Knows no other worker and no dispatch; the process 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
@@ -34,6 +35,7 @@ from chatserve.server.generation import Generation
 from chatserve.server.journal import Journal
 from chatserve.server.json_response import json_response
 from chatserve.server.leniency import Lenient
+from chatserve.server.lone_operator import LoneOperator
 from chatserve.server.message_routes import MessageRoutes
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi import document
@@ -96,10 +98,19 @@ def create_slot_app(
     has the page, too.
     """
     pool = PreparationPool()
+    operator = LoneOperator(slot) if control_token is None else None
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with pool.open(), operator.watching() if operator else nullcontext():
+            yield
+
     app = FastAPI(
-        lifespan=lambda _app: pool.open(), redirect_slashes=False,
+        lifespan=lifespan, redirect_slashes=False,
         openapi_url=None, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    if operator is not None:
+        operator.add_to(app)
     worker = WorkerRoutes(slot, control_token, ping_interval_s, pool)
     worker.add_to(app)
     TokenRoutes(slot, pool).add_to(app)
@@ -132,7 +143,10 @@ def create_slot_app(
     door = Door(slot, control_token)
     app.add_middleware(BehindDoor, door)
     guarded = Lenient(app) if is_lenient else app
-    return Edge(guarded, policy or AccessPolicy(), check_room=door.check, open_pages=open_pages)
+    return Edge(
+        guarded, policy or AccessPolicy(), check_room=door.check, open_pages=open_pages,
+        errors=slot.errors,
+    )  # fmt: skip
 
 
 class WorkerRoutes:

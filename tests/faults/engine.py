@@ -23,6 +23,7 @@ from chatserve.engine.admission import Admission
 from chatserve.engine.output import Detokenizer
 from chatserve.engine.sequence import SamplingParams, TokenEvent
 from chatserve.errors import EngineStopped, GenerationFailed, Overloaded
+from chatserve.meter import Meter
 from tests.fakes import FakeStats
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class ScriptedEngine:
 
     def __init__(self, *, max_num_seqs: int = 16, max_num_waiting: int = 64) -> None:
         self.admission = Admission(max_num_seqs, max_num_waiting)
+        self.meter = Meter()
         self._max_num_waiting = max_num_waiting
         self._max_num_seqs = max_num_seqs
         self._places = asyncio.Semaphore(max_num_seqs)

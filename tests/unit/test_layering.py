@@ -15,7 +15,7 @@ import chatserve
 PACKAGE = Path(chatserve.__file__).parent
 SHARED = {
     "errors", "environment", "settings", "options", "config", "progress", "private_database",
-    "frames", "helper_process", "running_servers",
+    "frames", "helper_process", "running_servers", "meter",
 }  # fmt: skip
 # package -> the chatserve packages it may import besides itself and the shared ones
 ARROWS = {

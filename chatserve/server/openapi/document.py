@@ -21,7 +21,15 @@ from chatserve.protocol.fields import MAX_BODY_BYTES, MAX_NESTING, label_schema,
 from chatserve.protocol.leniency import HEADER
 from chatserve.server.error_response import OF_THE_PAGE, STATUSES
 from chatserve.server.json_response import JSON_TYPE
-from chatserve.server.openapi import completions, embeddings, messages, models, responses, tokens
+from chatserve.server.openapi import (
+    completions,
+    embeddings,
+    messages,
+    models,
+    operator,
+    responses,
+    tokens,
+)
 from chatserve.server.openapi.notes import NO_OP, NOTES
 from chatserve.server.openapi.operation import Body, Operation
 from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
@@ -35,6 +43,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *embeddings.OPERATIONS,
     *tokens.OPERATIONS,
     *models.OPERATIONS,
+    *operator.OPERATIONS,
 )
 SCHEMAS = "#/components/schemas/"
 ABOUT = f"""\
@@ -188,7 +197,7 @@ def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
-    content = {JSON_TYPE: {"schema": schemas.ref(operation.reply)}}
+    content = {operation.media: {"schema": schemas.ref(operation.reply)}}
     if operation.event is not None:
         # of each event; OpenAPI 3.1 has no word for a stream of them
         content["text/event-stream"] = {"schema": schemas.ref(operation.event)}

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from chatserve.protocol.fields import LABELS
 from chatserve.protocol.replies import ErrorReply
+from chatserve.server.json_response import JSON_TYPE
 
 ANY_REQUEST = (401, 403, 408, 431, 500)
 WITH_BODY = (400, 413, 415)
@@ -51,3 +52,4 @@ class Operation:
     parameters: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     access: Literal["usual", "open", "keyed"] = "usual"
+    media: str = JSON_TYPE
