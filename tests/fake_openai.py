@@ -252,6 +252,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(self.body)
+        if self.path == "/tokenize":
+            tokens = list(range(len(self.body["prompt"].split())))
+            self._answer(200, json.dumps({"tokens": tokens, "count": len(tokens)}).encode())
+            return
         question = self.body["messages"][-1]["content"]
         if not self._is_allowed():
             self._answer(401, b'{"error": {"message": "wrong key", "code": "invalid_api_key"}}')
@@ -262,6 +266,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("content-type", "text/event-stream; charset=utf-8")
             self.send_header("transfer-encoding", "chunked")
+            if dropped := self.server.dropped.get(question):
+                self.send_header("x-chatserve-messages-dropped", dropped)
             self.end_headers()
             stream = Stream(self)
             self.server.scripts.get(question, _echo)(stream)
@@ -280,7 +286,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refusal(self, question: str) -> tuple[int, dict[str, str], bytes] | None:
         """`later` is refused once, and told to come back after a second."""
-        same = [body for body in self.server.bodies if body["messages"][-1]["content"] == question]
+        asked = [body["messages"] for body in self.server.bodies if "messages" in body]
+        same = [messages for messages in asked if messages[-1]["content"] == question]
         if question == "later" and len(same) == 1:
             status, _, body = REFUSALS["busy"]
             return status, {"retry-after": "1"}, body
@@ -312,6 +319,7 @@ class FakeOpenAI(ThreadingHTTPServer):
         self.progress: dict[str, int] | None = None
         self.scripts = dict(SCRIPTS)
         self.bodies: list[dict[str, Any]] = []
+        self.dropped: dict[str, str] = {}
         self.cancelled = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,11 @@ END_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Event:
-    """What has come of the answer number `index`: a delta, a failure, or, without both, its end."""
+    """What has come of the answer number `index`, and when: a delta, a failure, or, without both,
+    its end."""
 
     index: int
+    at: float
     delta: ChatDelta | None = None
     failure: ChatserveError | None = None
 
@@ -34,8 +37,10 @@ class Contest:
         self,
         rivals: Sequence[Rival],
         ask: Callable[[int, Rival], Generator[ChatDelta, None, None]],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`ask` gives the deltas of a rival's answer; it is called in its thread."""
+        """`ask` gives the deltas of a rival's answer; it and `clock` are called in its thread."""
+        self._clock = clock
         self._rivals = rivals
         self._ask = ask
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -75,12 +80,12 @@ class Contest:
                 for delta in deltas:
                     if self._is_stopping.is_set():
                         return
-                    self._events.put(Event(index, delta))
+                    self._events.put(Event(index, self._clock(), delta))
         except ChatserveError as error:
             failure = error
         finally:
             # whatever has happened: nobody may wait for it for ever
-            self._events.put(Event(index, failure=failure))
+            self._events.put(Event(index, self._clock(), failure=failure))
 
     def _stop(self) -> None:
         self._is_stopping.set()

@@ -468,3 +468,79 @@ def test_places_in_the_queue_come_before_the_answer(client: ChatClient) -> None:
     deltas = ask(client, "queue")
     assert [each.place for each in deltas if each.place is not None] == [3, 2]
     assert text_of(deltas) == "Hello there." and ChatDelta(place=3) in deltas[:2]
+
+
+def test_prompt_and_cached_tokens_are_read(client: ChatClient, server: FakeOpenAI) -> None:
+    usage = {
+        "prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 8}
+    }  # fmt: skip
+
+    def tell(stream: Stream) -> None:
+        stream.text("a")
+        stream.event({"choices": [], "usage": usage})
+        stream.raw(b"data: [DONE]\n\n")
+
+    server.scripts["tell"] = tell
+    assert ask(client, "tell")[-1] == ChatDelta(
+        num_completion_tokens=2, num_prompt_tokens=9, num_cached_tokens=8
+    )
+    for junk in ([1], {"prompt_tokens_details": 7}):
+        usage = junk  # type: ignore[assignment]
+        assert isinstance(failure(client, "tell")[1], BadStream)
+
+
+@pytest.mark.parametrize(
+    ("header", "places"),
+    [("0-2,5", (0, 1, 2, 5)), ("3", (3,)), ("x", ()), ("5-", (5,)), ("0-99999999", ()), ("", ())],
+)
+def test_messages_that_were_left_out_are_told_before_the_first_text(
+    header: str, places: tuple[int, ...], client: ChatClient, server: FakeOpenAI
+) -> None:
+    server.dropped["hello"] = header
+    first = ask(client, "hello")[0]
+    assert first.messages_dropped == places
+    assert first.text == ("" if places else "Hel")
+
+
+def test_tokens_are_counted_where_the_server_can(client: ChatClient, server: FakeOpenAI) -> None:
+    joined = JoinedServer(client, "fake-1b")
+    assert joined.count_tokens("one two three") == 3
+    assert server.bodies == [
+        {"model": "fake-1b", "prompt": "one two three", "add_special_tokens": False}
+    ]
+    refusing = ChatClient(server.url.replace("/v1", "/elsewhere/v1"))
+    nobody = ChatClient("http://127.0.0.1:9")
+    for other in (refusing, nobody):
+        assert other.count_tokens("one", "fake-1b") is None
+        other.close()
+
+
+@pytest.mark.parametrize("question", ["silent", "endless"])
+def test_another_thread_stops_an_answer_at_once(
+    question: str, client: ChatClient, server: FakeOpenAI
+) -> None:
+    rival = JoinedServer(client, "fake-1b").rival(ModelInfo("fake-1b"))
+    ends: list[ChatserveError] = []
+    has_begun = threading.Event()
+
+    def read() -> None:
+        try:
+            for delta in rival.stream([{"role": "user", "content": question}], {}):
+                if delta.text:
+                    has_begun.set()
+        except ChatserveError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    if question == "endless":
+        assert has_begun.wait(30)
+    while not server.bodies:
+        thread.join(0.01)
+    rival.abort()
+    thread.join(30)
+    assert not thread.is_alive()
+    rival.close()
+    assert [type(error) for error in ends] == [WorkerLost]
+    assert server.cancelled.wait(30)
+    assert len(server.bodies) == 1, "it is not tried again"

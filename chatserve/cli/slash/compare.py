@@ -93,15 +93,15 @@ def _stream(chat: Chat, pair: Pair, answers: tuple[Answer, Answer], is_whole: li
     def deltas(index: int, rival: Rival) -> Generator[ChatDelta, None, None]:
         return ask(rival, messages, chat.options, answers[index])
 
-    contest = Contest([chat.server.rival(model) for model in pair], deltas)
+    contest = Contest([chat.server.rival(model) for model in pair], deltas, chat.clock)
     titles = [one_line(model.name) for model in pair]
+    for answer in answers:
+        answer.asked_at = chat.clock()
     with chat.display.answers(titles) as drawn, contest.batches() as batches:
-        for answer in answers:
-            answer.asked_at = chat.clock()
         for batch in batches:
             for event in batch:
                 if event.delta is not None:
-                    answers[event.index].take(event.delta, chat.clock())
+                    answers[event.index].take(event.delta, event.at)
                     drawn.draw(event.index, event.delta.text)
                 else:
                     drawn.end(event.index)

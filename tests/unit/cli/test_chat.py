@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import signal
 import threading
@@ -141,8 +142,8 @@ class ScriptedLines:
 
 def ticks() -> Callable[[], float]:
     """A clock that goes on by half a second at each look."""
-    times = iter(index / 2 for index in range(10_000))
-    return lambda: next(times)
+    numbers = itertools.count()
+    return lambda: next(numbers) / 2
 
 
 class Session:
