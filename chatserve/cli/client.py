@@ -138,6 +138,13 @@ class ChatClient:
         except ChatserveError:
             return None
 
+    def get(self, path: str, *, below_v1: bool = True) -> Any:
+        """The JSON that is found there. Raises `ChatserveError`."""
+        root = None if below_v1 else self.base_url.removesuffix("/v1")
+        with self._request("GET", path, root=root) as response:
+            self._check(response)
+            return self._json(response)
+
     def post(self, path: str, body: Mapping[str, Any], *, below_v1: bool = True) -> Any:
         """The JSON that answers `body`; however long it takes. Raises `ChatserveError`."""
         root = None if below_v1 else self.base_url.removesuffix("/v1")
