@@ -81,8 +81,6 @@ def load_engine(config: WorkerConfig, progress: Progress) -> tuple[Engine, Serve
     sys.setswitchinterval(_SWITCH_S)
     environment.limit_spinning()
     try:
-        if address_space_left() < LEAST_ADDRESSES:
-            raise MemoryError(f"PyTorch takes {in_gb(LEAST_ADDRESSES)} of addresses by itself")
         _refuse_what_cannot_fit(config)
         # here and not above: this is where torch comes in
         from chatserve.engine.serving import load
@@ -122,6 +120,13 @@ def _refuse_what_cannot_fit(config: WorkerConfig) -> None:
     check_fit_on_cpu(path, config.dtype, packing, config.max_num_batched_tokens)
 
 
+def _refuse_few_addresses(weights: str) -> None:
+    """Before threads and sockets are made, which would want some. Raises `DoesNotFit`."""
+    if address_space_left() < LEAST_ADDRESSES:
+        reason = MemoryError(f"PyTorch takes {in_gb(LEAST_ADDRESSES)} of addresses by itself")
+        raise DoesNotFit(_no_memory_for(weights, reason))
+
+
 def _no_memory_for(weights: str, error: Exception) -> str:
     """What the plan has not seen coming: another program has taken the memory in the meantime, or a
     limit is set to this process."""
@@ -144,8 +149,14 @@ def run_worker(config: WorkerConfig, load: Load) -> int:
     configure_logging(f"worker {names[0]}", debug=config.debug, log_format=config.log_format)
     report: Report = print_failure
     if config.parent_pipe is not None:
-        tie_to_parent(config.parent_pipe, by_kernel=True)
         report = partial(report_to_parent, config.parent_pipe)
+    try:
+        _refuse_few_addresses(config.weights)
+    except DoesNotFit as error:
+        report(error.message, True)
+        return error.exit_code
+    if config.parent_pipe is not None:
+        tie_to_parent(config.parent_pipe, by_kernel=True)
     others = set(threading.enumerate())
     exit_code = run_process(partial(_serve, config, load), debug=config.debug, report=report)
     if any(each.daemon and each not in others for each in threading.enumerate()):

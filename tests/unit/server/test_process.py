@@ -15,7 +15,7 @@ import pytest
 from chatserve.config import ServeConfig, WorkerConfig, build
 from chatserve.errors import DoesNotFit, UsageError
 from chatserve.protocol.control import ModelCard, WorkerStatus
-from chatserve.server import launch, process
+from chatserve.server import launch, process, worker_process
 from chatserve.server.log_lines import TextLines
 from chatserve.server.process import (
     EXIT_INTERRUPTED,
@@ -49,6 +49,16 @@ def test_success() -> None:
 def test_startup_errors_have_their_code_and_line() -> None:
     assert outcome(UsageError("wrong flag")) == (2, [("wrong flag", True)])
     assert outcome(DoesNotFit("too big")) == (4, [("too big", True)])
+
+
+def test_too_few_addresses_are_refused_before_anything_is_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_process, "address_space_left", lambda: 100 << 20)
+    monkeypatch.setattr(worker_process, "run_process", lambda *_a, **_b: pytest.fail("begun"))
+    config = build(WorkerConfig, {"weights": "llama"})
+    assert worker_process.run_worker(config, lambda *_: pytest.fail("loaded")) == 4
+    assert "PyTorch takes 0.7 GB of addresses" in capsys.readouterr().err
 
 
 def test_interrupt() -> None:
