@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from markdown_it import MarkdownIt
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.theme import Theme
 
+from chatserve.cli.block_cuts import FIRST_ROW, Cutter, Rest
 from chatserve.cli.escapes import strip_escapes
 
 _ERASE_TO_LINE_END = "\x1b[K"
@@ -31,8 +33,10 @@ class LiveMarkdown:
     """One answer on the screen.
 
     Only the last block of the text can still change, so only its lines are ever redrawn, and of
-    those only the changed ones. Lines that would leave the screen at its top are final: a table
-    that is higher than the screen keeps the column widths it had when its first rows went by.
+    those only the changed ones. A long block is cut where that cannot be seen, so that a frame
+    costs the same however long the answer is. Lines that would leave the screen at its top are
+    final: a table that is higher than the screen keeps the column widths it had when its first
+    rows went by.
     """
 
     def __init__(self, *, has_color: bool = True) -> None:
@@ -42,7 +46,8 @@ class LiveMarkdown:
             no_color=not has_color, legacy_windows=False, highlight=False,
         )  # fmt: skip
         self._columns = 0
-        self._tail = ""  # the last block, and what may follow it on an unfinished line
+        self._cutter = Cutter(self._parser, self._drawn)
+        self._last = Rest()  # the last block, and what may follow it on an unfinished line
         self._num_final = 0  # lines of the last block that are out of reach
         self._is_first = True
         self._shown: list[str] = []  # lines within reach; the cursor is at the end of the last
@@ -50,9 +55,9 @@ class LiveMarkdown:
     def feed(self, text: str, columns: int, rows: int) -> str:
         """Take more text; return what to write to a terminal of this size."""
         start = self._begin_frame(columns)
-        *finished, self._tail = self._blocks(self._tail + text)
-        final = [line for block in finished for line in self._finish_block(block)]
-        live = self._lines(self._tail)[self._num_final :]
+        self._last = replace(self._last, tail=self._last.tail + text)
+        final = self._finish_blocks()
+        live = self._cut_last(final)
         num_over = max(0, len(live) - max(rows - 2, _MIN_LIVE_LINES))
         self._num_final += num_over
         return start + self._redraw(final + live[:num_over], live[num_over:])
@@ -60,14 +65,14 @@ class LiveMarkdown:
     def finish(self, columns: int) -> str:
         """Return what draws the rest and leaves the cursor on the line below it."""
         start = self._begin_frame(columns)
-        lines = self._finish_block(self._tail)
-        self._tail = ""
+        lines = self._finish_block(self._last)
+        self._last = Rest()
         return start + self._redraw(lines, [])
 
     def lines_of(self, text: str, columns: int) -> list[str]:
         """A whole text as lines, on no screen."""
         self._begin_frame(columns)
-        return [line for block in self._blocks(text) for line in self._finish_block(block)]
+        return [line for block in self._blocks(text) for line in self._finish_block(Rest(block))]
 
     def _begin_frame(self, columns: int) -> str:
         """After a change of width nobody knows where the old lines are: begin the block anew."""
@@ -91,26 +96,56 @@ class LiveMarkdown:
         blocks = ["\n".join(lines[a:b]) + "\n" for a, b in pairwise(cuts)]
         return [*blocks[:-1], blocks[-1][:-1]]
 
-    def _finish_block(self, block: str) -> list[str]:
+    def _finish_blocks(self) -> list[str]:
+        """The lines of all blocks but the last."""
+        first, *more = self._blocks(self._last.source)
+        if not more:
+            return []
+        final = self._finish_block(replace(self._last, tail=first[len(self._last.head) :]))
+        for block in more[:-1]:
+            final += self._finish_block(Rest(block))
+        self._last = Rest(more[-1])
+        return final
+
+    def _finish_block(self, block: Rest) -> list[str]:
         """The lines of a block that are not final yet; the next block begins a new count."""
-        lines = self._lines(block)
+        lines = self._drawn(block)
         rest = lines[self._num_final :]
         self._num_final = 0
-        self._is_first = self._is_first and not lines
+        self._is_first = self._is_first and not lines and not block.is_begun
+        self._cutter.begin_block()
         return rest
 
-    def _lines(self, block: str) -> list[str]:
+    def _cut_last(self, final: list[str]) -> list[str]:
+        """The lines of the last block that can still change; others go to `final`."""
+        lines = self._drawn(self._last)
+        rest = self._cutter.cut(self._last, lines, self._num_final)
+        if rest is not None:
+            self._last = rest
+            whole, lines = lines, self._drawn(rest)
+            num_cut = max(len(whole) - len(lines), 0)
+            final += whole[self._num_final : num_cut]
+            self._num_final = max(self._num_final - num_cut, 0)
+        return lines[self._num_final :]
+
+    def _drawn(self, block: Rest) -> list[str]:
         """A block as lines of text and colour codes, a blank line first unless it is the first."""
         markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
-        markdown.parsed = [_safe(token) for token in self._parser.parse(block)]
+        markdown.parsed = [_safe(token) for token in self._parser.parse(block.source)]
+        if block.first_number is not None:
+            markdown.parsed[0].attrs["start"] = block.first_number
         with self._console.capture() as capture:
             self._console.print(markdown)
         lines = [_PADDING.sub(r"\1", line) for line in capture.get().split("\n")]
+        if block.has_hidden_rows:
+            first = next((n for n, line in enumerate(lines) if FIRST_ROW in line), 0)
+            lines = [line.replace(FIRST_ROW, "", 1) for line in lines[first:]]
         while lines and not strip_escapes(lines[-1]).strip():
             lines.pop()
         while lines and not strip_escapes(lines[0]).strip():
             lines.pop(0)
-        return ["", *lines] if lines and not self._is_first else lines
+        is_first = self._is_first or block.is_begun
+        return ["", *lines] if lines and not is_first else lines
 
     def _redraw(self, final: list[str], live: list[str]) -> str:
         """From the first line that differs from the screen; `final` lines leave our reach."""

@@ -28,6 +28,8 @@ _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _BAR_WIDTH = 20
 _MIN_FRAME_S = 0.05
 MAX_OSC52_LEN = 74_994  # what xterm takes, in base64; others take more
+_DRAWING_SHARE = 0.015
+_MAX_FRAME_S = 0.4
 _MAX_DRAWING_SHARE = 0.1
 
 
@@ -103,7 +105,7 @@ class MarkdownDrawer:
     """Draws Markdown on a terminal, in a thread of its own.
 
     Text is taken without waiting for the terminal, and Ctrl-C, which hits the main thread, never
-    tears a frame. Drawing takes at most a tenth of the time: the model may run on the same cores.
+    tears a frame. Drawing takes little of the time: the model may run on the same cores.
     """
 
     def __init__(
@@ -162,8 +164,7 @@ class MarkdownDrawer:
             started = time.perf_counter()
             if text:
                 self._write(markdown.feed(text, *self._size()))
-            drawing_s = time.perf_counter() - started
-            self._ending.wait(max(_MIN_FRAME_S, drawing_s / _MAX_DRAWING_SHARE))
+            self._ending.wait(_frame_s(time.perf_counter() - started))
         self._write(markdown.finish(self._size()[0]) + ("\r\n" if self._blank_line_after else ""))
 
     def _take(self) -> tuple[str, bool]:
@@ -181,6 +182,13 @@ class MarkdownDrawer:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+def _frame_s(drawing_s: float) -> float:
+    """How long to wait after a frame that took so long: little of the time is for drawing,
+    and up to a tenth where the answer would seem to stand still."""
+    wished_s = min(drawing_s / _DRAWING_SHARE, _MAX_FRAME_S)
+    return max(_MIN_FRAME_S, wished_s, drawing_s / _MAX_DRAWING_SHARE)
 
 
 class SeveralAnswers:

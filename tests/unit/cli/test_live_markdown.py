@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatserve.cli.escapes import strip_escapes
 from chatserve.cli.live_markdown import LiveMarkdown
 
 COLUMNS = 40
@@ -177,6 +178,58 @@ def test_a_change_of_width_begins_the_block_anew_below() -> None:
 def test_an_empty_answer_draws_nothing() -> None:
     assert shown() == "\n"
     assert shown("", "\n\n") == "\n"
+
+
+WORDS = "the quick brown fox jumps over **lazy dogs** while `code` is read"
+LONG = {
+    "paragraph": " ".join([WORDS] * 60),
+    "lines": f"{WORDS}\n" * 60,
+    "chinese": "你好世界这是一个很长的段落没有空格" * 200,
+    "code": "```python\n" + "".join(f"def f{n}(x):\n    return {n}\n\n" for n in range(100)),
+    "docstring": "```python\n'''" + "".join(f"def f{n} of words\n" for n in range(200)),
+    "indented code": "".join(f"    line {n}\n" for n in range(300)),
+    "bullets": "".join(f"- {n} {WORDS}\n" for n in range(60)),
+    "numbers": "".join(f"{n}. {WORDS}\n" for n in range(10, 90)),
+    "ones": f"10. of several\n\n    {WORDS}\n" * 60,
+    "quote": "".join(f"> {n} {WORDS}\n" for n in range(60)),
+    "table": "| a | b |\n|---|---|\n"
+    + "| `x` | wide enough |\n| longer | no |\n"
+    + "| some | **rows** |\n" * 150,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_block_is_cut_unseen(name: str) -> None:
+    text = LONG[name]
+    tokens = text.split(" ") if name != "chinese" else list(text)
+    blank = "" if name == "chinese" else " "
+    player = Player(rows=12)
+    most = 0
+    for start in range(0, len(tokens), 16):
+        end = "" if start + 16 >= len(tokens) else blank
+        player.feed(blank.join(tokens[start : start + 16]) + end)
+        most = max(most, len(player.markdown._last.source))
+    assert most < 2500 < len(text)
+    whole = "".join(line + "\n" for line in Player().markdown.lines_of(text, COLUMNS))
+    assert player.finish().split("\n") == [
+        line.rstrip() for line in strip_escapes(whole).split("\n")
+    ]
+
+
+def test_a_block_that_can_only_be_cut_by_force_is() -> None:
+    """A template literal: nothing behind its begin looks as it does alone."""
+    player = Player(rows=12)
+    most = 0
+    lines = [f"if (a) {{ return {n} }}\n" for n in range(300)]
+    for start in range(0, 300, 10):
+        player.feed(
+            ("" if start else "```javascript\nlet x = `\n") + "".join(lines[start : start + 10])
+        )
+        most = max(most, len(player.markdown._last.source))
+    assert most < 4000
+    assert [line.split()[-2] for line in player.finish().split("\n")[1:301]] == [
+        str(n) for n in range(300)
+    ]
 
 
 @settings(max_examples=50, deadline=None)
