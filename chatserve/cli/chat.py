@@ -207,7 +207,7 @@ class Chat:
         try:
             stream_answer(deltas, self.display, answer, self.clock)
         finally:
-            self._note_dropped(answer, len(messages))
+            self._note_dropped(answer)
 
     def messages(self) -> list[dict[str, str]]:
         """What a request carries now."""
@@ -222,15 +222,16 @@ class Chat:
     def take_answer(self, answer: Answer, model: ModelInfo) -> None:
         """That of another model, which is in the conversation already, is the last one now."""
         self._last_answer, self._last_model = answer, model.name
-        self._note_dropped(answer, len(self.messages()) - 1)
+        self._note_dropped(answer)
         self.save_turns()
+        self._tell_end(answer)
 
-    def _note_dropped(self, answer: Answer, num_messages: int) -> None:
+    def _note_dropped(self, answer: Answer) -> None:
         """Say it when more turns than before have found no room in the context."""
         if not (answer.text or answer.finish_reason or answer.messages_dropped):
             return  # nobody has answered
         sent = self.transcript.sent(with_history=self.options.with_history)
-        first = num_messages - len(sent)  # behind the system message
+        first = len(self.messages()) - len(sent)  # behind the system message
         dropped = [sent[p - first] for p in answer.messages_dropped if 0 <= p - first < len(sent)]
         before, self.num_outside = self.num_outside, max(dropped, default=-1) + 1
         if self.num_outside > before:

@@ -190,4 +190,4 @@ def found_rows(
 def row(info: SessionInfo) -> str:
     """`NAME  DATE  how its first question begins`."""
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.changed_at))
-    return f"{info.name or info.id}  {day}  {one_line(info.title or '')[:_MAX_TITLE_LEN]}"
+    return f"{one_line(info.name or info.id)}  {day}  {one_line(info.title or '')[:_MAX_TITLE_LEN]}"

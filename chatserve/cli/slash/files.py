@@ -87,7 +87,11 @@ def _words(argument: str) -> list[str]:
 def _size(chat: Chat, attachment: Attachment) -> str:
     size = f"{attachment.num_bytes:,} bytes"
     num_tokens = chat.server.count_tokens(attachment.fenced())
-    return size if num_tokens is None else f"{size}, {num_tokens:,} tokens"
+    if num_tokens is None:
+        return size
+    room = chat.server.model().context_length
+    over = f", the context has {room:,}" if room is not None and num_tokens > room else ""
+    return f"{size}, {num_tokens:,} tokens{over}"
 
 
 def _copy(chat: Chat, argument: str) -> None:

@@ -11,8 +11,11 @@ import pytest
 from chatserve.cli import lines
 from chatserve.cli.answer import ChatDelta
 from chatserve.cli.asking import CONTEXT_LINE
+from chatserve.cli.kept_chat import KeptChat
+from chatserve.cli.session_store import Session as SavedSession
+from chatserve.cli.session_store import SessionStore
 from chatserve.cli.slash.table import RUNS
-from chatserve.cli.transcript import Transcript
+from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import ContextLengthExceeded, UnsupportedParameter
 from tests.unit.cli.test_chat import ADAPTED, CTRL_C, ScriptedServer, Session, contents
 
@@ -279,3 +282,54 @@ def test_a_program_has_no_commands_that_need_a_person() -> None:
     session = Session(ScriptedServer(["1"]), is_typed=False)
     screen = session.type("a", "!!edit", "!!edit!", "!!compare x")
     assert screen.count("needs a terminal") == 3
+
+
+def kept_session(path: Path, *answers: list[Any]) -> Session:
+    session = Session(ScriptedServer(*answers), columns=200)
+    store = SessionStore(path)
+    for name, texts in {"trip": ("Where to?", "Madeira."), "code": ("Sort", "sorted()")}.items():
+        other = SavedSession()
+        turns = [Turn("user", texts[0]), Turn("assistant", texts[1])]
+        store.save(other, Transcript(turns=turns), "m")
+        store.rename(other, name)
+    session.chat.kept = KeptChat(SessionStore(path), session.chat.display.note)
+    return session
+
+
+def test_kept_chats_are_searched_resumed_and_deleted_from_within(tmp_path: Path) -> None:
+    session = kept_session(tmp_path / "chats" / "chats.db", ["first"], ["more"], ["again"])
+    screen = session.type(
+        "a", "/name mine", "/sessions search MADEIRA", "/sessions resume trip", "and?",
+        "/sessions delete trip", "/sessions delete code", "/sessions", "/sessions resume mine", "c",
+    )  # fmt: skip
+    assert (
+        "    assistant: Madeira.\n> /sessions resume trip\nUSER: Where to?\nASSISTANT: Madeira.\n"
+        in screen
+    )
+    assert contents(session.server.requests[1]) == ["Where to?", "Madeira.", "and?"]
+    assert "error: this chat goes on; /clear begins another, then it can be deleted\n" in screen
+    assert "> /sessions delete code\ndeleted code\n" in screen
+    listed = screen.split("> /sessions\n")[1].split("> ")[0]
+    assert [row.split()[0] for row in listed.splitlines()] == ["trip", "mine"]
+    assert contents(session.server.requests[2]) == ["a", "first", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/sessions list", "trip  "),
+        (
+            "/sessions find x",
+            "error: /sessions knows no 'find'; it knows list, search, resume, delete",
+        ),
+        ("/sessions search", "error: /sessions search needs TEXT"),
+        ("/sessions delete ", "error: /sessions delete needs CHAT"),
+        ("/sessions search nowhere", "nothing is found"),
+        ("/sessions resume none", "error: /sessions resume none: no chat has this name or id; the"),
+        ("/sessions delete none", "error: /sessions delete none: no chat has this name or id; the"),
+    ],
+)
+def test_deeds_of_sessions_are_named(line: str, told: str, tmp_path: Path) -> None:
+    session = kept_session(tmp_path / "chats" / "chats.db", ["1"])
+    assert f"\n{told}" in session.type(line)
+    assert "no chat is kept (--no-save)" in Session(ScriptedServer()).type(line)

@@ -124,6 +124,23 @@ def test_ctrl_c_keeps_what_has_come_and_ends_both_on_the_server() -> None:
     assert [each.name for each in threading.enumerate() if each.name == "rival"] == []
 
 
+def test_the_chosen_answer_says_what_cut_it_and_what_had_no_room() -> None:
+    first = ScriptedRival(
+        ["1"], [ChatDelta(messages_dropped=(1, 2)), "cut", ChatDelta("", "length", 4)]
+    )
+    session = Session(
+        rivals(first, ScriptedRival(["1"], ["b"])), columns=WIDE, system="be brief",
+        sampling={"max_tokens": 4},
+    )  # fmt: skip
+    screen = session.type(ON, "q", "1", "r", "1")
+    assert screen.endswith(
+        "> 1\nthe oldest 2 turns are no longer in the context of 2,048 tokens; "
+        "/history draws the line\n"
+        "the answer stopped at --max-new-tokens 4; /continue goes on\n> ^D\n"
+    )
+    assert session.chat.num_outside == 2
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

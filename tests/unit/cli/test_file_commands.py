@@ -58,6 +58,12 @@ def test_names_may_be_patterns_of_home_and_have_blanks(folder: Path) -> None:
     assert screen.endswith("> /attach none\nno file goes with the next question\n> ^D\n")
 
 
+def test_a_file_that_no_context_has_room_for_says_so(folder: Path) -> None:
+    (folder / "a.txt").write_text("word " * 3000)
+    screen = Session(ScriptedServer()).type("/attach a.txt")
+    assert "a.txt (15,000 bytes, 3,003 tokens, the context has 2,048) goes with" in screen
+
+
 def test_utf_16_with_its_mark_is_text(folder: Path) -> None:
     (folder / "wide.txt").write_text("größe 大", "utf-16")
     session = Session(ScriptedServer(["1"]))

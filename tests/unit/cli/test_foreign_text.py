@@ -13,6 +13,8 @@ from chatserve.cli import asking, render
 from chatserve.cli.answer import Answer, ModelInfo, Progress
 from chatserve.cli.asking import ChatOptions, length_text, status_text
 from chatserve.cli.chat import Chat
+from chatserve.cli.columns import MIN_COLUMNS
+from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.kept_chat import row
 from chatserve.cli.render import Display, MarkdownPrinter, PlainDrawer
 from chatserve.cli.session_store import SessionInfo
@@ -41,6 +43,15 @@ def answered(display: Display, text: str) -> None:
     with display.answer() as draw:
         for char in text:
             draw(char)
+
+
+def beside_another(text: str) -> str:
+    screen = io.StringIO()
+    drawer = ColumnsDrawer(screen, lambda: (MIN_COLUMNS - 1, 24), sleep=lambda _: None)
+    with Display(PlainDrawer(screen), screen, columns_drawer=drawer).answers(["a", "b"]) as drawn:
+        for char in text:
+            drawn.draw(1, char)
+    return screen.getvalue()
 
 
 def resumed(text: str) -> str:
@@ -73,6 +84,7 @@ PLACES: dict[str, Show] = {
     "an error": on_display(Display.error),
     "a note, a list of chats": on_display(noted),
     "a loaded turn": on_display(lambda display, text: display.turn(text, text)),
+    "an answer beside another": beside_another,
     "a resumed chat": resumed,
     "names of models": listed,
     "errors of servers": refused,

@@ -106,6 +106,15 @@ def test_mistakes_are_named(argv: list[str], message: str, store: SessionStore) 
         main(argv)
 
 
+def test_no_name_writes_escapes(store: SessionStore, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session()
+    store.save(session, Transcript(None, [Turn("user", "Sort\x1b[2J that")]), "fake-1b")
+    store.rename(session, "evil\x1b]0;owned\x07")
+    for argv in ([], ["sort"], ["--show", "evil\x1b]0;owned\x07"], ["--delete", session.id]):
+        text = output(capsys, *argv)
+        assert "evil" in text and "\x1b" not in text and "\x07" not in text
+
+
 def test_nothing_there_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
