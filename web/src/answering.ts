@@ -41,6 +41,8 @@ export class Answering {
     message.partial = true;
     delete message.error;
     delete message.finish_reason;
+    // what it was told of does not hold any more
+    delete message.usage;
   }
 
   get hasBegun(): boolean {

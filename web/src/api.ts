@@ -104,13 +104,14 @@ function errorOf(value: unknown): { message: string; code: string } {
 export async function models(signal?: AbortSignal): Promise<Model[]> {
   const init = signal ? { signal } : {};
   const listed = record(await getJson("/v1/models", init)).data;
-  const states = await readiness(init);
   const found = new Map<string, Model>();
   for (const entry of Array.isArray(listed) ? listed : []) {
     const model = modelOf(record(entry));
     if (model) found.set(model.name, model);
   }
-  for (const [name, state] of states) {
+  const isAllThere = found.size > 0 && [...found.values()].every(({ state }) => state === "ready");
+  // how far the others are
+  for (const [name, state] of isAllThere ? [] : await readiness(init)) {
     const model = found.get(name);
     if (model) Object.assign(model, state);
     else found.set(name, { name, isForChat: true, ...state });

@@ -37,12 +37,15 @@ import { Sidebar } from "./sidebar";
 import { NotKept } from "./store";
 import { BrowserStore } from "./store-browser";
 import { ServerStore } from "./store-server";
+import { SpareStore } from "./store-spare";
 import { ThreadView } from "./thread-view";
 
 const NEW = "new";
 const NARROW = "(max-width: 48rem)";
 const DRAFT_AFTER_MS = 250;
 const UNDO_MS = 10_000;
+/** the database of chats that the server had no room for */
+const SPARE = "chatserve-spare";
 
 export class App {
   #preferences = readPreferences();
@@ -100,6 +103,9 @@ export class App {
         this.#setTheme(next[this.#preferences.theme]);
       },
       close: () => this.#showSidebar(false),
+      chosen: () => {
+        if (matchMedia(NARROW).matches) this.#showSidebar(false);
+      },
     });
     this.#thread = new ThreadView(
       {
@@ -208,7 +214,10 @@ export class App {
   /* conversations */
 
   #newLibrary(place: Preferences["place"]): Library {
-    const store = place === "server" ? new ServerStore() : new BrowserStore();
+    const store =
+      place === "server"
+        ? new SpareStore(new ServerStore(), new BrowserStore(SPARE))
+        : new BrowserStore();
     return new Library(store, place, {
       listed: () => this.#syncSidebar(),
       merged: (kept) => {
@@ -459,7 +468,7 @@ export class App {
 
   #gotModels(models: Model[]): void {
     const { conversation } = this.#current;
-    if (conversation.messages.length === 0) {
+    if (conversation.messages.length === 0 || conversation.models.includes("")) {
       conversation.models = this.#served(conversation.models);
     }
     this.#picker.setModels(models);
@@ -602,6 +611,8 @@ export class App {
       tail: (side) => this.#tail(side),
     });
     this.#composer.setBusy(this.isBusy);
+    // before the server has said what it serves there is nobody to ask
+    this.#composer.setCanSend(!conversation.models.includes(""));
     const model = this.#watch.models.find(({ name }) => name === conversation.models[0]);
     const usage = path(conversation).findLast((each) => each.usage)?.usage;
     this.#composer.setContext(
@@ -630,7 +641,7 @@ export class App {
         "p",
         {},
         models.length > 0 || name
-          ? "It runs on this server; what you write goes nowhere else."
+          ? "Answers are made on this server; what you write goes nowhere else."
           : "The server has started, its models are on their way.",
       ),
     );

@@ -54,6 +54,9 @@ export class Asking {
 
   send(kept: Kept, content: string, files: TextFile[]): void {
     const { conversation } = kept;
+    // whose names are hidden is not told by the side, either
+    const isFirst = conversation.messages.length === 0;
+    if (isFirst && conversation.is_blind && Math.random() < 0.5) conversation.models.reverse();
     conversation.models.forEach((_, side) => {
       const last = find(conversation, conversation.heads[side] ?? null);
       // a question that has no answer becomes another version of this one

@@ -279,7 +279,11 @@ export function merge(mine: Conversation, theirs: Conversation): Conversation {
     byId.set(message.id, other === undefined ? message : moreComplete(message, other));
   }
   const messages = [...byId.values()].sort((a, b) => a.created_at - b.created_at);
-  const heads = mine.heads.length > 0 ? mine.heads : theirs.heads;
+  const heads = (mine.heads.length > 0 ? mine.heads : theirs.heads).map((head, side) => {
+    // who has only gone on from what is shown here is followed
+    const theirHead = theirs.heads[side];
+    return theirHead !== undefined && isBefore(head, theirHead, byId) ? theirHead : head;
+  });
   return {
     ...newer,
     revision: Math.max(mine.revision, theirs.revision),
@@ -288,6 +292,20 @@ export function merge(mine: Conversation, theirs: Conversation): Conversation {
     heads: heads.filter((head) => byId.has(head)),
     votes: { ...theirs.votes, ...mine.votes },
   };
+}
+
+/** Whether a message is above another one. */
+function isBefore(id: string, other: string, byId: Map<string, Message>): boolean {
+  const seen = new Set<string>();
+  for (
+    let at = byId.get(other)?.parent ?? null;
+    at !== null && !seen.has(at);
+    at = byId.get(at)?.parent ?? null
+  ) {
+    if (at === id) return true;
+    seen.add(at);
+  }
+  return false;
 }
 
 function moreComplete(a: Message, b: Message): Message {

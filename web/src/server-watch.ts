@@ -4,7 +4,7 @@ import { ApiError, isAbort, type Model, models } from "./api";
 
 const LOADING_MS = 1000;
 const GONE_MS = [1000, 2000, 4000, 8000];
-const CALM_MS = 30_000;
+const CALM_MS = 15_000;
 
 export interface WatchListener {
   models(models: Model[]): void;

@@ -17,6 +17,8 @@ export interface SidebarActions {
   /** to the next of the system's colours, light, dark */
   theme(): void;
   close(): void;
+  /** The one that is shown is wanted. */
+  chosen(): void;
 }
 
 const SEARCH_AFTER_MS = 200;
@@ -170,6 +172,8 @@ export class Sidebar {
         "data-id": summary.id,
         "aria-current": summary.id === current ? "page" : undefined,
         title,
+        // the address changes only for another one
+        onclick: () => summary.id === current && this.actions.chosen(),
       },
       el("span", { class: "chat-title", dir: "auto" }, title),
       summary.models.length > 1 && icon("columns"),

@@ -10,6 +10,8 @@ const TABLE = "conversations";
 export class BrowserStore implements Store {
   #database: Promise<IDBDatabase> | undefined;
 
+  constructor(private readonly name = DATABASE) {}
+
   async list(search: string): Promise<Summary[]> {
     const all = await this.#run("readonly", (table) => table.getAll());
     return all
@@ -48,7 +50,7 @@ export class BrowserStore implements Store {
     mode: IDBTransactionMode,
     ask: (table: IDBObjectStore) => IDBRequest<T>,
   ): Promise<T> {
-    this.#database ??= open();
+    this.#database ??= open(this.name);
     const database = await this.#database;
     return new Promise((resolve, reject) => {
       const transaction = database.transaction(TABLE, mode);
@@ -62,9 +64,9 @@ export class BrowserStore implements Store {
   }
 }
 
-function open(): Promise<IDBDatabase> {
+function open(name: string): Promise<IDBDatabase> {
   return new Promise((resolve, reject) => {
-    const asked = indexedDB.open(DATABASE, 1);
+    const asked = indexedDB.open(name, 1);
     asked.onupgradeneeded = () => asked.result.createObjectStore(TABLE, { keyPath: "id" });
     asked.onsuccess = () => resolve(asked.result);
     asked.onerror = () => reject(new Error(`this browser keeps nothing: ${asked.error ?? ""}`));
