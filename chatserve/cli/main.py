@@ -42,6 +42,7 @@ COMMANDS = {
     "pull": CommandEntry("chatserve.cli.commands.pull", "download a model"),
     "list": CommandEntry("chatserve.cli.commands.list", "list the downloaded models"),
     "plan": CommandEntry("chatserve.cli.commands.plan", "say whether a model fits into memory"),
+    "top": CommandEntry("chatserve.cli.commands.top", "watch a running server in the terminal"),
     "history": CommandEntry("chatserve.cli.commands.history", "list, search, show kept chats"),
     "quality": CommandEntry("chatserve.cli.commands.quality", "measure what compression costs"),
     "apply-delta": CommandEntry(

@@ -58,7 +58,7 @@ from chatserve.server.error_response import install_error_handlers
 from chatserve.server.json_response import json_response
 from chatserve.server.moves import RESUME, ResumePolicy
 from chatserve.server.openapi import document
-from chatserve.server.operator_routes import OperatorRoutes, WorkerSeen
+from chatserve.server.operator_routes import OperatorRoutes, WorkerSeen, shown_address
 from chatserve.server.page import Page
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relay import Relay
@@ -148,7 +148,7 @@ class ControllerRoutes:
         self.errors = ErrorLog()
         self._operator = OperatorRoutes(
             self._workers, self.errors, is_draining=lambda: self.edge.is_draining,
-            more=lambda: {"models": self._models_ready()},
+            more=self._models_known,
         )  # fmt: skip
         self._client: WorkerClient
         self._relay: Relay
@@ -269,9 +269,13 @@ class ControllerRoutes:
             for model in self._registry.readiness()
         ]
 
+    def _models_known(self) -> dict[str, Any]:
+        """Where their files lie is for operators."""
+        return {"models": [{**row, "weights": None} for row in self.rows.rows(time.monotonic())]}
+
     def _workers(self) -> list[WorkerSeen]:
         return [
-            (worker.worker_id, state, worker.base_url, worker.status)
+            (worker.worker_id, state, shown_address(worker.base_url), worker.status)
             for worker, state in self._registry.overview()
         ]
 

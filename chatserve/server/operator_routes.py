@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import chatserve
-from chatserve.protocol.control import WorkerStatus
+from chatserve.protocol.control import SOCKET_SCHEME, WorkerStatus
 from chatserve.protocol.measured import METRICS_PATH, STATUS_PATH, RecentError
 from chatserve.server.error_log import ErrorLog
 from chatserve.server.fleet import HISTORY_STEP_S, RATE_S, WINDOW_S, Fleet, Place
@@ -168,6 +168,11 @@ def _told(error: RecentError, model: str | None) -> dict[str, Any]:
         "time": error.at, "code": error.code, "model": model, "message": error.message,
         "count": error.count,
     }  # fmt: skip
+
+
+def shown_address(base_url: str) -> str:
+    """Where in the file system a worker listens is nobody's business."""
+    return "a private socket" if base_url.startswith(SOCKET_SCHEME) else base_url
 
 
 def _rate(place: Place | None, name: str) -> float:
