@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
