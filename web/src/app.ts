@@ -38,6 +38,7 @@ import { NotKept } from "./store";
 import { BrowserStore } from "./store-browser";
 import { ServerStore } from "./store-server";
 import { SpareStore } from "./store-spare";
+import { thoughtsOf } from "./thinking";
 import { ThreadView } from "./thread-view";
 
 const NEW = "new";
@@ -93,7 +94,11 @@ export class App {
     this.#sidebar = new Sidebar({
       fresh: () => this.fresh(),
       search: (text) => void this.#try(() => this.#library.refresh(text)),
-      rename: (id, title) => void this.#try(() => this.#library.rename(id, title)),
+      rename: (id, title) =>
+        void this.#try(async () => {
+          await this.#library.rename(id, title);
+          this.#sync();
+        }),
       remove: (summary) => void this.#try(() => this.#remove(summary)),
       export: (id, form) => void this.#try(() => this.#export(id, form)),
       import: (files) => void this.#import(files),
@@ -182,7 +187,7 @@ export class App {
 
   async copyLast(): Promise<void> {
     const last = path(this.#current.conversation).findLast((each) => each.role === "assistant");
-    if (last && (await copyText(last.content))) this.#announcer.say("Copied");
+    if (last && (await copyText(thoughtsOf(last.content).answer))) this.#announcer.say("Copied");
   }
 
   writeQuestion(): void {
@@ -641,7 +646,7 @@ export class App {
         "p",
         {},
         models.length > 0 || name
-          ? "Answers are made on this server; what you write goes nowhere else."
+          ? "What you write goes to this server alone."
           : "The server has started, its models are on their way.",
       ),
     );

@@ -5,6 +5,7 @@ import type { ApiError } from "./api";
 import type { Message } from "./conversation";
 import { copyButton, el, icon, iconButton } from "./dom";
 import { LiveMarkdown } from "./live-markdown";
+import { thoughtsOf } from "./thinking";
 import * as wording from "./wording";
 
 /** What can be asked of a message. */
@@ -137,10 +138,19 @@ export class AnswerView {
   readonly element: HTMLElement;
   readonly #name = el("h2", { class: "name" });
   readonly #body = el("div", { class: "markdown" });
+  readonly #thoughts = el("div", { class: "markdown" });
+  readonly #thinkingTitle = el("summary", {});
+  readonly #thinking = el(
+    "details",
+    { class: "thinking", hidden: true },
+    this.#thinkingTitle,
+    this.#thoughts,
+  );
   readonly #waiting = el("p", { class: "waiting" });
   readonly #tools = el("div", { class: "tools" });
   readonly #facts = el("span", { class: "facts" });
   readonly #markdown = new LiveMarkdown(this.#body);
+  readonly #thinkingMarkdown = new LiveMarkdown(this.#thoughts);
   #state: MessageState | undefined;
   /** a frame that is dearer than this one may not come before it */
   #notBefore = 0;
@@ -151,6 +161,7 @@ export class AnswerView {
       "article",
       { class: "answer" },
       this.#name,
+      this.#thinking,
       this.#body,
       this.#waiting,
       el("footer", {}, this.#tools, this.#facts),
@@ -172,11 +183,11 @@ export class AnswerView {
       return;
     }
     this.#waiting.hidden = true;
-    this.#markdown.finish(message.content);
+    this.#write(message.content, true);
     this.#tools.replaceChildren(
       ...[
         versionButtons(state, this.actions),
-        copyButton("Copy the answer", () => message.content),
+        copyButton("Copy the answer", () => thoughtsOf(message.content).answer),
         state.isLast &&
           iconButton("redo", "Answer again", () => this.actions.regenerate(message), {
             disabled: state.isBusy,
@@ -198,7 +209,7 @@ export class AnswerView {
     if (now < this.#notBefore) return false;
     const start = performance.now();
     this.#waiting.hidden = state.answering.hasBegun;
-    this.#markdown.update(state.message.content);
+    this.#write(state.message.content, false);
     if (now - this.#rateAt > 500) {
       this.#rateAt = now;
       const { rate } = state.answering;
@@ -208,6 +219,18 @@ export class AnswerView {
     // a third of the time at most, however long the last block has grown
     this.#notBefore = took > 4 ? performance.now() + 2 * took : 0;
     return true;
+  }
+
+  #write(text: string, isWhole: boolean): void {
+    const { thinking, answer } = thoughtsOf(text);
+    this.#thinking.hidden = !thinking;
+    if (thinking) {
+      this.#thinkingTitle.textContent = answer || isWhole ? "What it thought first" : "Thinking …";
+      if (isWhole) this.#thinkingMarkdown.finish(thinking);
+      else this.#thinkingMarkdown.update(thinking);
+    }
+    if (isWhole) this.#markdown.finish(answer);
+    else this.#markdown.update(answer);
   }
 
   takeNews(): string {
