@@ -9,6 +9,7 @@ import asyncio
 import io
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
@@ -18,15 +19,37 @@ from aiohttp.http_exceptions import HttpProcessingError
 from chatserve import errors
 from chatserve.errors import ChatserveError, NoWorkerAvailable, ShuttingDown, WorkerLost
 from chatserve.protocol.control import GIVEN_UP, JOURNAL_HEADER
+from chatserve.protocol.leniency import HEADER
 from chatserve.server.leases import Lease
 from chatserve.server.log_lines import told
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.truncation import MESSAGES_HEADER, TOKENS_HEADER
 from chatserve.server.units import Reader, UnitReader
 from chatserve.server.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+PASSED_HEADERS = (
+    "content-type",
+    "cache-control",
+    "x-accel-buffering",
+    "retry-after",
+    HEADER,
+    TOKENS_HEADER,
+    MESSAGES_HEADER,
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it goes to a worker."""
+
+    path: str
+    model: str
+    body: bytes
+    headers: Mapping[str, str]
 
 
 class NotSent(Exception):
@@ -44,6 +67,11 @@ class Lost(Exception):
 
 class Paused(Exception):
     """Nothing is to be read now. What has come is still there."""
+
+
+def passed_headers(upstream: Upstream) -> dict[str, str]:
+    """Those of its headers that are the client's business."""
+    return {name: upstream.headers[name] for name in PASSED_HEADERS if name in upstream.headers}
 
 
 class Upstream:

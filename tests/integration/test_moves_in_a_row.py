@@ -24,10 +24,11 @@ from chatserve.protocol.sse import DONE_FRAME, encode_event
 from chatserve.server.leases import Lease, Worker
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.relay import Asked, Relay, RelayedStream
+from chatserve.server.relay import Relay
+from chatserve.server.relayed_stream import RelayedStream
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.units import UnitReader
-from chatserve.server.upstream import Lost, Upstream
+from chatserve.server.upstream import Asked, Lost, Upstream
 from chatserve.server.worker_client import WorkerClient
 from tests.house import STREAM
 from tests.integration.test_moves import (

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from chatserve.errors import ContextLengthExceeded, InvalidRequest
 from chatserve.server.preparation import prepare_chat
-from chatserve.server.relay import PASSED_HEADERS
 from chatserve.server.truncation import in_ranges, out_of_ranges
+from chatserve.server.upstream import PASSED_HEADERS
 from chatserve.server.worker import create_worker_app
 from tests.fakes import FakeEngine, FakeModel
 from tests.servers import RunningServer, serving
