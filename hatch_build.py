@@ -63,9 +63,12 @@ def build_page(root: Path) -> None:
 
 def newest(sources: Path) -> float:
     """When the last of the page's sources was changed; 0.0 where there are none."""
-    files = (
-        path
-        for path in sources.rglob("*")
-        if "node_modules" not in path.parts and "test" not in path.parts and path.is_file()
+    files = (path for path in sources.rglob("*") if path.is_file())
+    return max(
+        (
+            path.stat().st_mtime
+            for path in files
+            if path.relative_to(sources).parts[0] not in ("node_modules", "test")
+        ),
+        default=0.0,
     )
-    return max((path.stat().st_mtime for path in files), default=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -85,3 +87,93 @@ def test_what_ci_installs_is_locked() -> None:
     assert re.findall(r"npm --prefix \S+ (\S+)", makefile).count("$(NPM_CI)") == 2
     assert re.search(r"^NPM_CI := ci .*--ignore-scripts", makefile, re.MULTILINE)
     assert not re.search(r"npm( --prefix \S+)? (i|install|add|update|exec) ", makefile)
+
+
+def build_page(root: Path) -> None:
+    """The build hook's, on another tree."""
+    pytest.importorskip("hatchling", reason="of the locked tools: make install")
+    spec = importlib.util.spec_from_file_location("hatch_build", REPOSITORY / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    hook.build_page(root)
+
+
+def page_tree(root: Path, *, built_at: float | None) -> Path:
+    """Sources of the page from the second 1,000, and what was built of them at another."""
+    source = root / "web" / "src" / "main.ts"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    os.utime(source, (1000, 1000))
+    page = root / "chatserve" / "web" / "static" / "index.html"
+    if built_at is not None:
+        page.parent.mkdir(parents=True)
+        page.touch()
+        os.utime(page, (built_at, built_at))
+    return page
+
+
+def fake_npm(folder: Path, script: str) -> None:
+    folder.mkdir()
+    npm = folder / "npm"
+    npm.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    npm.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("built_at", "reason"), [(None, "was not built"), (999, "is older than its sources")]
+)
+def test_nothing_is_packed_without_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_at: float | None, reason: str
+) -> None:
+    page_tree(tmp_path, built_at=built_at)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=f"the web page {reason}, and there is no npm here"):
+        build_page(tmp_path)
+
+
+def test_a_page_that_is_new_enough_needs_no_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = page_tree(tmp_path, built_at=1000)
+    # what others put there is no source
+    (tmp_path / "web" / "node_modules").mkdir()
+    (tmp_path / "web" / "node_modules" / "new.js").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    build_page(tmp_path)
+    assert page.stat().st_mtime == 1000
+
+
+def test_a_page_that_is_older_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_tree(tmp_path, built_at=None)
+    fake_npm(tmp_path / "bin", f'echo "$*" >> calls; mkdir -p {page.parent}; : > {page}')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    build_page(tmp_path)
+    assert page.exists()
+    install, build = (tmp_path / "calls").read_text("utf-8").splitlines()
+    assert install.startswith("--prefix web ci ") and "--ignore-scripts" in install
+    assert build == "--prefix web run build"
+
+
+def test_a_page_that_cannot_be_built_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_tree(tmp_path, built_at=999)
+    fake_npm(tmp_path / "bin", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(SystemExit, match="cannot be built: npm ci failed"):
+        build_page(tmp_path)
+
+
+def test_the_page_is_packed_as_it_was_built() -> None:
+    """What git does not know goes along, in the wheel and for whoever builds one of the sdist."""
+    if not (REPOSITORY / "chatserve" / "web" / "static" / "index.html").exists():
+        pytest.skip("the page is not built: make page")
+    for target in ("wheel", "sdist"):
+        paths = {str(path) for path in packed(target)}
+        assert {"chatserve/web/static/index.html", "chatserve/web/static/favicon.ico"} <= paths
+        assert any(
+            re.fullmatch(r"chatserve/web/static/assets/index-.+\.js\.gz", path) for path in paths
+        )
+        assert not any("node_modules" in path for path in paths)
+        assert ("web/src/main.ts" in paths) == (target == "sdist")
