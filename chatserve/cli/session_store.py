@@ -182,12 +182,7 @@ class SessionStore:
 
     def search(self, words: Sequence[str]) -> list[tuple[SessionInfo, list[Hit]]]:
         """The sessions with turns that hold all `words`, or whose name does, the newest first."""
-        try:
-            with self._database.writing() as connection:
-                session_search.update_index(connection)
-                hits = session_search.in_index(connection, words)
-        except DatabaseFailed:  # no such index here, or it cannot be written or read
-            hits = None
+        hits = self._search_index(words) if self._is_large() else None
         with self._database.reading() as connection:
             if hits is None:
                 hits = session_search.in_all(connection, words)
@@ -200,6 +195,20 @@ class SessionStore:
             for info in there
             if info.id in by_session or _is_in(words, info.name)
         ]
+
+    def _search_index(self, words: Sequence[str]) -> list[Hit] | None:
+        try:
+            with self._database.writing() as connection:
+                session_search.update_index(connection)
+                return session_search.in_index(connection, words)
+        except DatabaseFailed:  # no such index here, or it cannot be written or read
+            return None
+
+    def _is_large(self) -> bool:
+        try:
+            return self.path.stat().st_size >= session_search.MIN_INDEXED_BYTES
+        except OSError:
+            return False
 
     def delete(self, session_id: str) -> bool:
         """Leave nothing of a session in the file; False when there is no such session."""

@@ -52,31 +52,28 @@ def _state(chat: Chat) -> str:
 
 
 def ask_both(chat: Chat, question: str, pair: Pair) -> None:
-    """Draw both answers and keep the one that the user chooses. Raises `StartupError`."""
+    """Draw both answers and keep the one that the user chooses; the first one where the chat ends
+    instead. Raises `StartupError`.
+    """
     chat.transcript.ask(question)
-    answers = (Answer(), Answer())
-    is_whole = [False, False]
-    with chat.stopped_by_ctrl_c():
-        try:
-            wait_until_ready(chat.server, chat.display)
-            _stream(chat, pair, answers, is_whole)
-        except KeyboardInterrupt:
-            chat.display.note("stopped")
-        except ChatserveError:
-            chat.transcript.answer("", is_partial=True)
-            raise
-    for model, answer in zip(pair, answers, strict=True):
-        chat.stats.add(model.name, answer)
+    answers, is_whole = (Answer(), Answer()), [False, False]
+    chosen: int | None = 0
     try:
+        with chat.stopped_by_ctrl_c():
+            try:
+                wait_until_ready(chat.server, chat.display)
+                _stream(chat, pair, answers, is_whole)
+            except KeyboardInterrupt:
+                chat.display.note("stopped")
+        for model, answer in zip(pair, answers, strict=True):
+            chat.stats.add(model.name, answer)
         chosen = _choice(chat, pair, answers)
-    except EOFError:
-        _keep(chat, pair, answers, is_whole, 0)
-        raise
-    if chosen is None:
-        chat.transcript.remove_last()
-        chat.display.note("neither goes on; the question is taken back")
-    else:
-        _keep(chat, pair, answers, is_whole, chosen)
+    finally:
+        if chosen is None:
+            chat.transcript.remove_last()
+            chat.display.note("neither goes on; the question is taken back")
+        else:
+            _keep(chat, pair, answers, is_whole, chosen)
 
 
 def _keep(

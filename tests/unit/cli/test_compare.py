@@ -13,7 +13,7 @@ import pytest
 from chatserve.cli.answer import ChatDelta
 from chatserve.cli.columns import MIN_COLUMNS, Columns
 from chatserve.cli.contest import Contest
-from chatserve.errors import NoWorkerAvailable
+from chatserve.errors import NoWorkerAvailable, StartupError
 from tests.unit.cli.test_chat import (
     CTRL_C,
     ScriptedRival,
@@ -83,6 +83,14 @@ def test_neither_may_go_on() -> None:
 def test_ctrl_c_takes_the_first_and_so_does_the_end(typed: list[Any]) -> None:
     session = Session(rivals(ScriptedRival(["a"]), ScriptedRival(["b"])), columns=WIDE)
     session.type(ON, "q", *typed)
+    assert [turn.content for turn in session.transcript.turns] == ["q", "a"]
+
+
+@pytest.mark.parametrize("end", [SystemExit(143), StartupError("the server is gone")])
+def test_a_chat_that_ends_before_the_choice_keeps_the_first_answer(end: BaseException) -> None:
+    session = Session(rivals(ScriptedRival(["a"]), ScriptedRival(["b"])), columns=WIDE)
+    with pytest.raises(type(end)):
+        session.type(ON, "q", end)
     assert [turn.content for turn in session.transcript.turns] == ["q", "a"]
 
 

@@ -40,6 +40,11 @@ PRAGMA user_version = 1;
 """
 
 
+@pytest.fixture(autouse=True)
+def any_file_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_search, "MIN_INDEXED_BYTES", 0)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "data" / "chats" / "chats.db"
@@ -127,6 +132,16 @@ def test_the_index_is_used_and_knows_what_came_later(store: SessionStore, path: 
     assert not indexed(path, "december")
     assert names(store, "december") == [("trip", [2])]
     assert indexed(path, "december")
+
+
+def test_a_small_file_has_no_index(
+    store: SessionStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(store)
+    monkeypatch.setattr(session_search, "MIN_INDEXED_BYTES", path.stat().st_size + 1)
+    assert names(store, "november") == [("trip", [0])]
+    with pytest.raises(sqlite3.OperationalError, match="no such table: turns_index"):
+        indexed(path, "november")
 
 
 def test_what_is_taken_back_leaves_the_index(store: SessionStore, path: Path) -> None:
