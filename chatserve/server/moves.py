@@ -135,7 +135,8 @@ class Moves:
                     return self._registry.pick(
                         self._model, fingerprint=fingerprint, without={*self._unfit, *busy}
                     )
-                if self._registry.is_closing or now() >= self._deadline_of_move:
+                is_last = self._registry.is_closing or self._registry.is_retired(self._model)
+                if is_last or now() >= self._deadline_of_move:
                     raise self._loss
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(min([self._deadline_of_move, *busy.values()])):

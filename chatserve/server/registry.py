@@ -68,6 +68,8 @@ class WorkerRegistry:
         self._stall_s = stall_s or float("inf")
         # not those of workers that come from elsewhere
         self._expected = dict.fromkeys(expected, True)
+        # their worker goes, and no other one is to come
+        self._retired: set[str] = set()
         self._workers: dict[str, Worker] = {}
         # said goodbye, and still have something to finish
         self._leaving: list[Worker] = []
@@ -83,6 +85,18 @@ class WorkerRegistry:
         it."""
         self._expected[model] = is_awaited
         self._tell()
+
+    def retire(self, model: str, *, is_over: bool = False) -> None:
+        """Nobody should wait for a worker of `model` any more; `is_over`: again they should."""
+        if is_over:
+            self._retired.discard(model)
+        else:
+            self._retired.add(model)
+        self._tell()
+
+    def is_retired(self, model: str) -> bool:
+        """Whether no further worker of a model is to be expected, or of what stands beside it."""
+        return bool(self._retired) and bool({model, model.rpartition(":")[0]} & self._retired)
 
     @property
     def is_closing(self) -> bool:

@@ -190,6 +190,7 @@ class Repertoire:
             model.phase = "draining"
             self._registry.expect(model.name, is_awaited=False)
             self._registry.set_aside(model.started.worker_id)
+            self._registry.retire(model.name)
             model.going = asyncio.create_task(self._take_down(model))
             self._on_change()
         await asyncio.shield(model.going)
@@ -276,6 +277,7 @@ class Repertoire:
         self._on_change()
 
     def _start_worker(self, model: Model) -> None:
+        self._registry.retire(model.name, is_over=True)
         model.started = self._start(model.name, model.weights)
         model.running = asyncio.create_task(model.started.supervisor.run())
         model.running.add_done_callback(lambda task: self._ended(model, task))
@@ -464,7 +466,10 @@ class Repertoire:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def _shutting_down() -> ShuttingDown:
