@@ -80,20 +80,23 @@ def find_here(text: str | None, revision: str = DEFAULT_REVISION) -> Path:
     Raises `HubError` when there is none, else as `resolve_weights` does.
     """
     name = DEFAULT_NAME if text is None else text
-    is_default = name == DEFAULT_NAME and not is_path(name)
-    if is_default:
-        from chatserve.default_model import SMOLLM2_135M
-
-        is_here = SMOLLM2_135M.path.exists()
-    else:
-        is_here = isinstance(find_local(name, revision), Path)
-    if is_here:
+    if is_here(name, revision):
         return resolve_weights(text, revision=revision, offline=True)
+    is_default = name == DEFAULT_NAME and not is_path(name)
     reference = name if is_default else find_reference(name, revision)
     raise HubError(
         f"{name} is not in the cache, and only what is there is looked at; fetch it first: "
         f"`chatserve pull {reference}`"
     )
+
+
+def is_here(name: str, revision: str = DEFAULT_REVISION) -> bool:
+    """Whether nothing of it would have to be downloaded. Raises as `find_local` does."""
+    if name == DEFAULT_NAME and not is_path(name):
+        from chatserve.default_model import SMOLLM2_135M
+
+        return SMOLLM2_135M.path.exists()
+    return isinstance(find_local(name, revision), Path)
 
 
 def find_local(

@@ -178,7 +178,7 @@ def _echo(stream: Stream) -> None:
 
 def _queue(stream: Stream) -> None:
     stream.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-    for comment in ("queue 3", "ping", "queue 2", "queue none"):
+    for comment in ("loading 1 4", "queue 3", "ping", "queue 2", "queue none", "loading"):
         stream.raw(f": {comment}\n\n".encode())
     _hello(stream)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What one event adds to an answer; or, before it begins, its place in the queue, or a note on
-    what it waits for.
+    """What one event adds to an answer; or, before it begins, its place in the queue, how far its
+    model is, or a note on what it waits for.
 
     messages_dropped: places in the request of what was left out, so that the rest fits.
     """
@@ -17,6 +17,7 @@ class ChatDelta:
     finish_reason: str | None = None
     num_completion_tokens: int | None = None
     place: int | None = None
+    loading: Progress | None = None
     note: str = ""
     num_prompt_tokens: int | None = None
     num_cached_tokens: int | None = None

@@ -100,6 +100,9 @@ def stream_answer(
             if delta.place is not None:
                 display.place(delta.place)
                 continue
+            if delta.loading is not None:
+                display.loading(delta.loading)
+                continue
             if delta.note:
                 display.note(delta.note)
                 continue

@@ -38,7 +38,7 @@ from chatserve.errors import (
     UsageError,
     WorkerLost,
 )
-from chatserve.protocol.sse import DONE, SSEDecoder, read_place
+from chatserve.protocol.sse import DONE, SSEDecoder, read_loading, read_place
 
 CONNECT_TIMEOUT_S = 5.0
 CONTROL_TIMEOUT_S = 10.0
@@ -201,9 +201,9 @@ class ChatClient:
     def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
         # the server decides when a worker is stalled, and sends comments until then
         timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_TIMEOUT_S)
-        places: deque[int] = deque()
+        places: deque[ChatDelta] = deque()
         decoder = SSEDecoder(
-            max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places)
+            max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places, body["model"])
         )
         with self._request("POST", "/chat/completions", json=body, timeout=timeout) as response:
             self._check(response)
@@ -217,7 +217,7 @@ class ChatClient:
             for chunk in response.iter_raw():
                 events = decoder.feed(chunk)
                 while places:
-                    yield ChatDelta(place=places.popleft())
+                    yield places.popleft()
                 for event in events:
                     if event.data == DONE:
                         return
@@ -359,6 +359,8 @@ def _cause(error: Exception) -> str:
     )
 
 
-def _note_place(places: deque[int], comment: str) -> None:
+def _note_place(places: deque[ChatDelta], model: str, comment: str) -> None:
     if (place := read_place(comment)) is not None:
-        places.append(place)
+        places.append(ChatDelta(place=place))
+    elif (loading := read_loading(comment)) is not None:
+        places.append(ChatDelta(loading=Progress(model, "loading", *loading)))

@@ -311,6 +311,11 @@ class Display:
         if self._is_terminal and self._has_free_line:
             self._redraw(place_text(place))
 
+    def loading(self, progress: Progress) -> None:
+        """The same for how far the model is that it waits for."""
+        if self._is_terminal and self._has_free_line:
+            self._redraw(progress_text(progress))
+
     def _redraw(self, line: str | None) -> None:
         if line is not None:
             # a line that is too long is cut: one that wrapped could not be erased

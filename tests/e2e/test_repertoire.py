@@ -20,7 +20,7 @@ from tests.e2e.test_serve_process import SERVE, Process, Stream, chat, error_in,
 from tests.fakes import ANSWER
 
 WAIT_S = 60.0
-SIZES = {"ok": 4, "seconds": 4, "endless": 4, "slow-load": 1, "too-big": 11, "seven": 7, "free": 100}
+SIZES = {"ok": 4, "seconds": 4, "endless": 4, "slow-load": 1, "too-big": 11, "seven": 7}
 
 
 class Served:
@@ -98,6 +98,7 @@ def test_ten_who_ask_at_once_start_one_worker(served: Served) -> None:
     assert set(cards["b"]) == set(cards["a"])
 
 
+@pytest.mark.soak  # the policy has tests of its own; this is about processes
 def test_the_one_not_used_for_longest_makes_room_and_its_memory_is_back(served: Served) -> None:
     for name in ("a", "b", "a"):
         assert chat(served.url, name, timeout_s=WAIT_S).status_code == 200

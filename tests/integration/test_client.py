@@ -467,7 +467,12 @@ def test_ctrl_c_where_nobody_owns_the_response_still_closes_the_connection(
 def test_places_in_the_queue_come_before_the_answer(client: ChatClient) -> None:
     deltas = ask(client, "queue")
     assert [each.place for each in deltas if each.place is not None] == [3, 2]
-    assert text_of(deltas) == "Hello there." and ChatDelta(place=3) in deltas[:2]
+    assert text_of(deltas) == "Hello there." and ChatDelta(place=3) in deltas[:3]
+
+
+def test_how_far_the_model_is_comes_before_the_answer(client: ChatClient) -> None:
+    [told] = [each.loading for each in ask(client, "queue") if each.loading is not None]
+    assert (told.state, told.loaded_bytes, told.total_bytes) == ("loading", 1, 4)
 
 
 def test_prompt_and_cached_tokens_are_read(client: ChatClient, server: FakeOpenAI) -> None:

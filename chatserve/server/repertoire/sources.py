@@ -31,6 +31,8 @@ def check_source(weights: str, *, is_operator: bool, revision: str, offline: boo
             "its cache; paths and downloads take the control token (CHATSERVE_CONTROL_TOKEN)",
             param="weights",
         )
+    if "\0" in weights:
+        raise InvalidRequest("no name of a model has a null character", param="weights")
     if os.path.isabs(weights):
         path = Path(weights)
         if not path.exists():
@@ -45,8 +47,6 @@ def check_source(weights: str, *, is_operator: bool, revision: str, offline: boo
             f"{weights[:100]!r} is no absolute path: this server has a current folder of its own",
             param="weights",
         )
-    if "\0" in weights:
-        raise InvalidRequest("no name of a model has a null character", param="weights")
     if offline or environment.hub_offline():
         raise CannotLoad(
             f"{weights[:100]} is not in the cache and the server is offline; run `chatserve pull "
@@ -70,10 +70,9 @@ def is_here(weights: str, revision: str) -> bool:
     if weights not in {*named, *hub.known_names()} or os.path.exists(weights):
         return False
     try:
-        hub.find_here(weights, revision)
+        return hub.is_here(weights, revision)
     except StartupError:
         return False
-    return True
 
 
 def name_for(asked: LoadModel, weights: str) -> str:

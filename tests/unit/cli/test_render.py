@@ -210,6 +210,8 @@ def test_a_place_in_the_queue_is_one_line_that_goes_when_the_answer_begins() -> 
     display = Display(PlainDrawer(out), out, is_terminal=True)
     with display.answer() as draw:
         draw("")
+        display.loading(Progress("m", "loading", 10**6, 4 * 10**6))
+        assert "loading m" in out.getvalue() and "25%  1 / 4 MB" in out.getvalue()
         for place in (3, 2):
             display.place(place)
         assert "2nd in the queue" in out.getvalue()

@@ -14,7 +14,9 @@ from chatserve.protocol.sse import (
     SSEDecoder,
     encode_comment,
     encode_event,
+    encode_loading,
     encode_place,
+    read_loading,
     read_place,
 )
 
@@ -134,3 +136,21 @@ def test_places_in_comments(comment: str, place: int | None) -> None:
 
 def test_a_place_is_a_comment_with_a_space() -> None:
     assert encode_place(3) == b": queue 3\n\n"
+
+
+@pytest.mark.parametrize(
+    ("comment", "loading"),
+    [
+        ("loading 25 100", (25, 100)), ("loading 0 0", (0, 0)), ("loading 25", None),
+        ("loading 25 100 3", None), ("loading -1 100", None), ("loading a b", None),
+        ("loading  25", None), ("queue 3", None), ("loading " + "9" * 20 + " 1", None), ("", None),
+    ],
+)  # fmt: skip
+def test_how_far_a_model_is_in_comments(comment: str, loading: tuple[int, int] | None) -> None:
+    assert read_loading(comment) == loading
+
+
+def test_what_is_written_of_a_load_is_read() -> None:
+    comments: list[str] = []
+    SSEDecoder(on_comment=comments.append).feed(encode_loading(25, 100))
+    assert [read_loading(each) for each in comments] == [(25, 100)]
