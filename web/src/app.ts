@@ -45,6 +45,8 @@ const NEW = "new";
 const NARROW = "(max-width: 48rem)";
 const DRAFT_AFTER_MS = 250;
 const UNDO_MS = 10_000;
+/** a tab that writes an answer saves it oftener than this */
+const ELSEWHERE_MS = 12_000;
 /** the database of chats that the server had no room for */
 const SPARE = "chatserve-spare";
 
@@ -69,6 +71,11 @@ export class App {
   #serverKeeps = true;
   #login: Promise<boolean> | undefined;
   #isStarting = true;
+  /** by conversation, the messages that another tab writes */
+  readonly #elsewhere = new Map<
+    string,
+    { messages: Set<string>; timer: ReturnType<typeof setTimeout> }
+  >();
 
   constructor(root: HTMLElement) {
     this.#root = root;
@@ -152,7 +159,9 @@ export class App {
     matches.addEventListener("change", () => this.#showSidebar(!matches.matches));
     this.#showSidebar(!matches.matches);
     void this.#watch.ask();
-    await Promise.all([this.#route(), this.#list()]);
+    // the list says where chats are kept
+    await this.#list();
+    await this.#route();
     this.#isStarting = false;
     this.#sync();
     if (!matches.matches) this.#composer.focus();
@@ -231,6 +240,9 @@ export class App {
       removed: (id) => {
         if (id === this.#current.conversation.id) this.fresh();
       },
+      writing: (conversation) =>
+        conversation.messages.map(({ id }) => id).filter((id) => this.#asking.answerings.has(id)),
+      writtenElsewhere: (id, messages) => this.#writtenElsewhere(id, messages),
       saveFailed: (reason) => this.#saveFailed(reason),
     });
   }
@@ -522,6 +534,20 @@ export class App {
     });
   }
 
+  /** Until nothing has been heard of it for a while. */
+  #writtenElsewhere(conversation: string, messages: string[]): void {
+    clearTimeout(this.#elsewhere.get(conversation)?.timer);
+    const forget = () => {
+      this.#elsewhere.delete(conversation);
+      this.#sync();
+    };
+    if (messages.length === 0) this.#elsewhere.delete(conversation);
+    else {
+      const timer = setTimeout(forget, ELSEWHERE_MS);
+      this.#elsewhere.set(conversation, { messages: new Set(messages), timer });
+    }
+  }
+
   #saveFailed(reason: string | null): void {
     if (reason === null) this.#banners.hide("unsaved");
     else if (!this.#watch.isGone) {
@@ -613,6 +639,7 @@ export class App {
     this.#thread.sync({
       conversation,
       answerings: this.#asking.answerings,
+      elsewhere: this.#elsewhere.get(conversation.id)?.messages ?? new Set(),
       tail: (side) => this.#tail(side),
     });
     this.#composer.setBusy(this.isBusy);

@@ -26,6 +26,8 @@ interface Notice {
   kind: "saved" | "removed";
   id: string;
   revision: number;
+  /** messages that are being written in that tab */
+  writing: string[];
 }
 
 export interface LibraryListener {
@@ -34,6 +36,10 @@ export interface LibraryListener {
   /** A conversation that is open has got turns from elsewhere. */
   merged(kept: Kept): void;
   removed(id: string): void;
+  /** Which of its messages are being written here, for the other tabs. */
+  writing(conversation: Conversation): string[];
+  /** These messages of a conversation are being written in another tab. */
+  writtenElsewhere(id: string, messages: string[]): void;
   /** null: everything is saved again. */
   saveFailed(reason: string | null): void;
 }
@@ -107,7 +113,7 @@ export class Library {
     if (kept) kept.isRemoved = true;
     await this.store.remove(id);
     this.forget(id);
-    this.#tell({ kind: "removed", id, revision: 0 });
+    this.#tell({ kind: "removed", id, revision: 0, writing: [] });
   }
 
   forget(id: string): void {
@@ -133,7 +139,8 @@ export class Library {
           (a, b) => b.changed_at - a.changed_at,
         );
         this.listener.listed();
-        this.#tell({ kind: "saved", id: summary.id, revision: summary.revision });
+        const { id, revision } = summary;
+        this.#tell({ kind: "saved", id, revision, writing: this.listener.writing(conversation) });
       },
       merged: () => this.listener.merged(kept),
       failed: (reason) => this.listener.saveFailed(reason),
@@ -154,6 +161,7 @@ export class Library {
         this.forget(notice.id);
         this.listener.removed(notice.id);
       } else {
+        this.listener.writtenElsewhere(notice.id, notice.writing);
         if (kept && kept.conversation.revision < notice.revision) await kept.reload();
         await this.refresh();
       }
@@ -174,6 +182,7 @@ export class Kept {
   isDirty = false;
   isRemoved = false;
   #timer: ReturnType<typeof setTimeout> | undefined;
+  #due = 0;
   #saving: Promise<void> = Promise.resolve();
   #retryMs = 1000;
 
@@ -186,7 +195,11 @@ export class Kept {
   /** It was changed: save it soon. An answer that is coming asks for longer pauses. */
   changed(afterMs = SAVE_AFTER_MS): void {
     this.isDirty = true;
-    this.#timer ??= setTimeout(() => void this.save(), afterMs);
+    const due = Date.now() + afterMs;
+    if (this.#timer !== undefined && this.#due <= due) return;
+    clearTimeout(this.#timer);
+    this.#due = due;
+    this.#timer = setTimeout(() => void this.save(), afterMs);
   }
 
   async save(isLeaving = false): Promise<void> {
@@ -238,7 +251,7 @@ export class Kept {
           continue;
         }
         this.listener.failed(error instanceof Error ? error.message : String(error));
-        this.#timer ??= setTimeout(() => void this.save(), this.#retryMs);
+        this.changed(this.#retryMs);
         this.#retryMs = Math.min(this.#retryMs * 2, MAX_RETRY_MS);
         return;
       }

@@ -35,8 +35,9 @@ export class LiveMarkdown {
   update(text: string): void {
     if (text.includes("\r")) text = text.replace(/\r\n?/g, "\n");
     if (text === this.#text) return;
+    // the last block of what was whole may go on after all
+    if (this.#isFinished || !text.startsWith(this.#text)) this.#clear();
     this.#isFinished = false;
-    if (!text.startsWith(this.#text)) this.#clear();
     this.#text = text;
     if (this.#code) {
       const end = this.#code.grow(text);

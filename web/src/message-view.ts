@@ -27,6 +27,8 @@ export interface MessageState {
   isLast: boolean;
   isBusy: boolean;
   answering?: Answering | undefined;
+  /** another tab writes it */
+  isElsewhere: boolean;
 }
 
 function versionButtons(state: MessageState, actions: MessageActions): HTMLElement | null {
@@ -175,7 +177,8 @@ export class AnswerView {
     this.element.setAttribute("aria-label", state.name);
     this.element.setAttribute("aria-busy", String(answering !== undefined));
     this.element.classList.toggle("is-running", answering !== undefined);
-    this.element.classList.toggle("is-partial", Boolean(message.partial) && !answering);
+    const isCut = Boolean(message.partial) && !answering && !state.isElsewhere;
+    this.element.classList.toggle("is-partial", isCut);
     if (answering) {
       this.#showWaiting(answering);
       this.#tools.replaceChildren();
@@ -184,21 +187,24 @@ export class AnswerView {
     }
     this.#waiting.hidden = true;
     this.#write(message.content, true);
+    const canGoOn = state.isLast && !state.isElsewhere;
     this.#tools.replaceChildren(
       ...[
         versionButtons(state, this.actions),
         copyButton("Copy the answer", () => thoughtsOf(message.content).answer),
-        state.isLast &&
+        canGoOn &&
           iconButton("redo", "Answer again", () => this.actions.regenerate(message), {
             disabled: state.isBusy,
           }),
-        state.isLast &&
+        canGoOn &&
           iconButton("play", "Continue the answer", () => this.actions.continue(message), {
             disabled: state.isBusy,
           }),
       ].filter((each) => each instanceof HTMLElement),
     );
-    this.#facts.textContent = wording.facts(message).join(" · ");
+    this.#facts.textContent = state.isElsewhere
+      ? "being written in another tab"
+      : wording.facts(message).join(" · ");
     this.#facts.classList.toggle("is-bad", Boolean(message.error));
   }
 

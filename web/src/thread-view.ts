@@ -13,6 +13,8 @@ export interface ThreadActions extends MessageActions {
 export interface ThreadState {
   conversation: Conversation;
   answerings: Map<string, Answering>;
+  /** ids of messages that another tab writes */
+  elsewhere: ReadonlySet<string>;
   /** what stands below the last turn of a side: a failure, or that nothing has been answered */
   tail(side: number): HTMLElement | null;
 }
@@ -167,6 +169,7 @@ export class ThreadView {
       isLast: own.at(-1)?.id === message.id,
       isBusy: conversation.messages.some((each) => answerings.has(each.id)),
       answering: answerings.get(message.id),
+      isElsewhere: state.elsewhere.has(message.id),
     });
     if (answerings.has(message.id) && view instanceof AnswerView) {
       this.#grown.add(view);

@@ -120,3 +120,14 @@ test("a title is the first line, cut between characters", () => {
   expect(titleFrom("😀".repeat(100))).toBe(`${"😀".repeat(59)}…`);
   expect(chat("Why?", "So.").title).toBe("Why?");
 });
+
+test("who has only gone on from what is shown here is followed", () => {
+  const mine = newConversation(["m"]);
+  const question = append(mine, 0, null, { role: "user", content: "one" });
+  const theirs = structuredClone(mine);
+  const answer = append(theirs, 0, question.id, { role: "assistant", content: "two" });
+  expect(merge(mine, theirs).heads).toEqual([answer.id]);
+  // another version is another place
+  const other = append(mine, 0, question.id, { role: "assistant", content: "three" });
+  expect(merge(mine, theirs).heads).toEqual([other.id]);
+});

@@ -2,44 +2,19 @@ import { afterEach, expect, test, vi } from "vitest";
 import { ApiError } from "../src/api";
 import { append, type Conversation, path, type Summary, summaryOf } from "../src/conversation";
 import { type Kept, Library } from "../src/library";
-import { Conflict, type Store } from "../src/store";
-
-/** Keeps revisions as the server does. */
-class FakeStore implements Store {
-  readonly kept = new Map<string, Conversation>();
-  fails: Error | null = null;
-  puts = 0;
-
-  async list(): Promise<Summary[]> {
-    return [...this.kept.values()].map(summaryOf);
-  }
-
-  async get(id: string): Promise<Conversation | null> {
-    return structuredClone(this.kept.get(id) ?? null);
-  }
-
-  async put(conversation: Conversation): Promise<Summary> {
-    this.puts += 1;
-    const document = structuredClone(conversation);
-    await Promise.resolve();
-    if (this.fails) throw this.fails;
-    const there = this.kept.get(document.id);
-    if (!there && document.revision > 0) throw new ApiError("gone", "not_found", 404);
-    if (there && there.revision !== document.revision) throw new Conflict(structuredClone(there));
-    document.revision += 1;
-    this.kept.set(document.id, document);
-    return summaryOf(document);
-  }
-
-  async remove(id: string): Promise<void> {
-    this.kept.delete(id);
-  }
-}
+import { FakeStore } from "./fake-store";
 
 const libraries: Library[] = [];
 
 function tab(store: Store) {
-  const listener = { listed: vi.fn(), merged: vi.fn(), removed: vi.fn(), saveFailed: vi.fn() };
+  const listener = {
+    listed: vi.fn(),
+    merged: vi.fn(),
+    removed: vi.fn(),
+    saveFailed: vi.fn(),
+    writing: vi.fn((): string[] => []),
+    writtenElsewhere: vi.fn(),
+  };
   const library = new Library(store, "server", listener);
   libraries.push(library);
   return { library, listener };
@@ -83,6 +58,34 @@ test("another tab hears of a save and shows it", async () => {
   await one.save();
   await vi.waitFor(() => expect(listener.merged).toHaveBeenCalled());
   expect(said(two?.conversation)).toEqual(["first", "second"]);
+});
+
+test("another tab hears what is still being written", async () => {
+  const store = new FakeStore();
+  const { library, listener } = tab(store);
+  const one = library.fresh(["a"]);
+  say(one, "first");
+  const [message] = one.conversation.messages;
+  listener.writing.mockReturnValue([message?.id ?? ""]);
+  const other = tab(store);
+  await one.save();
+  await vi.waitFor(() =>
+    expect(other.listener.writtenElsewhere).toHaveBeenCalledWith(one.conversation.id, [
+      message?.id,
+    ]),
+  );
+});
+
+test("what is urgent does not wait for what is not", async () => {
+  vi.useFakeTimers();
+  const store = new FakeStore();
+  const one = tab(store).library.fresh(["a"]);
+  say(one, "first");
+  one.changed(3000);
+  one.changed(100);
+  one.changed(3000);
+  await vi.advanceTimersByTimeAsync(150);
+  expect(store.puts).toBe(1);
 });
 
 test("what another tab deleted is gone here, too, and not saved again", async () => {
