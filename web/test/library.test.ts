@@ -1,7 +1,8 @@
 import { afterEach, expect, test, vi } from "vitest";
 import { ApiError } from "../src/api";
-import { append, type Conversation, path, type Summary, summaryOf } from "../src/conversation";
+import { append, type Conversation, path } from "../src/conversation";
 import { type Kept, Library } from "../src/library";
+import type { Store } from "../src/store";
 import { FakeStore } from "./fake-store";
 
 const libraries: Library[] = [];
