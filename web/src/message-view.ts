@@ -142,12 +142,7 @@ export class AnswerView {
   readonly #body = el("div", { class: "markdown" });
   readonly #thoughts = el("div", { class: "markdown" });
   readonly #thinkingTitle = el("summary", {});
-  readonly #thinking = el(
-    "details",
-    { class: "thinking", hidden: true },
-    this.#thinkingTitle,
-    this.#thoughts,
-  );
+  readonly #thinking = el("details", { class: "thinking" }, this.#thinkingTitle, this.#thoughts);
   readonly #waiting = el("p", { class: "waiting" });
   readonly #tools = el("div", { class: "tools" });
   readonly #facts = el("span", { class: "facts" });
@@ -163,7 +158,6 @@ export class AnswerView {
       "article",
       { class: "answer" },
       this.#name,
-      this.#thinking,
       this.#body,
       this.#waiting,
       el("footer", {}, this.#tools, this.#facts),
@@ -229,8 +223,9 @@ export class AnswerView {
 
   #write(text: string, isWhole: boolean): void {
     const { thinking, answer } = thoughtsOf(text);
-    this.#thinking.hidden = !thinking;
-    if (thinking) {
+    if (!thinking) this.#thinking.remove();
+    else {
+      if (!this.#thinking.isConnected) this.#body.before(this.#thinking);
       this.#thinkingTitle.textContent = answer || isWhole ? "What it thought first" : "Thinking …";
       if (isWhole) this.#thinkingMarkdown.finish(thinking);
       else this.#thinkingMarkdown.update(thinking);
