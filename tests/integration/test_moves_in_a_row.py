@@ -24,8 +24,7 @@ from chatserve.protocol.sse import DONE_FRAME, encode_event
 from chatserve.server.leases import Lease, Worker
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.relay import Relay
-from chatserve.server.relayed_stream import RelayedStream
+from chatserve.server.relayed_stream import RelayedStream, Successors
 from chatserve.server.stream_memory import MemoryBudget, StreamMemory
 from chatserve.server.units import UnitReader
 from chatserve.server.upstream import Asked, Lost, Upstream
@@ -290,7 +289,8 @@ def test_an_answer_that_came_for_nobody_is_closed() -> None:
         memory = StreamMemory(MemoryBudget(), b"")
         memory.begin(b":s {}\n\n")
         stream = RelayedStream(
-            cast(Relay, SimpleNamespace(go_on=go_on, policy=ResumePolicy())),
+            cast(Successors, SimpleNamespace(go_on=go_on)),
+            ResumePolicy().ping_s,
             Asked("/", "fake", b"", {}),
             Moves(registry, "fake", ResumePolicy()),
             cast(Upstream, Answer()),
