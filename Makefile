@@ -7,6 +7,8 @@ TORCH_PIP_ARGS ?= torch==2.13.0
 WEIGHTS ?=
 ARGS ?=
 PROMPT ?=
+# how many processes run tests, a file at a time; 1 for a machine that is to be left alone
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -86,7 +88,7 @@ $(VENV)/.node: tests/judges/node/package.json tests/judges/node/package-lock.jso
 judges: $(VENV)/.node
 
 test: $(VENV)/.dev $(KERNELS) $(PAGE) weights judges ## unit, integration and e2e tests
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 unit: $(VENV)/.dev $(KERNELS) ## tests without sockets, in seconds
 	$(PY) -m pytest tests/unit
