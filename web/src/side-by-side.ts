@@ -39,7 +39,18 @@ export function voteBar(
     "div",
     { class: "vote", role: "group", "aria-label": "Which answer is better?" },
     ...CHOICES.map(([choice, label]) =>
-      el("button", { type: "button", onclick: () => vote(choice) }, label),
+      el("button", { type: "button", onclick: () => vote(choice) }, ...words(choice, label)),
     ),
   );
+}
+
+/** Where there is no room beside each other, left stands above right. */
+function words(choice: VoteChoice, label: string): (Node | string)[] {
+  if (choice !== "left" && choice !== "right") return [label];
+  const [side = "", ...rest] = label.split(" ");
+  return [
+    el("span", { class: "only-beside" }, side),
+    el("span", { class: "only-below" }, choice === "left" ? "Upper" : "Lower"),
+    ` ${rest.join(" ")}`,
+  ];
 }
