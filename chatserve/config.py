@@ -145,6 +145,26 @@ class ChatConfig(ModelOptions):
     prompt: str | None = setting(
         None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
     )
+    file: tuple[str, ...] = setting(
+        (), "text file that goes before the question, several in their order", group="chat",
+        flags=("-f",), metavar="FILE", repeated=True,
+    )  # fmt: skip
+    input_errors: str = setting(
+        "strict", "what becomes of piped input and files that are no UTF-8 text: refused, or with "
+        "\ufffd for what cannot be read", choices=("strict", "replace"), group="chat",
+    )  # fmt: skip
+    schema: str | None = setting(
+        None, "JSON Schema that answers must match", group="chat", metavar="FILE"
+    )
+    json: bool = setting(
+        False, "with -p or a pipe: one JSON object with text, usage and timings", group="chat"
+    )
+    stream_json: bool = setting(
+        False, "the same behind one JSON object a line for each piece of the answer", group="chat"
+    )
+    no_stream: bool = setting(
+        False, "with -p or a pipe: ask for the whole answer at once", group="chat"
+    )
     resume: str | None = setting(
         None, "go on with a kept chat: its name, its id, or `last`", group="chat", metavar="CHAT"
     )

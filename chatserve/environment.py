@@ -11,10 +11,12 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from chatserve.errors import UsageError
 
 MAX_KEY_FILE_LEN = 1_000_000
+_PORTS = {"http": 80, "https": 443}
 _SECRETS = re.compile("^CHATSERVE_|KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
 
 
@@ -113,9 +115,27 @@ def control_token() -> str | None:
     return os.environ.get("CHATSERVE_CONTROL_TOKEN") or None
 
 
-def client_api_key() -> str | None:
-    """The key that the terminal client sends to a server it joins."""
-    return os.environ.get("CHATSERVE_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+def client_api_key(base_url: str) -> str | None:
+    """The key that the terminal client sends to the server at `base_url`, which the user named.
+
+    `CHATSERVE_API_KEY`; else `OPENAI_API_KEY`, but only where `OPENAI_BASE_URL` says whose key
+    that is: one that was made for somebody else must not go to whoever is named.
+    """
+    if key := os.environ.get("CHATSERVE_API_KEY"):
+        return key
+    meant = _origin(os.environ.get("OPENAI_BASE_URL", ""))
+    if meant is not None and meant == _origin(base_url):
+        return os.environ.get("OPENAI_API_KEY") or None
+    return None
+
+
+def _origin(url: str) -> tuple[str, str, int] | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname, port) if parts.hostname and port else None
 
 
 def hub_endpoint() -> str | None:

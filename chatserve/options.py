@@ -68,8 +68,9 @@ class ModelOptions:
         metavar="NAME",
     )  # fmt: skip
     conv_system_msg: str | None = setting(
-        None, "system message used when a chat brings none", group="model", metavar="TEXT"
-    )
+        None, "system message used when a chat brings none", group="model",
+        flags=("--system",), metavar="TEXT",
+    )  # fmt: skip
     context_length: int | None = setting(
         None, "cap the context below the model's own, in tokens", group="model", metavar="TOKENS",
         ge=1,

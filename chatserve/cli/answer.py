@@ -11,6 +11,7 @@ class ChatDelta:
     model is, or a note on what it waits for.
 
     messages_dropped: places in the request of what was left out, so that the rest fits.
+    reasoning: what some servers send apart of what a model thinks before it answers.
     """
 
     text: str = ""
@@ -22,6 +23,7 @@ class ChatDelta:
     num_prompt_tokens: int | None = None
     num_cached_tokens: int | None = None
     messages_dropped: tuple[int, ...] = ()
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Answer:
     """What has come of one answer so far."""
 
     text: str = ""
+    reasoning: str = ""
     finish_reason: str | None = None
     num_tokens: int | None = None
     num_prompt_tokens: int | None = None
@@ -64,13 +67,16 @@ class Answer:
     first_token_at: float | None = None
     last_token_at: float | None = None
     max_tokens: int | None = None  # the limit that was asked for
+    num_events: int = 0  # that brought text
 
     def take(self, delta: ChatDelta, now: float) -> None:
         if delta.text:
             self.text += delta.text
+            self.num_events += 1
             if self.first_token_at is None:
                 self.first_token_at = now
             self.last_token_at = now
+        self.reasoning += delta.reasoning
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.num_tokens = delta.num_completion_tokens or self.num_tokens
         if delta.num_prompt_tokens is not None:

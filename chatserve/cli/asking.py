@@ -126,7 +126,9 @@ def ask(
             return
         except ContextLengthExceeded as error:
             is_wish = "max_tokens" not in options.sampling
-            if not is_wish or answer.text or error.param != "max_tokens":
+            # other servers do not tell whose fault it is
+            is_limit = error.param in ("max_tokens", None)
+            if not is_wish or answer.text or not is_limit:
                 raise
         answer.max_tokens = None
     yield from server.stream(messages, options.sampling)
@@ -148,12 +150,16 @@ def answer_once(
     transcript: Transcript,
     options: ChatOptions,
     *,
+    answer: Answer | None = None,
     show_status: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Answer the question in `transcript`. Raises `ChatserveError`, `KeyboardInterrupt`."""
+    """Answer the question in `transcript`, and keep it in `answer` however it ends.
+
+    Raises `ChatserveError`, `KeyboardInterrupt`.
+    """
     wait_until_ready(server, display)
-    answer = Answer()
+    answer = Answer() if answer is None else answer
     deltas = ask(server, transcript.messages(), options, answer)
     stream_answer(deltas, display, answer, clock)
     if answer.finish_reason == "length":

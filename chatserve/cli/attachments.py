@@ -79,8 +79,11 @@ def find_files(pattern: str) -> list[str]:
     return found
 
 
-def read_attachment(name: str) -> Attachment:
-    """Raises `UsageError` for what is no text file of at most `MAX_FILE_BYTES`."""
+def read_attachment(name: str, *, errors: str = "strict") -> Attachment:
+    """`errors`: `replace` puts U+FFFD for what is no UTF-8.
+
+    Raises `UsageError` for what is no text file of at most `MAX_FILE_BYTES`.
+    """
     try:
         # a pipe that nobody writes to would be waited for
         handle = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -94,17 +97,19 @@ def read_attachment(name: str) -> Attachment:
         raise UsageError(f"cannot attach {name!r}: {error}") from error
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(f"cannot attach {name}: it is over {MAX_FILE_BYTES:,} bytes")
-    return Attachment(name, _text(name, data))
+    try:
+        return Attachment(name, decoded(data, errors))
+    except ValueError as error:
+        raise UsageError(f"cannot attach {name}: it is {error}") from error
 
 
-def _text(name: str, data: bytes) -> str:
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """UTF-8, or UTF-16 where it says so. Raises `ValueError`, which says what it is instead."""
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding, errors)
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"cannot attach {name}: it is no UTF-8 text (byte {error.start})"
-        ) from error
+        raise ValueError(f"no UTF-8 text (byte {error.start})") from error
     if "\0" in text:
-        raise UsageError(f"cannot attach {name}: it is a binary file, not text")
+        raise ValueError("a binary file, not text")
     return text.replace("\r\n", "\n")

@@ -21,17 +21,21 @@ from urllib.parse import urlsplit
 import httpx
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
+from chatserve.cli.foreign_ways import adapted, foreign_way
 from chatserve.cli.server_json import (
+    error_body,
     read_delta,
     read_dropped,
     read_error,
-    read_model,
+    read_models,
     read_progress,
     read_token_count,
+    read_whole,
 )
 from chatserve.errors import (
     BadStream,
     ChatserveError,
+    InvalidRequest,
     NoWorkerAvailable,
     Overloaded,
     ShuttingDown,
@@ -84,6 +88,7 @@ class ChatClient:
         self._sleep = sleep
         self._sockets: list[socket.socket] | None = [] if is_abortable else None
         self._is_aborted = False
+        self._foreign_ways: set[str] = set()
         headers = {"accept-encoding": "identity"}
         if api_key:
             if not (api_key.isascii() and api_key.isprintable()):
@@ -111,11 +116,10 @@ class ChatClient:
         """What the server serves. Raises `ChatserveError`."""
         with self._request("GET", "/models") as response:
             self._check(response)
-            table = self._json(response)
-        entries = table.get("data") if isinstance(table, dict) else None
-        if not isinstance(entries, list):
+            models = read_models(self._json(response))
+        if models is None:
             raise BadStream(f"{self.base_url} does not list its models; is it an OpenAI API?")
-        return [read_model(entry) for entry in entries if isinstance(entry, dict)]
+        return models
 
     def progress(self) -> Progress | None:
         """How far the server is; None when it is ready. Raises `ChatserveError`."""
@@ -161,16 +165,15 @@ class ChatClient:
         Before the first text, a connection that fails is tried again, and so is a server that says
         when to come back, unless that is too long; a note tells of it. Raises `WorkerLost` when
         the stream ends before the answer is complete, `BadStream` when it is no stream of OpenAI
-        events, else the error that the server names.
+        events, else the error that the server names. With `stream=False` it comes in one piece.
         """
-        body = {
-            "model": model, "messages": list(messages), "stream": True,
-            "stream_options": {"include_usage": True}, **sampling,
-        }  # fmt: skip
+        body = {"model": model, "messages": list(messages), "stream": True, **sampling}
+        if body["stream"]:
+            body["stream_options"] = {"include_usage": True}
         for num_tries, delay_s in enumerate((*RETRY_DELAYS_S, None), 1):
             has_begun = False
             try:
-                with contextlib.closing(self._stream_once(body)) as deltas:
+                with contextlib.closing(self._stream_adapted(body)) as deltas:
                     for delta in deltas:
                         has_begun = has_begun or bool(delta.text)
                         yield delta
@@ -198,9 +201,24 @@ class ChatClient:
             transport=httpx.HTTPTransport(verify=self._trust, socket_options=_keepalive()),
         )
 
+    def _stream_adapted(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
+        """Other servers know less, or by other names: what one refuses it is not sent again."""
+        while True:
+            sent = adapted(body, self._foreign_ways)
+            try:
+                yield from self._stream_once(sent)
+                return
+            except InvalidRequest as error:  # never in the middle of an answer
+                way = foreign_way(sent, error)
+                if way is None or not isinstance(error.__cause__, _Refusal):
+                    raise
+                self._foreign_ways.add(way)
+
     def _stream_once(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
-        # the server decides when a worker is stalled, and sends comments until then
-        timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_TIMEOUT_S)
+        # the server decides when a worker is stalled, and sends comments until then; what comes in
+        # one piece comes without them
+        silence_s = SILENCE_S if body["stream"] else None
+        timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S)
         places: deque[ChatDelta] = deque()
         decoder = SSEDecoder(
             max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places, body["model"])
@@ -208,12 +226,16 @@ class ChatClient:
         with self._request("POST", "/chat/completions", json=body, timeout=timeout) as response:
             self._check(response)
             content_type = response.headers.get("content-type", "")
+            if content_type.startswith("application/json"):
+                yield read_whole(self._json(response))
+                return
             if not content_type.startswith("text/event-stream"):
                 raise BadStream(
                     f"{self.base_url} answered {content_type or 'nothing'}, not a stream"
                 )
             if dropped := read_dropped(response.headers.get(DROPPED_HEADER, "")):
                 yield ChatDelta(messages_dropped=dropped)
+            has_ended = False
             for chunk in response.iter_raw():
                 events = decoder.feed(chunk)
                 while places:
@@ -221,7 +243,11 @@ class ChatClient:
                 for event in events:
                     if event.data == DONE:
                         return
-                    yield read_delta(event.data)
+                    delta = read_delta(event.data)
+                    has_ended = has_ended or delta.finish_reason is not None
+                    yield delta
+            if has_ended:  # some servers leave it at that
+                return
         raise WorkerLost(
             f"the answer broke off: {self.base_url} closed the connection before its end"
         ) from httpx.RemoteProtocolError(f"no {DONE}")
@@ -275,7 +301,7 @@ class ChatClient:
             table = self._json(response)
         except BadStream:
             table = None
-        error = table.get("error") if isinstance(table, dict) else None
+        error = error_body(table)
         retry_after = response.headers.get("retry-after", "")
         otherwise = f"{self.base_url} answered with status {response.status_code}"
         told = read_error(error, response.status_code, retry_after, otherwise=otherwise)

@@ -7,7 +7,19 @@ from typing import Any
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.client import ChatClient
-from chatserve.errors import NoWorkerAvailable, UsageError
+from chatserve.errors import (
+    BadStream,
+    ChatserveError,
+    InvalidAPIKey,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NoWorkerAvailable,
+    UsageError,
+    WorkerLost,
+)
+
+MOST_NAMED = 20
 
 
 class JoinedServer:
@@ -69,14 +81,29 @@ class RivalConnection:
 
 def _choose(client: ChatClient, model_name: str | None) -> ModelInfo:
     """The model of that name; without a name the only one there is, adapters left aside."""
-    models = client.models()
     if model_name is not None:
-        # a server may serve names that it does not list: aliases, adapters
-        return next((m for m in models if m.name == model_name), ModelInfo(model_name))
+        # a server may serve names that it does not list: aliases, adapters; or list none at all
+        there = _listed(client)
+        return next((m for m in there if m.name == model_name), ModelInfo(model_name))
+    try:
+        models = client.models()
+    except (BadStream, InvalidRequest, MethodNotAllowed, ModelNotFound) as error:
+        raise UsageError(f"{error.message}; name a model by --model NAME") from error
     if not models:
         raise NoWorkerAvailable(f"{client.base_url} serves no model now; try again soon")
     bases = [model for model in models if model.parent is None]
     if len(bases) != 1:
-        names = ", ".join(model.name for model in models)
-        raise UsageError(f"{client.base_url} serves {names}; choose one with --model NAME")
+        names = ", ".join(model.name for model in models[:MOST_NAMED])
+        more = f" and {len(models) - MOST_NAMED} more" if len(models) > MOST_NAMED else ""
+        raise UsageError(f"{client.base_url} serves {names}{more}; choose one with --model NAME")
     return bases[0]
+
+
+def _listed(client: ChatClient) -> list[ModelInfo]:
+    """Raises only what a request for an answer would meet, too."""
+    try:
+        return client.models()
+    except (NoWorkerAvailable, InvalidAPIKey, WorkerLost):
+        raise
+    except ChatserveError:
+        return []

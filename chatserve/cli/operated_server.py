@@ -77,7 +77,7 @@ def find_servers(options: OperatorOptions) -> list[OperatedServer]:
     if options.base_url is not None:
         wanted = options.base_url.rstrip("/").removesuffix("/v1")
         same = next((each for each in here if each.url == wanted), None)
-        secret = environment.control_token() or environment.client_api_key()
+        secret = environment.control_token() or environment.client_api_key(options.base_url)
         if same is not None:
             secret = same.control_token
         client = ChatClient(options.base_url, secret, ca_certs=options.ssl_ca_certs)

@@ -13,6 +13,7 @@ from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.errors import (
     BadStream,
     ChatserveError,
+    ContextLengthExceeded,
     GenerationFailed,
     InvalidAPIKey,
     InvalidRequest,
@@ -36,14 +37,19 @@ def read_model(entry: dict[str, Any]) -> ModelInfo:
         value = extra.get(key)
         return value if isinstance(value, str) else None
 
-    parent = entry.get("parent")
-    context_length, bits = extra.get("context_length"), extra.get("weight_bits")
+    parent, bits = entry.get("parent"), extra.get("weight_bits")
+    meta = entry.get("meta")
+    # ours; vLLM's; that of several gateways; llama-server's
+    lengths = (
+        extra.get("context_length"), entry.get("max_model_len"), entry.get("context_length"),
+        meta.get("n_ctx") if isinstance(meta, dict) else None,
+    )  # fmt: skip
     return ModelInfo(
         name=str(entry.get("id", "")),
         device=text("device"),
         dtype=text("dtype"),
         weight_bits=bits if type(bits) is int else None,
-        context_length=context_length if isinstance(context_length, int) else None,
+        context_length=next((n for n in lengths if type(n) is int and n > 0), None),
         template_name=text("template"),
         parent=parent if isinstance(parent, str) else None,
     )
@@ -63,31 +69,58 @@ def read_progress(table: Any) -> Progress:
     return Progress()
 
 
+def read_models(table: Any) -> list[ModelInfo] | None:
+    """The entries of `/v1/models`, with or without a table around them; None: it is neither."""
+    entries = table.get("data") if isinstance(table, dict) else table or None
+    if not isinstance(entries, list):
+        return None
+    return [read_model(entry) for entry in entries if isinstance(entry, dict)]
+
+
 def read_delta(data: str) -> ChatDelta:
     """One event of a chat stream. Raises what it reports."""
     try:
         event = json.loads(data)
-        if not isinstance(event, dict):
-            raise ValueError
-        if event.get("error"):
-            raise read_error(event["error"])
-        choice = (event.get("choices") or [{}])[0]
-        text = choice.get("delta", {}).get("content") or ""
-        finish_reason = choice.get("finish_reason")
-        usage = event.get("usage") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        if not isinstance(text, str) or not isinstance(finish_reason, str | None):
-            raise ValueError
-        if not isinstance(usage, dict) or not isinstance(details, dict):
-            raise ValueError
+        return _read_chunk(event, "delta")
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         raise BadStream(f"the server sent an event that is no chat answer: {data[:60]!r}") from None
+
+
+def read_whole(table: Any) -> ChatDelta:
+    """An answer that came in one piece. Raises what it reports."""
+    try:
+        if not table.get("error") and not table["choices"][0]["message"]:
+            raise ValueError
+        return _read_chunk(table, "message")
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+        raise BadStream(f"the server sent no chat answer: {str(table)[:60]!r}") from None
+
+
+def _read_chunk(event: Any, where: str) -> ChatDelta:
+    """Raises what it reports, and all that misses in a table of another shape."""
+    if not isinstance(event, dict):
+        raise ValueError
+    if event.get("error") or event.get("object") == "error":
+        raise read_error(error_body(event))
+    choice = (event.get("choices") or [{}])[0]
+    said = choice.get(where) or {}
+    text = said.get("content") or ""
+    # llama-server's, vLLM's and DeepSeek's name; Ollama's and the gateways'
+    reasoning = said.get("reasoning_content") or said.get("reasoning") or ""
+    finish_reason = choice.get("finish_reason")
+    usage = event.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+        raise ValueError
+    if not isinstance(usage, dict) or not isinstance(details, dict):
+        raise ValueError
     return ChatDelta(
         _scalar_values(text),
         finish_reason,
         _count(usage.get("completion_tokens")),
         num_prompt_tokens=_count(usage.get("prompt_tokens")),
         num_cached_tokens=_count(details.get("cached_tokens")),
+        reasoning=_scalar_values(reasoning) if isinstance(reasoning, str) else "",
     )
 
 
@@ -129,6 +162,32 @@ _STATUS_ERRORS: dict[int, type[ChatserveError]] = {
 }  # fmt: skip
 
 
+_TYPE_ERRORS: dict[str, type[ChatserveError]] = {
+    "exceed_context_size_error": ContextLengthExceeded,  # llama-server's
+}
+_CONTEXT_PHRASE = "maximum context length"  # OpenAI's and vLLM's, where there is no code
+
+
+def error_body(table: Any) -> Any:
+    """What tells of an error in a body: OpenAI's `error`, or what others have in its place."""
+    if isinstance(table, list) and table:
+        table = table[0]
+    if not isinstance(table, dict):
+        return None
+    if table.get("error"):
+        return table["error"]
+    if isinstance(table.get("message"), str):  # older vLLM
+        return table
+    if isinstance(detail := table.get("detail"), list):  # FastAPI, where a request is malformed
+        faults = [each for each in detail if isinstance(each, dict)]
+        return "; ".join(f"{_path(each.get('loc'))}: {each.get('msg')}" for each in faults)
+    return detail
+
+
+def _path(places: Any) -> str:
+    return ".".join(map(str, places)) if isinstance(places, list) else "request"
+
+
 def read_error(
     body: Any,
     status: int = 500,
@@ -146,6 +205,9 @@ def read_error(
         message = otherwise
     code = body.get("code")
     kind = _error_classes().get(code) if isinstance(code, str) else None
+    kind = kind or _TYPE_ERRORS.get(str(body.get("type")))
+    if kind is None and 400 <= status < 500 and _CONTEXT_PHRASE in message:
+        kind = ContextLengthExceeded
     if kind is None:
         default = InvalidRequest if 400 <= status < 500 else GenerationFailed
         kind = _STATUS_ERRORS.get(status, default)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import json
 import os
-import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chatserve import environment
-from chatserve.cli.asking import ChatOptions, Server, answer_once
+from chatserve.cli.asking import ChatOptions, Server, answer_once, wait_until_ready
+from chatserve.cli.attachments import Attachments, read_attachment
 from chatserve.cli.chat import Chat
 from chatserve.cli.columns_drawer import ColumnsDrawer
+from chatserve.cli.json_answer import JsonAnswer
 from chatserve.cli.lines import ProgramLines, spellings
+from chatserve.cli.piped_input import read_piped
 from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
@@ -34,8 +39,6 @@ if TYPE_CHECKING:
 
 CHAT_TEMPERATURE = 0.7
 MAX_NEW_TOKENS = 512
-MAX_STDIN_BYTES = 16 * 1024 * 1024
-STDIN_HINT_S = 1.0
 HISTORY_FILE = "lines.jsonl"
 MOST_SHOWN = 4  # turns of a chat that is gone on with
 
@@ -52,8 +55,9 @@ def server_command(config: ChatConfig) -> list[str]:
     return [
         # -P: no file of the folder that it is started in is ever imported
         sys.executable, "-P", "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
-        # nothing that a chat asks for needs them
-        "--no-prepare-grammars", *flags, *debug, "--", *weights,
+        # nothing else that a chat asks for needs them
+        *(["--no-prepare-grammars"] if config.schema is None else []),
+        *flags, *debug, "--", *weights,
     ]  # fmt: skip
 
 
@@ -70,8 +74,13 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
     flags = _with_weights(parser.flags(argv))
     config = build(ChatConfig, flags, file=environment.settings_file())
     _check(config, flags)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a locale that lacks a character must not end the answer
+        sys.stdout.reconfigure(errors="replace")
     is_program = config.style == "programmatic"
     is_person = _is_terminal(sys.stdin) and sys.stdout.isatty() and not is_program
+    if config.prompt is None and (is_person or is_program):
+        _check_is_chat(config)
     if config.prompt is None and is_person:
         # before the server: a chat that is not there must not cost the loading of a model
         person = _Person(config)
@@ -80,11 +89,11 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
         return 0
     if config.resume is not None:
         raise UsageError("--resume is for a chat in a terminal, not for -p, pipes and programs")
-    with exits_on_signals(), _server(config, server_command) as server:
-        if config.prompt is None and is_program:
+    if config.prompt is None and is_program:
+        with exits_on_signals(), _server(config, server_command) as server:
             _chat_with_program(server, config)
-        else:
-            _answer_once(server, config)
+    else:
+        _answer_once(config, server_command)
     return 0
 
 
@@ -109,6 +118,13 @@ def _check(config: ChatConfig, flags: dict[str, Any]) -> None:
         raise UsageError("--style rich owns the cursor and cannot show --raw escapes; use simple")
 
 
+def _check_is_chat(config: ChatConfig) -> None:
+    for name in ("json", "stream_json", "no_stream"):
+        if getattr(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is for one answer; give the question by -p or a pipe")
+
+
 @contextlib.contextmanager
 def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Server]:
     server: Server
@@ -118,9 +134,8 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
         from chatserve.cli.client import ChatClient
         from chatserve.cli.joined_server import JoinedServer
 
-        client = ChatClient(
-            config.base_url, environment.client_api_key(), ca_certs=config.ssl_ca_certs
-        )
+        key = environment.client_api_key(config.base_url)
+        client = ChatClient(config.base_url, key, ca_certs=config.ssl_ca_certs)
         server = JoinedServer(client, config.model)
     with contextlib.closing(server):
         yield server
@@ -135,6 +150,7 @@ class _Person:
         from chatserve.cli.session_store import SessionStore
 
         self._config = config
+        self._files = _files(config)
         columns_drawer = ColumnsDrawer(sys.stdout, _terminal_size)
         self._display = _display(_drawer(config), config, columns_drawer)
         self._transcript = _transcript(config)
@@ -151,6 +167,7 @@ class _Person:
             server, self._display, self._transcript, _options(self._config, CHAT_TEMPERATURE),
             kept=self._kept, hush=lambda: keys_unseen(sys.stdin),
         )  # fmt: skip
+        chat.waiting = self._files
         self._display.note("/help lists commands, Ctrl-D leaves")
         chat.show_turns(MOST_SHOWN)
         try:
@@ -209,40 +226,55 @@ def _chat_with_program(server: Server, config: ChatConfig) -> None:
     chat.run(ProgramLines(sys.stdin, sys.stdout, question_role))
 
 
-def _answer_once(server: Server, config: ChatConfig) -> None:
-    drawer: AnswerDrawer = PlainDrawer(sys.stdout, columns=_wrap_columns(config))
-    if config.style == "programmatic":
-        drawer = PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
-    elif _is_rich(config):
-        has_color = environment.is_color_wanted()
-        if sys.stdout.isatty():
-            drawer = MarkdownDrawer(sys.stdout, _terminal_size, has_color=has_color)
+def _answer_once(config: ChatConfig, server_command: ServerCommand) -> None:
+    is_json = config.json or config.stream_json
+    report = JsonAnswer(sys.stdout, has_pieces=config.stream_json)
+    with report.reported() if is_json else contextlib.nullcontext():
+        files, options = _files(config), _options(config, 0.0)
+        if config.no_stream:
+            options = dataclasses.replace(options, sampling={**options.sampling, "stream": False})
+        if is_json:
+            # JSON escapes whatever needs it
+            display = _display(report, dataclasses.replace(config, raw=True))
         else:
-            drawer = MarkdownPrinter(sys.stdout, _terminal_size()[0], has_color=has_color)
-    display = _display(drawer, config)
-    transcript = _transcript(config)
-    transcript.ask(_question(config, display))
-    is_watched = sys.stdout.isatty() and sys.stderr.isatty()
-    answer_once(server, display, transcript, _options(config, 0.0), show_status=is_watched)
+            display = _display(_script_drawer(config), config)
+        is_watched = sys.stdout.isatty() and sys.stderr.isatty() and not is_json
+        with exits_on_signals(), _server(config, server_command) as server:
+            transcript = _transcript(config)
+            transcript.ask(files.before(_question(config, display)))
+            wait_until_ready(server, display)
+            report.model = server.model().name
+            answer_once(
+                server, display, transcript, options, answer=report.answer, show_status=is_watched
+            )
+
+
+def _script_drawer(config: ChatConfig) -> AnswerDrawer:
+    if config.style == "programmatic":
+        return PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
+    if not _is_rich(config):
+        return PlainDrawer(sys.stdout, columns=_wrap_columns(config))
+    has_color = environment.is_color_wanted()
+    if sys.stdout.isatty():
+        return MarkdownDrawer(sys.stdout, _terminal_size, has_color=has_color)
+    return MarkdownPrinter(sys.stdout, _terminal_size()[0], has_color=has_color)
 
 
 def _question(config: ChatConfig, display: Display) -> str:
     """`--prompt` and what is piped in, one after the other."""
     piped = ""
-    if sys.stdin is not None and (config.prompt is None or not sys.stdin.isatty()):
-        if not select.select([sys.stdin], [], [], STDIN_HINT_S)[0]:
-            display.note("reading the prompt from standard input; its end is Ctrl-D")
-        data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
-        if len(data) > MAX_STDIN_BYTES:
-            raise UsageError(f"standard input is over {MAX_STDIN_BYTES} bytes")
-        try:
-            piped = data.decode("utf-8-sig").strip("\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"standard input is not UTF-8 text (byte {error.start})") from error
+    if config.prompt is None or not _is_terminal(sys.stdin):
+        piped = read_piped(sys.stdin, display.note, errors=config.input_errors)
     question = "\n\n".join(part for part in (config.prompt, piped) if part)
     if not question.strip():
         raise UsageError("there is no prompt: -p is empty and so is standard input")
     return question
+
+
+def _files(config: ChatConfig) -> Attachments:
+    files = Attachments()
+    files.add([read_attachment(name, errors=config.input_errors) for name in config.file])
+    return files
 
 
 def _display(
@@ -299,6 +331,22 @@ def _options(config: ChatConfig, temperature: float) -> ChatOptions:
         "seed": config.seed,
     }
     sampling |= {name: value for name, value in asked.items() if value is not None}
+    if config.schema is not None:
+        sampling["response_format"] = _response_format(config.schema)
     return ChatOptions(
         sampling, wished_max_tokens=MAX_NEW_TOKENS, with_history=not config.no_history
     )
+
+
+def _response_format(file: str) -> dict[str, Any]:
+    """Raises `UsageError` when `file` holds no JSON Schema."""
+    try:
+        schema = json.loads(Path(file).expanduser().read_text("utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read --schema {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--schema {file} is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageError(f"--schema {file} holds no JSON object")
+    described = {"name": "answer", "schema": schema, "strict": True}
+    return {"type": "json_schema", "json_schema": described}

@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
             f"{one_line(answer_id)[:100]} is not in the replay log {path}; `chatserve replay` "
             "lists the newest"
         )
-    with contextlib.closing(ChatClient(options.base_url, environment.client_api_key())) as client:
+    key = environment.client_api_key(options.base_url)
+    with contextlib.closing(ChatClient(options.base_url, key)) as client:
         outcomes = [
             outcome
             for choices in _by_prompt(answers)

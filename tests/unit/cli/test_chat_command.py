@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chatserve.cli import piped_input
 from chatserve.cli.commands import chat
 from chatserve.config import ChatConfig, build
 from chatserve.errors import UsageError
@@ -143,9 +144,9 @@ def test_useless_input_is_refused(stdin: Any, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="there is no prompt"):
         question()
     stdin(b"ab\xff")
-    with pytest.raises(UsageError, match=r"not UTF-8 text \(byte 2\)"):
+    with pytest.raises(UsageError, match=r"is no UTF-8 text \(byte 2\); convert it"):
         question()
-    monkeypatch.setattr(chat, "MAX_STDIN_BYTES", 3)
+    monkeypatch.setattr(piped_input, "MAX_BYTES", 3)
     stdin(b"abcd")
     with pytest.raises(UsageError, match="over 3 bytes"):
         question()
@@ -154,7 +155,7 @@ def test_useless_input_is_refused(stdin: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_waiting_for_input_that_does_not_come_is_explained(
     stdin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat.select, "select", lambda *_: ([], [], []))
+    monkeypatch.setattr(piped_input.select, "select", lambda *_: ([], [], []))
     stdin(b"late")
     err = io.StringIO()
     display = chat.Display(chat.PlainDrawer(io.StringIO()), err)
