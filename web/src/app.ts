@@ -70,6 +70,8 @@ export class App {
   /** the server has said that it keeps no conversations */
   #serverKeeps = true;
   #login: Promise<boolean> | undefined;
+  /** the user has closed the dialog that asks for it */
+  #hasNoKey = false;
   #isStarting = true;
   /** by conversation, the messages that another tab writes */
   readonly #elsewhere = new Map<
@@ -91,7 +93,7 @@ export class App {
         if (kept === this.#current) this.#thread.grew(message.id);
       },
       ended: (_, message, error) => this.#ended(message, error),
-      needsKey: (error) => this.#needsKey(error),
+      needsKey: (error) => this.#needsKey(error, true),
     });
     this.#watch = new ServerWatch({
       models: (models) => this.#gotModels(models),
@@ -506,12 +508,16 @@ export class App {
     void this.#route();
   }
 
-  #needsKey(error: ApiError): Promise<boolean> {
+  /** `isAsked`: the user has just done what needs one. */
+  #needsKey(error: ApiError, isAsked = false): Promise<boolean> {
+    // what was under way when the dialog was closed does not open it again
+    if (this.#hasNoKey && !isAsked) return Promise.resolve(false);
     // everybody who is refused waits for the same dialog
     this.#login ??= askKey(
       key() ? error.message : "It is the one that the server was started with.",
     )
       .then((given) => {
+        this.#hasNoKey = given === null;
         if (!given) return false;
         keepKey(given.key, given.isRemembered);
         void this.#watch.ask();
@@ -527,7 +533,7 @@ export class App {
       else {
         this.#banners.show("locked", "This server asks for an API key.", {
           label: "Log in",
-          run: () => void this.#needsKey(error),
+          run: () => void this.#needsKey(error, true),
         });
       }
       return isThere;
