@@ -21,6 +21,7 @@ export interface MessageState {
   message: Message;
   /** who says it, as it is shown */
   name: string;
+  isNameHidden: boolean;
   /** which of how many versions, from 1 */
   version: number;
   versions: number;
@@ -198,7 +199,7 @@ export class AnswerView {
     );
     this.#facts.textContent = state.isElsewhere
       ? "being written in another tab"
-      : wording.facts(message).join(" · ");
+      : wording.facts(message, state.isNameHidden).join(" · ");
     this.#facts.classList.toggle("is-bad", Boolean(message.error));
   }
 
@@ -213,7 +214,8 @@ export class AnswerView {
     if (now - this.#rateAt > 500) {
       this.#rateAt = now;
       const { rate } = state.answering;
-      this.#facts.textContent = rate > 0 ? `${rate.toFixed(0)} tokens/s` : "";
+      this.#facts.textContent =
+        rate > 0 && !state.isNameHidden ? `${rate.toFixed(0)} tokens/s` : "";
     }
     const took = performance.now() - start;
     // a third of the time at most, however long the last block has grown

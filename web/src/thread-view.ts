@@ -157,13 +157,11 @@ export class ThreadView {
       (isUser ? new QuestionView(this.actions) : new AnswerView(this.actions));
     views.set(message.id, view);
     const versions = siblings(conversation, message);
+    const isNameHidden = conversation.models.length > 1 && areNamesHidden(conversation);
     view.sync({
+      isNameHidden,
       message,
-      name: isUser
-        ? "You"
-        : conversation.models.length > 1 && areNamesHidden(conversation)
-          ? sideName(side)
-          : (message.model ?? "Assistant"),
+      name: isUser ? "You" : isNameHidden ? sideName(side) : (message.model ?? "Assistant"),
       version: versions.findIndex((each) => each.id === message.id) + 1,
       versions: versions.length,
       isLast: own.at(-1)?.id === message.id,

@@ -35,8 +35,8 @@ const REASONS: Record<string, string> = {
   stopped: "stopped by you",
 };
 
-/** How an answer ended and what it took, for the line below it. */
-export function facts(message: Message): string[] {
+/** How an answer ended and what it took, for the line below it; speed tells who it was. */
+export function facts(message: Message, isNameHidden = false): string[] {
   const found: string[] = [];
   if (message.error) found.push(`broke off: ${message.error}`);
   else if (message.partial && !message.finish_reason) found.push("broke off");
@@ -44,6 +44,7 @@ export function facts(message: Message): string[] {
     found.push(REASONS[message.finish_reason] ?? message.finish_reason);
   }
   if (message.usage) found.push(`${number(message.usage.completion_tokens)} tokens`);
+  if (isNameHidden) return found;
   if (message.tokens_per_s) found.push(`${message.tokens_per_s.toFixed(1)} tokens/s`);
   if (message.ttft_s !== undefined) found.push(`first after ${seconds(message.ttft_s)}`);
   return found;
