@@ -94,6 +94,11 @@ class Tab:
         return self.page.locator("article.answer")
 
     @property
+    def bodies(self) -> Locator:
+        """What each answer says, without what was thought before it."""
+        return self.page.locator("article.answer > .markdown")
+
+    @property
     def questions(self) -> Locator:
         return self.page.locator("article.question")
 
@@ -110,8 +115,7 @@ class Tab:
 
     def ended(self, *texts: str) -> None:
         """All answers are over, and those are them."""
-        bodies = self.page.locator("article.answer .markdown")
-        expect(bodies).to_have_text(list(texts), use_inner_text=True)
+        expect(self.bodies).to_have_text(list(texts), use_inner_text=True)
         expect(self.page.locator("article.answer[aria-busy=true]")).to_have_count(0)
 
     def saved(self, title: str) -> None:

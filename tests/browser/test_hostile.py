@@ -98,7 +98,7 @@ def test_what_is_kept_is_shown_and_does_nothing(opened: Opener, home: House) -> 
     )
     check_nothing_ran(tab)
     # and it is there to be read: all but comments and a few tags that only format
-    shown = tab.page.locator("article.answer .markdown").all_text_contents()
+    shown = tab.page.locator("article.answer > .markdown").all_text_contents()
     assert sum("hit" in text for text in shown) > 100
 
 
@@ -135,7 +135,7 @@ def test_one_piece_at_a_time_with_a_look_at_each(opened: Opener, home: House) ->
         home.answers(Reply(["x ", cut], hangs=True))
         tab.ask("cut?")
         last = tab.answers.last
-        expect(last.locator(".markdown")).to_contain_text("x")
+        expect(last.locator("> .markdown")).to_contain_text("x")
         check_nothing_ran(tab)
         tab.button("Stop").click()
         expect(tab.page.locator("article.answer[aria-busy=true]")).to_have_count(0)

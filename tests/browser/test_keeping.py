@@ -71,7 +71,7 @@ def test_a_reload_in_the_middle_keeps_what_had_come(opened: Opener, home: House)
     home.answers(Reply(["So ", "far"], hangs=True))
     tab = opened()
     tab.ask("reload?")
-    expect(tab.answers.locator(".markdown")).to_have_text("So far")
+    expect(tab.bodies).to_have_text("So far")
     tab.saved("reload?")
     tab.page.reload()
     tab.ended("So far")
@@ -160,7 +160,7 @@ def test_a_restart_in_the_middle_of_an_answer(opened: Opener, home: House) -> No
     tab = opened(may_fail={503})
     tab.may_be_unreachable = True
     tab.ask("restart?")
-    expect(tab.answers.locator(".markdown")).to_have_text("Half a word")
+    expect(tab.bodies).to_have_text("Half a word")
     tab.saved("restart?")
     home.stop()
     try:
