@@ -62,14 +62,19 @@ def _scope(method: str, path: str, headers: Sequence[tuple[str, str]]) -> dict[s
 
 
 async def _call(
-    app: App, scope: dict[str, Any], body: Sequence[bytes], raises: type[Exception] | None = None
+    app: App,
+    scope: dict[str, Any],
+    body: Sequence[bytes],
+    raises: type[Exception] | None = None,
+    has_left: asyncio.Event | None = None,
 ) -> Answer:
     pieces = list(body)
     sent: list[Message] = []
 
     async def receive() -> Message:
         if not pieces:
-            await asyncio.Event().wait()
+            await (has_left or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message: Message) -> None:
@@ -106,11 +111,17 @@ class RunningApp:
         return self.runner.run(self.call(method, path, body, headers=headers))
 
     async def call(
-        self, method: str, path: str, body: bytes = b"", *, headers: Sequence[tuple[str, str]] = ()
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        has_left: asyncio.Event | None = None,
     ) -> Answer:
-        """One request, on the app's own loop."""
+        """One request, on the app's own loop, whose client leaves when `has_left` is set."""
         scope = _scope(method, path, [("host", "127.0.0.1"), *headers])
-        return await _call(self._app, scope, [body])
+        return await _call(self._app, scope, [body], has_left=has_left)
 
     def post(self, path: str, payload: Any) -> Answer:
         return self.request("POST", path, json.dumps(payload).encode())

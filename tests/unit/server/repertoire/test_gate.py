@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -107,6 +108,35 @@ def test_a_stream_begins_before_its_model_is_there_and_tells(
         assert reply.body.endswith(b"\n\n") and b"[DONE]" not in reply.body
         assert b'"message":"a cannot be loaded: bad shard"' in reply.body
         assert model.num_held == 0
+
+    site.run(test)
+
+
+@pytest.mark.parametrize("fields", [{"stream": True}, {}])
+def test_who_leaves_while_it_loads_holds_nothing_any_more(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "QUICK_S", 0.01)
+    site = Site(dataclasses.replace(AUTO, load_timeout_s=1000))
+
+    async def test(api: RunningApp) -> None:
+        has_left = asyncio.Event()
+        asking = asyncio.ensure_future(
+            api.call(
+                "POST", "/v1/chat/completions", json.dumps({**QUESTION, **fields}).encode(),
+                headers=(JSON, KEY), has_left=has_left,
+            )
+        )  # fmt: skip
+        while not site.house.workers:
+            await asyncio.sleep(0.01)
+        [model, _] = site.house.repertoire.models()
+        await asyncio.sleep(0.05)
+        assert model.num_held == 1
+        has_left.set()
+        await asking
+        assert model.num_held == 0 and model.phase == "loading"
+        site.house.workers[0].ready()
+        await site.house.until(lambda: model.phase == "ready")
 
     site.run(test)
 
@@ -244,6 +274,8 @@ def test_a_controller_that_starts_no_workers_says_so() -> None:
         reply = await post(api, "/admin/workers/drain", {"id": worker.worker_id}, TOKEN)
         assert json.loads(reply.body)["state"] == "draining"
         assert not site.house.registry.ready("a")
+        [row] = json.loads((await api.call("GET", "/admin/models")).body)["models"]
+        assert (row["name"], row["state"], row["running"]) == ("a", "draining", 0)
         worker.ready()  # started anew
         assert site.house.registry.ready("a")
 

@@ -18,8 +18,10 @@ from chatserve.errors import (
     ModelNotLoaded,
     NoRoomForModel,
     ShuttingDown,
+    WorkerLost,
 )
 from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.repertoire.measure import Estimate
 from chatserve.server.repertoire.model import Model
@@ -239,6 +241,30 @@ def test_an_unload_waits_for_answers_and_then_for_the_process() -> None:
         await unloading
         assert model.phase == "unloaded" and model.started is None
         assert house.registry.is_ready()  # nobody waits for it
+
+    run(test())
+
+
+def test_an_answer_that_the_drain_was_too_short_for_waits_for_no_other_worker() -> None:
+    async def test() -> None:
+        house = House(AUTO, a=3)
+        [model] = house.declare("a")
+        await house.up(model)
+        moves = Moves(house.registry, "a", ResumePolicy(timeout_s=1000))
+        with await moves.next():
+            await house.repertoire.unload(model)
+        moves.leave(loss := WorkerLost("cut"))
+        with pytest.raises(WorkerLost) as caught:
+            await moves.next()
+        assert caught.value is loss
+        # while a worker that has crashed is waited for, and a model that comes back as well
+        await house.up(model)
+        house.registry.remove(house.workers[1].worker_id)
+        waiting = asyncio.create_task(moves.next())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        house.workers[1].ready()
+        (await waiting).release()
 
     run(test())
 
