@@ -246,6 +246,21 @@ def test_a_question_before_the_models_are_known(opened: Opener, home: House) -> 
     tab.ended("Hello, wörld 🙂!")
 
 
+def test_what_is_asked_while_the_page_starts_stays_in_view(opened: Opener, home: House) -> None:
+    tab = opened("/assets/licences.txt")
+    waiting: list[Route] = []
+    tab.page.route("**/page/conversations", lambda route: waiting.append(route))
+    tab.open()
+    tab.page.get_by_role("combobox", name="Model", exact=True).select_option("beta")
+    tab.ask("early?")
+    tab.ended("Hello, wörld 🙂!")
+    for route in waiting:
+        route.fallback()
+    tab.saved("early?")
+    tab.ended("Hello, wörld 🙂!")
+    expect(tab.page.get_by_role("combobox", name="Model", exact=True)).to_have_value("beta")
+
+
 def test_right_to_left(opened: Opener, home: House) -> None:
     home.answers(said("שלום עולם\n\n- אחד\n- שתיים\n\nand English"))
     tab = opened()

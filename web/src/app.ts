@@ -72,7 +72,6 @@ export class App {
   #login: Promise<boolean> | undefined;
   /** the user has closed the dialog that asks for it */
   #hasNoKey = false;
-  #isStarting = true;
   /** by conversation, the messages that another tab writes */
   readonly #elsewhere = new Map<
     string,
@@ -161,12 +160,12 @@ export class App {
     matches.addEventListener("change", () => this.#showSidebar(!matches.matches));
     this.#showSidebar(!matches.matches);
     void this.#watch.ask();
+    this.#show(this.#current);
+    if (!matches.matches) this.#composer.focus();
     // the list says where chats are kept
     await this.#list();
     await this.#route();
-    this.#isStarting = false;
     this.#sync();
-    if (!matches.matches) this.#composer.focus();
   }
 
   /* what shortcuts and buttons do */
@@ -283,8 +282,7 @@ export class App {
   async #route(): Promise<void> {
     const id = /^#\/c\/([A-Za-z0-9_-]+)$/.exec(location.hash)?.[1];
     if (id === undefined) {
-      if (this.#current.conversation.messages.length > 0 || this.#isStarting)
-        this.#show(this.#fresh());
+      if (this.#current.conversation.messages.length > 0) this.#show(this.#fresh());
       return;
     }
     if (id === this.#current.conversation.id) return;
