@@ -239,3 +239,7 @@ class ListenOptions:
         "text", "lines for people, or one JSON object a line", choices=("text", "json"),
         group="logging",
     )  # fmt: skip
+    otlp_traces_endpoint: str | None = setting(
+        None, "send OpenTelemetry traces there, OTLP over HTTP, as in "
+        "http://127.0.0.1:4318/v1/traces (needs chatserve[otel])", group="logging", metavar="URL",
+    )  # fmt: skip

@@ -28,6 +28,7 @@ from chatserve.server.registry import WorkerRegistry
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.service_manager import ServiceManager
 from chatserve.server.tls import server_context
+from chatserve.server.tracing import traced
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ async def _serve(config: ControllerConfig) -> int:
         registry.abort(ShuttingDown("the server has shut down; try again when it is back"))
 
     async with contextlib.AsyncExitStack() as stack:
+        edge.tracing = stack.enter_context(traced(config.otlp_traces_endpoint, "controller"))
         stack.enter_context(stop.installed())
         await stack.enter_async_context(manager.told(lambda: "controller"))
         await listener.start()

@@ -45,6 +45,7 @@ from chatserve.server.disconnect import log_left
 from chatserve.server.error_log import ErrorLog
 from chatserve.server.error_response import error_response
 from chatserve.server.outcome import begin
+from chatserve.server.tracing import Tracing
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/health/decode"})
 KEYED_PATHS = frozenset(
@@ -235,6 +236,7 @@ class Edge:
         self._policy = policy
         self._check_room = check_room
         self._errors = errors
+        self.tracing: Tracing | None = None
         self._max_body_bytes = max_body_bytes
         self._readings: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
@@ -262,6 +264,7 @@ class Edge:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             outcome = begin()
+            span = None if self.tracing is None else self.tracing.begin(scope, outcome)
             send = request_id.answering(scope, send)
             if scope["method"] == "HEAD":
                 # the answer to a GET, of which uvicorn leaves the body out
@@ -275,6 +278,8 @@ class Edge:
             finally:
                 if self._errors is not None and self._is_counted(scope["path"]):
                     self._errors.note(outcome)
+                if span is not None and self.tracing is not None:
+                    self.tracing.end(span, outcome)
         else:
             await send({"type": "websocket.close", "code": 1008})
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from starlette.types import Receive
 
@@ -18,6 +18,7 @@ from chatserve.errors import GenerationFailed
 from chatserve.server.contract import Engine, TokenStream
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.door import hand_over
+from chatserve.server.outcome import Answered, note_answer
 from chatserve.server.preparation import Prepared
 from chatserve.server.request_id import current_request_id
 from chatserve.server.resumption import UNSAID, Resumption
@@ -160,12 +161,19 @@ class Generation:
 
     def log_summary(self) -> None:
         """One line for a request that has ended, without a word of what it said."""
-        ttft = "-" if self._first_at is None else f"{(self._first_at - self._started_at) * 1e3:.0f}"
-        tpot = "-"
+        ttft_s = None if self._first_at is None else self._first_at - self._started_at
+        ttft = "-" if ttft_s is None else f"{ttft_s * 1e3:.0f}"
+        tpot_s = None
         if self._first_at is not None and self.num_generated_tokens > self.num_sequences:
             num_steps = self.num_generated_tokens / self.num_sequences - 1
-            tpot = f"{(self._last_at - self._first_at) / num_steps * 1e3:.1f}"
+            tpot_s = (self._last_at - self._first_at) / num_steps
+        tpot = "-" if tpot_s is None else f"{tpot_s * 1e3:.1f}"
         outcomes = [self._outcomes.get(i, "abort") for i in range(self.num_sequences)]
+        answered = Answered(
+            self.request_id, self.prepared.model, self.prepared.num_prompt_tokens,
+            self.num_cached_tokens, self.num_generated_tokens, tuple(outcomes), ttft_s,
+        )  # fmt: skip
+        note_answer(answered)
         logger.info(
             "%s request=%s model=%s prompt_tokens=%d completion_tokens=%d ttft_ms=%s tpot_ms=%s "
             "finish=%s",
@@ -177,6 +185,13 @@ class Generation:
             ttft,
             tpot,
             ",".join(outcomes),
+            extra={
+                "about": {
+                    **asdict(answered),
+                    "tpot_s": tpot_s,
+                    "duration_s": time.monotonic() - self._started_at,
+                }
+            },
         )
 
     def _note(self, index: int, event: TokenEvent) -> None:

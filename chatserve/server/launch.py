@@ -49,6 +49,7 @@ from chatserve.server.service_manager import ServiceManager
 from chatserve.server.socket_folder import socket_folder
 from chatserve.server.supervisor import RestartPolicy
 from chatserve.server.tls import server_context
+from chatserve.server.tracing import traced
 from chatserve.settings import flags_of
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class _Server:
                 repertoire.declare(name, path, is_first=True)
             for name, path in self._waiting:
                 repertoire.declare(name, path)
+            edge.tracing = stack.enter_context(traced(config.otlp_traces_endpoint, "controller"))
             stack.enter_context(self._stop.installed())
             await stack.enter_async_context(manager.told(self._progress))
             await listener.start()

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from chatserve.server.outcome import current_trace_id
 from chatserve.server.request_id import NO_REQUEST, current_request_id
 
 LogFormat = Literal["text", "json"]
@@ -93,8 +94,9 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time, level, process, logger, message, the id of the request that it is
-    about, and a traceback as a text."""
+    """One object a line: time, level, process, logger, message, the ids of the request that it is
+    about and of its trace, what else the record is `about` in fields of their own, and a traceback
+    as a text."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -111,6 +113,9 @@ class JsonLines(logging.Formatter):
         }
         if (request_id := current_request_id()) != NO_REQUEST:
             fields["request"] = request_id
+        if trace_id := current_trace_id():
+            fields["trace"] = trace_id
+        fields |= getattr(record, "about", {})
         if record.exc_info and record.exc_info[1]:
             fields["traceback"] = _traceback(record.exc_info[1])
         # in ASCII: nothing in it can end a line or move a terminal

@@ -21,6 +21,7 @@ from chatserve.server.controller_door import takes_place
 from chatserve.server.disconnect import until_disconnect
 from chatserve.server.leases import Lease
 from chatserve.server.moves import Moves, ResumePolicy
+from chatserve.server.outcome import current_trace_headers, note_model
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.relayed_stream import RelayedStream
 from chatserve.server.request_id import HEADER as REQUEST_ID_HEADER
@@ -122,6 +123,7 @@ class Relay:
             self._headers
             | header_for_worker(request.headers, self._token)
             | {REQUEST_ID_HEADER: current_request_id()}
+            | dict(current_trace_headers())
         )
         return Asked(request.url.path, model, body, headers)
 
@@ -138,6 +140,7 @@ class Relay:
                 if refusal is None:
                     raise
                 return refusal
+            note_model(asked.model)
             try:
                 response = await self._answer(asked, lease, moves)
                 if response.status_code != OVERLOADED or moves.has_lost:

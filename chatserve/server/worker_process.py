@@ -59,6 +59,7 @@ from chatserve.server.replay_log import ReplayLog, default_path
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.service_manager import ServiceManager
 from chatserve.server.tls import client_context, server_context
+from chatserve.server.tracing import traced
 from chatserve.server.worker import create_slot_app
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ async def _serve(config: WorkerConfig, load: Load) -> int:
     )  # fmt: skip
     manager = ServiceManager.of_environment()
     async with contextlib.AsyncExitStack() as stack:
+        edge.tracing = stack.enter_context(traced(config.otlp_traces_endpoint, "worker"))
         stack.enter_context(stop.installed())
         await stack.enter_async_context(manager.told(slot.describe_progress))
         await listener.start()

@@ -138,6 +138,7 @@ class Workers:
             *("--host=127.0.0.1", "--port=0", f"--controller={self._control_url}"),
             f"--model-names={name}",
             f"--log-format={config.log_format}",
+            f"--otlp-traces-endpoint={config.otlp_traces_endpoint or ''}",
             *("--ssl-certfile=", "--ssl-keyfile=", "--ssl-ca-certs="),
             # whoever is let in here finds room there
             f"--max-connections={min(config.max_connections + 64, MAX_CONNECTIONS)}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
+
 import pytest
 
 from chatserve.errors import (
@@ -66,6 +68,10 @@ def test_it_is_bounded() -> None:
 
 
 def test_a_request_tells_its_last_error_and_its_status() -> None:
+    copy_context().run(check_a_request)
+
+
+def check_a_request() -> None:
     note_error(WorkerLost("nobody has begun"), 502)
     log = ErrorLog()
     outcome = begin()
