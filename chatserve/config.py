@@ -142,6 +142,10 @@ class ChatConfig(ModelOptions):
         None, "the same as WEIGHTS; with --base-url: the name of a model there", group="chat",
         flags=("--model-path", "--model-name"), metavar="WEIGHTS",
     )  # fmt: skip
+    private: bool = setting(
+        False, "start a server even where one of yours serves these weights already",
+        group="chat", flags=("--no-join",),
+    )  # fmt: skip
     prompt: str | None = setting(
         None, "answer once on stdout and leave", group="chat", flags=("-p",), metavar="TEXT"
     )

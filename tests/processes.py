@@ -14,7 +14,9 @@ TIMEOUT_S = 120
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment, with small thread pools and no network by accident."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+    # nor do chats join a server that happens to run here
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CHATSERVE_PRIVATE": "1"}
+    return {**os.environ, **quiet, **changes}
 
 
 def run_chatserve(

@@ -54,6 +54,9 @@ class Server(Streams, Protocol):
     def count_tokens(self, text: str) -> int | None:
         """How many tokens the model makes of `text`; None where nobody can say, or not yet."""
 
+    def close(self) -> None:
+        """Let go of it; one of the chat's own is stopped."""
+
     def rival(self, model: ModelInfo) -> Rival:
         """A further connection to the same server, for another model's answer; only when ready."""
 

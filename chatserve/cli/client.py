@@ -121,15 +121,18 @@ class ChatClient:
             raise BadStream(f"{self.base_url} does not list its models; is it an OpenAI API?")
         return models
 
-    def progress(self) -> Progress | None:
-        """How far the server is; None when it is ready. Raises `ChatserveError`."""
+    def progress(self, model: str | None = None) -> Progress | None:
+        """How far the server is, or `model` there; None when it is ready.
+
+        Raises `ChatserveError`.
+        """
         root = self.base_url.removesuffix("/v1")
         with self._request("GET", "/health/ready", root=root) as response:
             if response.status_code == 200:
                 return None
             if response.status_code != 503:
                 self._check(response)
-            return read_progress(self._json(response))
+            return read_progress(self._json(response), model)
 
     def count_tokens(self, text: str, model: str) -> int | None:
         """How many tokens `text` is for `model`; None where the server cannot say."""

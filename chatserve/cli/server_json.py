@@ -55,11 +55,18 @@ def read_model(entry: dict[str, Any]) -> ModelInfo:
     )
 
 
-def read_progress(table: Any) -> Progress:
-    """The first model that is not ready; a body of another shape says only "not ready"."""
+def read_progress(table: Any, name: str | None = None) -> Progress | None:
+    """The first model that is not ready; a body of another shape says only "not ready".
+
+    `name`: of that model alone, if it is there; None when it is ready.
+    """
     models = table.get("models") if isinstance(table, dict) else None
-    for model in models if isinstance(models, list) else []:
-        if isinstance(model, dict) and model.get("state") != "ready":
+    there = [model for model in models if isinstance(model, dict)] if models else []
+    there = [model for model in there if model.get("name") == name] or there
+    if any(model.get("name") == name and model.get("state") == "ready" for model in there):
+        return None
+    for model in there:
+        if model.get("state") != "ready":
             return Progress(
                 name=str(model.get("name", "")),
                 state=str(model.get("state", "")),

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,7 +29,7 @@ from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
 from chatserve.cli.transcript import Transcript
-from chatserve.config import ChatConfig, build
+from chatserve.config import DEFAULT_WEIGHTS, ChatConfig, build
 from chatserve.errors import StartupError, UsageError
 from chatserve.flags import CommandParser
 from chatserve.options import ModelOptions
@@ -47,18 +48,20 @@ ServerCommand = Callable[[ChatConfig], Sequence[str]]
 
 def server_command(config: ChatConfig) -> list[str]:
     """The command line of the private server for the weights that `config` names."""
-    # the system message travels in each request, so that /system can change it
-    model_options = dataclasses.replace(config, conv_system_msg=None)
     weights = [] if config.model is None else [config.model]
     debug = ["--debug"] if config.debug else []
-    flags = flags_of(model_options, ModelOptions)
     return [
         # -P: no file of the folder that it is started in is ever imported
         sys.executable, "-P", "-m", "chatserve.server", "--host=127.0.0.1", "--port=0",
         # nothing else that a chat asks for needs them
         *(["--no-prepare-grammars"] if config.schema is None else []),
-        *flags, *debug, "--", *weights,
+        *_model_flags(config), *debug, "--", *weights,
     ]  # fmt: skip
+
+
+def _model_flags(config: ChatConfig) -> list[str]:
+    # the system message travels in each request, so that /system can change it
+    return flags_of(dataclasses.replace(config, conv_system_msg=None), ModelOptions)
 
 
 def main(argv: Sequence[str], *, server_command: ServerCommand = server_command) -> int:
@@ -84,13 +87,13 @@ def main(argv: Sequence[str], *, server_command: ServerCommand = server_command)
     if config.prompt is None and is_person:
         # before the server: a chat that is not there must not cost the loading of a model
         person = _Person(config)
-        with exits_on_signals(), _server(config, server_command) as server:
+        with exits_on_signals(), _server(config, server_command, person.tell) as server:
             person.chat(server)
         return 0
     if config.resume is not None:
         raise UsageError("--resume is for a chat in a terminal, not for -p, pipes and programs")
     if config.prompt is None and is_program:
-        with exits_on_signals(), _server(config, server_command) as server:
+        with exits_on_signals(), _server(config, server_command, _tell_nobody) as server:
             _chat_with_program(server, config)
     else:
         _answer_once(config, server_command)
@@ -126,10 +129,13 @@ def _check_is_chat(config: ChatConfig) -> None:
 
 
 @contextlib.contextmanager
-def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Server]:
+def _server(
+    config: ChatConfig, server_command: ServerCommand, tell: Callable[[str], None]
+) -> Iterator[Server]:
     server: Server
     if config.base_url is None:
-        server = PrivateServer(server_command(config), sys.stderr, debug=config.debug)
+        start_own = partial(PrivateServer, server_command(config), sys.stderr, debug=config.debug)
+        server = _shared_server(config, start_own, tell) or start_own()
     else:
         from chatserve.cli.client import ChatClient
         from chatserve.cli.joined_server import JoinedServer
@@ -139,6 +145,26 @@ def _server(config: ChatConfig, server_command: ServerCommand) -> Iterator[Serve
         server = JoinedServer(client, config.model)
     with contextlib.closing(server):
         yield server
+
+
+def _tell_nobody(_text: str) -> None:
+    """Whoever started this is no person."""
+
+
+def _shared_server(
+    config: ChatConfig, start_own: Callable[[], Server], tell: Callable[[str], None]
+) -> Server | None:
+    """One of this user's that serves the weights already, in the same form."""
+    from chatserve.cli import shared_server
+
+    if config.private:
+        return None
+    weights = DEFAULT_WEIGHTS if config.model is None else config.model
+    found = shared_server.running_with(weights, _model_flags(config))
+    if found is None:
+        return None
+    key = environment.client_api_key(found[0].url)
+    return shared_server.join(*found, key, start_own, tell)
 
 
 class _Person:
@@ -161,6 +187,9 @@ class _Person:
                 self._transcript = kept.resume(config.resume)
                 self._transcript.system = config.conv_system_msg or self._transcript.system
             self._kept = None if config.no_save else kept
+
+    def tell(self, text: str) -> None:
+        self._display.note(text)
 
     def chat(self, server: Server) -> None:
         chat = Chat(
@@ -239,7 +268,9 @@ def _answer_once(config: ChatConfig, server_command: ServerCommand) -> None:
         else:
             display = _display(_script_drawer(config), config)
         is_watched = sys.stdout.isatty() and sys.stderr.isatty() and not is_json
-        with exits_on_signals(), _server(config, server_command) as server:
+        # a script's log is no place for what has gone well
+        tell = display.note if sys.stderr.isatty() else _tell_nobody
+        with exits_on_signals(), _server(config, server_command, tell) as server:
             transcript = _transcript(config)
             transcript.ask(files.before(_question(config, display)))
             wait_until_ready(server, display)
