@@ -5,21 +5,16 @@ import { ApiError, type Model, request } from "./api";
 import { Asking } from "./asking";
 import { Banners } from "./banner";
 import { Composer } from "./composer";
-import {
-  type Message,
-  now,
-  path,
-  type Summary,
-  touch,
-  type Vote,
-  type VoteChoice,
-} from "./conversation";
-import { askKey, openSettings, openShortcuts } from "./dialogs";
-import { copyText, download, el, iconButton } from "./dom";
-import { fileName, toJson, toMarkdown } from "./export";
-import { forgetKey, keepKey, key } from "./key";
+import { type Message, path, type Summary, touch, type VoteChoice } from "./conversation";
+import { openSettings, openShortcuts } from "./dialogs";
+import { copyText, el } from "./dom";
+import { Draft } from "./draft";
+import { Elsewhere } from "./elsewhere";
+import { failureLine } from "./failure-line";
+import { Frame } from "./frame";
+import { forgetKey, key } from "./key";
 import { type Kept, Library } from "./library";
-import { failureLine } from "./message-view";
+import { Login } from "./login";
 import { ModelPicker } from "./model-picker";
 import {
   applyTheme,
@@ -29,10 +24,10 @@ import {
   writeDraft,
   writePreferences,
 } from "./preferences";
-import { readFile } from "./reading";
 import { SamplingPanel } from "./sampling-panel";
 import { ServerWatch } from "./server-watch";
 import { listenForShortcuts } from "./shortcuts";
+import { voteOn } from "./side-by-side";
 import { Sidebar } from "./sidebar";
 import { NotKept } from "./store";
 import { BrowserStore } from "./store-browser";
@@ -40,13 +35,10 @@ import { ServerStore } from "./store-server";
 import { SpareStore } from "./store-spare";
 import { thoughtsOf } from "./thinking";
 import { ThreadView } from "./thread-view";
+import { copyAll, exportFile, type Form, importFile } from "./transfer";
 
 const NEW = "new";
-const NARROW = "(max-width: 48rem)";
-const DRAFT_AFTER_MS = 250;
 const UNDO_MS = 10_000;
-/** a tab that writes an answer saves it oftener than this */
-const ELSEWHERE_MS = 12_000;
 /** the database of chats that the server had no room for */
 const SPARE = "chatserve-spare";
 
@@ -65,24 +57,22 @@ export class App {
   readonly #picker: ModelPicker;
   readonly #panel: SamplingPanel;
   readonly #title = el("h1", { class: "off-screen" });
-  readonly #root: HTMLElement;
-  #draftTimer: ReturnType<typeof setTimeout> | undefined;
+  readonly #frame: Frame;
+  readonly #draft = new Draft();
+  readonly #login: Login;
+  readonly #elsewhere = new Elsewhere(() => this.#sync());
   /** the server has said that it keeps no conversations */
   #serverKeeps = true;
-  #login: Promise<boolean> | undefined;
-  /** the user has closed the dialog that asks for it */
-  #hasNoKey = false;
-  /** by conversation, the messages that another tab writes */
-  readonly #elsewhere = new Map<
-    string,
-    { messages: Set<string>; timer: ReturnType<typeof setTimeout> }
-  >();
 
   constructor(root: HTMLElement) {
-    this.#root = root;
     applyTheme(this.#preferences.theme);
     this.#library = this.#newLibrary(this.#preferences.place);
     this.#current = this.#fresh();
+    this.#login = new Login(this.#banners, () => {
+      void this.#watch.ask();
+      void this.#list();
+      void this.#route();
+    });
     this.#asking = new Asking({
       changed: (kept) => {
         if (kept === this.#current) this.#sync();
@@ -92,12 +82,12 @@ export class App {
         if (kept === this.#current) this.#thread.grew(message.id);
       },
       ended: (_, message, error) => this.#ended(message, error),
-      needsKey: (error) => this.#needsKey(error, true),
+      needsKey: (error) => this.#login.need(error, true),
     });
     this.#watch = new ServerWatch({
       models: (models) => this.#gotModels(models),
       gone: (error) => this.#gone(error),
-      needsKey: (error) => this.#needsKey(error),
+      needsKey: (error) => this.#login.need(error),
     });
     this.#sidebar = new Sidebar({
       fresh: () => this.fresh(),
@@ -115,10 +105,8 @@ export class App {
         const next = { system: "light", light: "dark", dark: "system" } as const;
         this.#setTheme(next[this.#preferences.theme]);
       },
-      close: () => this.#showSidebar(false),
-      chosen: () => {
-        if (matchMedia(NARROW).matches) this.#showSidebar(false);
-      },
+      close: () => this.#frame.showSidebar(false),
+      chosen: () => this.#frame.chosen(),
     });
     this.#thread = new ThreadView(
       {
@@ -137,7 +125,7 @@ export class App {
         this.#address();
       },
       stop: () => this.stop(),
-      drafted: (text) => this.#drafted(text),
+      drafted: (text) => this.#draft.changed(this.#draftId(), text),
       editLast: () => this.#thread.editLast(),
     });
     this.#picker = new ModelPicker((models, isBlind) => this.#pickModels(models, isBlind));
@@ -147,21 +135,33 @@ export class App {
         this.#remember({ system, sampling });
         this.#changedSettings();
       },
-      () => this.#showPanel(false),
+      () => this.#frame.showPanel(false),
     );
-    this.#build();
+    this.#sidebar.showTheme(this.#preferences.theme);
+    this.#frame = new Frame(
+      root,
+      {
+        sidebar: this.#sidebar.element,
+        title: this.#title,
+        picker: this.#picker.element,
+        banners: this.#banners.element,
+        thread: this.#thread.element,
+        toEnd: this.#thread.toEnd,
+        composer: this.#composer.element,
+        panel: this.#panel.element,
+        announcer: this.#announcer.element,
+      },
+      () => this.#composer.focus(),
+    );
   }
 
   async start(): Promise<void> {
     listenForShortcuts(this);
     addEventListener("hashchange", () => void this.#route());
     addEventListener("pagehide", () => this.#library.leave());
-    const matches = matchMedia(NARROW);
-    matches.addEventListener("change", () => this.#showSidebar(!matches.matches));
-    this.#showSidebar(!matches.matches);
     void this.#watch.ask();
     this.#show(this.#current);
-    if (!matches.matches) this.#composer.focus();
+    if (!this.#frame.isNarrow) this.#composer.focus();
     // the list says where chats are kept
     await this.#list();
     await this.#route();
@@ -174,7 +174,7 @@ export class App {
     if (location.hash !== "" && location.hash !== "#/") location.hash = "#/";
     else this.#show(this.#fresh());
     this.#composer.focus();
-    if (matchMedia(NARROW).matches) this.#showSidebar(false);
+    this.#frame.chosen();
   }
 
   stop(): void {
@@ -205,7 +205,7 @@ export class App {
   }
 
   search(): void {
-    this.#showSidebar(true);
+    this.#frame.showSidebar(true);
     this.#sidebar.focusSearch();
   }
 
@@ -215,11 +215,11 @@ export class App {
   }
 
   togglePanel(): void {
-    this.#showPanel(this.#panel.element.hidden === true);
+    this.#frame.togglePanel();
   }
 
   toggleSidebar(): void {
-    this.#showSidebar(!this.#root.classList.contains("has-sidebar"));
+    this.#frame.toggleSidebar();
   }
 
   shortcuts(): void {
@@ -243,7 +243,7 @@ export class App {
       },
       writing: (conversation) =>
         conversation.messages.map(({ id }) => id).filter((id) => this.#asking.answerings.has(id)),
-      writtenElsewhere: (id, messages) => this.#writtenElsewhere(id, messages),
+      writtenElsewhere: (id, messages) => this.#elsewhere.heard(id, messages),
       saveFailed: (reason) => this.#saveFailed(reason),
     });
   }
@@ -291,7 +291,7 @@ export class App {
       if (location.hash !== `#/c/${id}`) return;
       if (kept) {
         this.#show(kept);
-        if (matchMedia(NARROW).matches) this.#showSidebar(false);
+        this.#frame.chosen();
       } else {
         this.#banners.show(
           "notice",
@@ -305,7 +305,7 @@ export class App {
   }
 
   #show(kept: Kept): void {
-    this.#saveDraft();
+    this.#draft.save();
     this.#current = kept;
     this.#composer.setText(readDraft(this.#draftId()));
     this.#panel.show(kept.conversation);
@@ -341,49 +341,27 @@ export class App {
     );
   }
 
-  async #export(id: string, form: "markdown" | "json"): Promise<void> {
+  async #export(id: string, form: Form): Promise<void> {
     const kept = await this.#library.open(id);
-    if (!kept) return;
-    const { conversation } = kept;
-    if (form === "json") {
-      download(fileName(conversation, "json"), "application/json", toJson(conversation));
-    } else {
-      download(fileName(conversation, "md"), "text/markdown", toMarkdown(conversation));
-    }
+    if (kept) exportFile(kept.conversation, form);
   }
 
   async #import(files: File[]): Promise<void> {
     for (const file of files) {
       await this.#try(async () => {
-        const found = readFile(await file.text(), file.name);
-        for (const conversation of found) {
-          if (conversation.models.length === 0) conversation.models = this.#served([]);
-          await this.#library.add(conversation);
-        }
-        const last = found.at(-1);
-        if (last) location.hash = `#/c/${last.id}`;
+        const id = await importFile(file, this.#library, this.#served([]));
+        if (id !== undefined) location.hash = `#/c/${id}`;
       });
     }
   }
 
   async #vote(left: Message, choice: VoteChoice): Promise<void> {
     const { conversation } = this.#current;
-    const [a, b] = conversation.models;
-    if (a === undefined || b === undefined) return;
-    const until = path(conversation).findIndex((each) => each.id === left.id) + 1;
-    const said = (side: number) =>
-      path(conversation, side)
-        .slice(0, until)
-        .map(({ role, content }) => ({ role, content }));
-    const vote: Vote = {
-      conversation_id: conversation.id,
-      models: [a, b],
-      vote: choice,
-      names_hidden: Boolean(conversation.is_blind) && !Object.keys(conversation.votes ?? {}).length,
-      messages: [said(0), said(1)],
-      voted_at: now(),
-    };
-    await request("/page/votes", { method: "POST", body: JSON.stringify(vote) });
+    const vote = voteOn(conversation, left, choice);
+    // what is kept in the browser alone is not sent for a vote, either
+    if (this.#library.place === "server") {
+      await request("/page/votes", { method: "POST", body: JSON.stringify(vote) });
+    }
     conversation.votes = { ...conversation.votes, [left.id]: choice };
     touch(conversation);
     this.#current.changed();
@@ -442,43 +420,25 @@ export class App {
     const { conversation } = this.#current;
     const last = path(conversation, side).at(-1);
     if (!last || this.isBusy) return null;
-    const again = () => this.#do(() => this.#asking.answer(this.#current, side, last.id));
     if (last.role === "assistant") return null;
-    const failure = this.#asking.failures.get(last.id);
-    if (!failure) {
-      return failureLine(new ApiError("This question has no answer yet", "unanswered", 200), [
-        { label: "Answer it", isPrimary: true, run: again },
-      ]);
-    }
-    const isTooLong = failure.code === "context_length_exceeded";
-    return failureLine(failure, [
-      ...(isTooLong
-        ? [
-            {
-              label: "Leave out the oldest turns",
-              isPrimary: true,
-              run: () => {
-                conversation.sampling = {
-                  ...conversation.sampling,
-                  truncation: "rolling" as const,
-                };
-                this.#panel.show(conversation);
-                again();
-              },
-            },
-            { label: "New chat with this question", run: () => this.#askElsewhere(last.content) },
-          ]
-        : []),
-      { label: "Try again", isPrimary: !isTooLong, run: again },
-      { label: "Edit", run: () => this.#thread.editLast() },
-    ]);
+    const again = () => this.#do(() => this.#asking.answer(this.#current, side, last.id));
+    return failureLine(this.#asking.failures.get(last.id), {
+      again,
+      edit: () => this.#thread.editLast(),
+      shorten: () => {
+        conversation.sampling = { ...conversation.sampling, truncation: "rolling" };
+        this.#panel.show(conversation);
+        again();
+      },
+      askElsewhere: () => this.#askElsewhere(last.content),
+    });
   }
 
   #askElsewhere(text: string): void {
     this.fresh();
     this.#show(this.#fresh());
     this.#composer.setText(text);
-    this.#drafted(text);
+    this.#draft.changed(this.#draftId(), text);
   }
 
   /* the server */
@@ -506,52 +466,6 @@ export class App {
     void this.#route();
   }
 
-  /** `isAsked`: the user has just done what needs one. */
-  #needsKey(error: ApiError, isAsked = false): Promise<boolean> {
-    // what was under way when the dialog was closed does not open it again
-    if (this.#hasNoKey && !isAsked) return Promise.resolve(false);
-    // everybody who is refused waits for the same dialog
-    this.#login ??= askKey(
-      key() ? error.message : "It is the one that the server was started with.",
-    )
-      .then((given) => {
-        this.#hasNoKey = given === null;
-        if (!given) return false;
-        keepKey(given.key, given.isRemembered);
-        void this.#watch.ask();
-        void this.#list();
-        void this.#route();
-        return true;
-      })
-      .finally(() => {
-        this.#login = undefined;
-      });
-    return this.#login.then((isThere) => {
-      if (isThere) this.#banners.hide("locked");
-      else {
-        this.#banners.show("locked", "This server asks for an API key.", {
-          label: "Log in",
-          run: () => void this.#needsKey(error, true),
-        });
-      }
-      return isThere;
-    });
-  }
-
-  /** Until nothing has been heard of it for a while. */
-  #writtenElsewhere(conversation: string, messages: string[]): void {
-    clearTimeout(this.#elsewhere.get(conversation)?.timer);
-    const forget = () => {
-      this.#elsewhere.delete(conversation);
-      this.#sync();
-    };
-    if (messages.length === 0) this.#elsewhere.delete(conversation);
-    else {
-      const timer = setTimeout(forget, ELSEWHERE_MS);
-      this.#elsewhere.set(conversation, { messages: new Set(messages), timer });
-    }
-  }
-
   #saveFailed(reason: string | null): void {
     if (reason === null) this.#banners.hide("unsaved");
     else if (!this.#watch.isGone) {
@@ -565,7 +479,7 @@ export class App {
       await act();
     } catch (error) {
       if (error instanceof ApiError && error.status === 401) {
-        await this.#needsKey(error);
+        await this.#login.need(error);
       } else if (error instanceof ApiError && error.isUnreachable) {
         void this.#watch.ask();
       } else {
@@ -582,58 +496,6 @@ export class App {
 
   /* what is shown */
 
-  #build(): void {
-    this.#sidebar.showTheme(this.#preferences.theme);
-    const tools = el(
-      "div",
-      { class: "bar-tools" },
-      iconButton("sliders", "Sampling (Alt+S)", () => this.togglePanel(), {
-        "aria-controls": "sampling",
-        "aria-expanded": "false",
-        id: "sampling-button",
-      }),
-    );
-    const bar = el(
-      "header",
-      { class: "bar" },
-      iconButton("menu", "List of chats (Alt+B)", () => this.toggleSidebar(), {
-        "aria-controls": "sidebar",
-        "aria-expanded": "true",
-        id: "sidebar-button",
-      }),
-      this.#title,
-      this.#picker.element,
-      tools,
-    );
-    const veil = el("div", { class: "veil", onclick: () => this.#showSidebar(false) });
-    this.#root.append(
-      el(
-        "a",
-        {
-          class: "skip",
-          href: "#question",
-          onclick: (event: Event) => {
-            event.preventDefault();
-            this.#composer.focus();
-          },
-        },
-        "To the question",
-      ),
-      this.#sidebar.element,
-      veil,
-      el(
-        "main",
-        { class: "main" },
-        bar,
-        this.#banners.element,
-        this.#thread.element,
-        el("div", { class: "dock" }, this.#thread.toEnd, this.#composer.element),
-      ),
-      this.#panel.element,
-      this.#announcer.element,
-    );
-  }
-
   #sync(): void {
     const { conversation } = this.#current;
     this.#title.textContent = conversation.title || "New chat";
@@ -643,7 +505,7 @@ export class App {
     this.#thread.sync({
       conversation,
       answerings: this.#asking.answerings,
-      elsewhere: this.#elsewhere.get(conversation.id)?.messages ?? new Set(),
+      elsewhere: this.#elsewhere.messages(conversation.id),
       tail: (side) => this.#tail(side),
     });
     this.#composer.setBusy(this.isBusy);
@@ -681,22 +543,6 @@ export class App {
           : "The server has started, its models are on their way.",
       ),
     );
-  }
-
-  #showSidebar(isShown: boolean): void {
-    this.#root.classList.toggle("has-sidebar", isShown);
-    this.#sidebar.element.inert = !isShown;
-    document.getElementById("sidebar-button")?.setAttribute("aria-expanded", String(isShown));
-  }
-
-  #showPanel(isShown: boolean): void {
-    const { element } = this.#panel;
-    const hadFocus = element.contains(document.activeElement);
-    element.hidden = !isShown;
-    const button = document.getElementById("sampling-button");
-    button?.setAttribute("aria-expanded", String(isShown));
-    if (isShown) element.querySelector("textarea")?.focus();
-    else if (hadFocus) button?.focus();
   }
 
   #openSettings(): void {
@@ -742,14 +588,7 @@ export class App {
 
   async #copyHere(): Promise<void> {
     const other = this.#library.place === "server" ? new BrowserStore() : new ServerStore();
-    const there = new Set(this.#library.summaries.map(({ id }) => id));
-    let num = 0;
-    for (const { id } of await other.list("")) {
-      const conversation = there.has(id) ? null : await other.get(id);
-      if (!conversation) continue;
-      await this.#library.add(conversation);
-      num += 1;
-    }
+    const num = await copyAll(other, this.#library);
     this.#banners.show(
       "notice",
       num === 1 ? "1 chat was copied" : `${num} chats were copied`,
@@ -766,20 +605,5 @@ export class App {
   #draftId(): string {
     const { id, messages } = this.#current.conversation;
     return messages.length > 0 ? id : NEW;
-  }
-
-  #drafted(text: string): void {
-    this.#draft = { id: this.#draftId(), text };
-    clearTimeout(this.#draftTimer);
-    if (text === "") this.#saveDraft();
-    else this.#draftTimer = setTimeout(() => this.#saveDraft(), DRAFT_AFTER_MS);
-  }
-
-  #draft: { id: string; text: string } | undefined;
-
-  #saveDraft(): void {
-    clearTimeout(this.#draftTimer);
-    if (this.#draft) writeDraft(this.#draft.id, this.#draft.text);
-    this.#draft = undefined;
   }
 }

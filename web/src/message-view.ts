@@ -1,7 +1,6 @@
 /** One message as it is shown. Knows elements and what may be done; asks its owner to do it. */
 
 import type { Answering } from "./answering";
-import type { ApiError } from "./api";
 import type { Message } from "./conversation";
 import { copyButton, el, icon, iconButton } from "./dom";
 import { LiveMarkdown } from "./live-markdown";
@@ -248,32 +247,4 @@ export class AnswerView {
     if (totalBytes) text = `The model is ${wording.loading(loadedBytes, totalBytes)}`;
     this.#waiting.replaceChildren(el("span", { class: "dots", "aria-hidden": "true" }), text);
   }
-}
-
-/** What went wrong with a question, in one line, and what can be done. */
-export function failureLine(
-  error: ApiError,
-  actions: { label: string; isPrimary?: boolean; run(): void }[],
-): HTMLElement {
-  return el(
-    "div",
-    { class: "failure", role: "alert" },
-    el("p", { dir: "auto" }, `${sentence(error.message)} ${wording.advice(error)}`),
-    el(
-      "div",
-      { class: "row" },
-      ...actions.map(({ label, isPrimary, run }) =>
-        el(
-          "button",
-          { type: "button", class: isPrimary ? "primary" : undefined, onclick: run },
-          label,
-        ),
-      ),
-    ),
-  );
-}
-
-function sentence(text: string): string {
-  const start = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(start) ? start : `${start}.`;
 }

@@ -1,6 +1,13 @@
 /** Two models beside each other: their names, and who was better. */
 
-import type { Conversation, Message, VoteChoice } from "./conversation";
+import {
+  type Conversation,
+  type Message,
+  now,
+  path,
+  type Vote,
+  type VoteChoice,
+} from "./conversation";
 import { el } from "./dom";
 
 const CHOICES: [VoteChoice, string][] = [
@@ -17,6 +24,24 @@ export function sideName(side: number): string {
 /** Names that are hidden stay so until there has been a vote. */
 export function areNamesHidden(conversation: Conversation): boolean {
   return Boolean(conversation.is_blind) && Object.keys(conversation.votes ?? {}).length === 0;
+}
+
+/** A vote on the answers beside `left`, with all that was said before. */
+export function voteOn(conversation: Conversation, left: Message, vote: VoteChoice): Vote {
+  const [a = "", b = ""] = conversation.models;
+  const until = path(conversation).findIndex((each) => each.id === left.id) + 1;
+  const said = (side: number) =>
+    path(conversation, side)
+      .slice(0, until)
+      .map(({ role, content }) => ({ role, content }));
+  return {
+    conversation_id: conversation.id,
+    models: [a, b],
+    vote,
+    names_hidden: areNamesHidden(conversation),
+    messages: [said(0), said(1)],
+    voted_at: now(),
+  };
 }
 
 /** The buttons below the newest pair of answers; below older ones only what was said. */

@@ -1,4 +1,5 @@
 import { afterEach, expect, test, vi } from "vitest";
+import { until } from "./until";
 import { ApiError } from "../src/api";
 import { Asking } from "../src/asking";
 import { newConversation, path } from "../src/conversation";
@@ -57,7 +58,7 @@ function chat(models = ["a"]) {
   const ended = vi.fn();
   const needsKey = vi.fn(async (_: ApiError) => true);
   const asking = new Asking({ changed: vi.fn(), grew: vi.fn(), ended, needsKey });
-  const over = (times = 1) => vi.waitFor(() => expect(ended).toHaveBeenCalledTimes(times));
+  const over = (times = 1) => until(() => expect(ended).toHaveBeenCalledTimes(times));
   return { conversation, kept, asking, ended, needsKey, over };
 }
 
@@ -148,7 +149,7 @@ test("stop ends the request and keeps what there is", async () => {
   const requests = serve([delta("It"), "wait", delta("more")]);
   const { conversation, kept, asking, over } = chat();
   asking.send(kept, "what?", []);
-  await vi.waitFor(() => expect(path(conversation)[1]?.content).toBe("It"));
+  await until(() => expect(path(conversation)[1]?.content).toBe("It"));
   asking.stop(conversation);
   await over();
   expect(requests[0]?.signal.aborted).toBe(true);

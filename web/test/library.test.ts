@@ -1,4 +1,5 @@
 import { afterEach, expect, test, vi } from "vitest";
+import { until } from "./until";
 import { ApiError } from "../src/api";
 import { append, type Conversation, path } from "../src/conversation";
 import { type Kept, Library } from "../src/library";
@@ -57,7 +58,7 @@ test("another tab hears of a save and shows it", async () => {
   const two = await library.open(one.conversation.id);
   say(one, "second");
   await one.save();
-  await vi.waitFor(() => expect(listener.merged).toHaveBeenCalled());
+  await until(() => expect(listener.merged).toHaveBeenCalled());
   expect(said(two?.conversation)).toEqual(["first", "second"]);
 });
 
@@ -70,7 +71,7 @@ test("another tab hears what is still being written", async () => {
   listener.writing.mockReturnValue([message?.id ?? ""]);
   const other = tab(store);
   await one.save();
-  await vi.waitFor(() =>
+  await until(() =>
     expect(other.listener.writtenElsewhere).toHaveBeenCalledWith(one.conversation.id, [
       message?.id,
     ]),
@@ -96,7 +97,7 @@ test("what another tab deleted is gone here, too, and not saved again", async ()
   say(one, "first");
   await one.save();
   await tab(store).library.remove(one.conversation.id);
-  await vi.waitFor(() => expect(listener.removed).toHaveBeenCalledWith(one.conversation.id));
+  await until(() => expect(listener.removed).toHaveBeenCalledWith(one.conversation.id));
   await one.save();
   expect(store.kept.size).toBe(0);
 });
