@@ -197,6 +197,10 @@ class ChatConfig(ModelOptions):
     )  # fmt: skip
     multiline: bool = setting(False, "Enter makes a new line, Esc+Enter sends", group="terminal")
     mouse: bool = setting(False, "mouse support in the line editor", group="terminal")
+    theme: str = setting(
+        "auto", "colours for a dark screen, a light one, either (auto), or no colours",
+        choices=("auto", "dark", "light", "none"), group="terminal",
+    )  # fmt: skip
     no_history: bool = setting(False, "do not send earlier turns", group="terminal")
     no_save: bool = setting(False, "keep nothing on disk", group="terminal")
     raw: bool = setting(False, "do not strip terminal escapes from answers", group="terminal")

@@ -154,8 +154,19 @@ def show_gpus(names: str) -> None:
 
 
 def is_color_wanted() -> bool:
-    """False when `NO_COLOR` is set or the terminal is dumb."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """False when `NO_COLOR` is set, `CLICOLOR` is 0, or the terminal is dumb."""
+    if os.environ.get("NO_COLOR") or os.environ.get("CLICOLOR") == "0":
+        return False
+    return os.environ.get("TERM") != "dumb"
+
+
+def terminal_background() -> str | None:
+    """`dark` or `light`, where the terminal says so by `COLORFGBG` (`15;0`)."""
+    color = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    if not color.isdecimal():
+        return None
+    # of the sixteen colours: white and all bright ones but dark grey
+    return "light" if int(color) == 7 or int(color) > 8 else "dark"
 
 
 def editor() -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
-from chatserve.cli.escapes import one_line
 from chatserve.cli.render import Display
+from chatserve.cli.status_bar import status_text
 from chatserve.cli.transcript import Transcript
 from chatserve.errors import ContextLengthExceeded
 
@@ -95,10 +95,14 @@ def stream_answer(
     display: Display,
     answer: Answer,
     clock: Callable[[], float],
+    status: Callable[[], str] | None = None,
 ) -> None:
-    """Draw an answer while it comes and keep it in `answer`, however it ends."""
+    """Draw an answer while it comes and keep it in `answer`, however it ends.
+
+    `status` is shown below it, where that can be, and asked at each frame.
+    """
     answer.asked_at = clock()
-    with contextlib.closing(deltas), display.answer() as draw:
+    with contextlib.closing(deltas), display.answer(status) as draw:
         for delta in deltas:
             if delta.place is not None:
                 display.place(delta.place)
@@ -169,18 +173,6 @@ def answer_once(
         display.note(length_text(answer, options, server.model()))
     if show_status:
         display.note(status_text(server.model(), answer))
-
-
-def status_text(model: ModelInfo, answer: Answer) -> str:
-    """`smollm2-135m · cpu · float32 · 8-bit · 41.3 tokens/s`, leaving out what is not known."""
-    parts = (
-        model.name,
-        model.device,
-        model.dtype,
-        f"{model.weight_bits}-bit" if model.weight_bits else None,
-        f"{answer.tokens_per_s:.1f} tokens/s" if answer.tokens_per_s else None,
-    )
-    return " · ".join(one_line(part) for part in parts if part)
 
 
 def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:

@@ -22,7 +22,6 @@ from chatserve.cli.asking import (
     length_text,
     opened,
     outside_text,
-    status_text,
     stopped_text,
     stream_answer,
     wait_until_ready,
@@ -33,6 +32,7 @@ from chatserve.cli.render import Display, progress_text
 from chatserve.cli.slash.compare import ask_both
 from chatserve.cli.slash.table import RUNS
 from chatserve.cli.stats import Stats
+from chatserve.cli.status_bar import bar_text, live_text
 from chatserve.cli.terminal import interruptible
 from chatserve.cli.transcript import Transcript
 from chatserve.errors import ChatserveError, ContextLengthExceeded, StartupError
@@ -139,11 +139,14 @@ class Chat:
                 self._leaves_next = True
                 self.display.note("Ctrl-C once more, Ctrl-D or /exit leaves")
 
-    def status(self) -> str:
-        """One line on the server. Raises `StartupError` when it has ended."""
+    def status(self, columns: int) -> str:
+        """One line on the server, as much as there is room for.
+
+        Raises `StartupError` when it has ended.
+        """
         if (progress := self.server.progress()) is not None:
             return progress_text(progress)
-        return status_text(self.server.model(), self._last_answer)
+        return bar_text(self.server.model(), self._last_answer, columns)
 
     def _take(self, line: str) -> bool:
         """Do what a line says; False when it says to leave."""
@@ -204,8 +207,13 @@ class Chat:
         self._last_model = self.server.model().name
         messages = self.messages()
         deltas = ask(self.server, messages, options, answer)
+        model = self.server.model()
+
+        def status() -> str:
+            return live_text(model, answer, self.clock())
+
         try:
-            stream_answer(deltas, self.display, answer, self.clock)
+            stream_answer(deltas, self.display, answer, self.clock, status)
         finally:
             self._note_dropped(answer)
 

@@ -78,6 +78,13 @@ class KeptChat:
         """What comes is another chat; the one until now stays as it is."""
         self._session = Session()
 
+    def names(self) -> list[str]:
+        """What the newest chats are called; none where nobody can say."""
+        try:
+            return [info.name or info.id for info in self._recent()]
+        except DatabaseFailed:
+            return []
+
     def listed(self) -> str:
         """The newest chats, a line each."""
         try:

@@ -11,22 +11,54 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import cast
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from pygments.token import (  # type: ignore[import-untyped]  # no stubs on the list
+    Comment,
+    Generic,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    String,
+)
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.theme import Theme
+from rich.style import Style
+from rich.syntax import ANSISyntaxTheme, Syntax
+from rich.theme import Theme as RichTheme
 
 from chatserve.cli.block_cuts import FIRST_ROW, Cutter, Rest
 from chatserve.cli.escapes import strip_escapes
+from chatserve.cli.theme import Theme, theme_of
+from chatserve.cli.word_wrap import cut_to
 
 _ERASE_TO_LINE_END = "\x1b[K"
 _ERASE_BELOW = "\x1b[J"
 _MIN_LIVE_LINES = 3
+_BEGIN_FRAME, _END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _PADDING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$")
-# rich's own code style has a black background, a bar across a light terminal
-_THEME = Theme({"markdown.code": "bold cyan", "markdown.code_block": "cyan"})
+_NEUTRAL = ANSISyntaxTheme(
+    {
+        Comment: Style(dim=True, italic=True),
+        Keyword: Style(color="magenta"),
+        Operator.Word: Style(color="magenta"),
+        Name.Function: Style(bold=True),
+        Name.Class: Style(bold=True),
+        Name.Decorator: Style(color="cyan"),
+        Name.Tag: Style(color="magenta"),
+        Name.Attribute: Style(color="cyan"),
+        Number: Style(color="cyan"),
+        String: Style(color="green"),
+        Generic.Deleted: Style(color="red"),
+        Generic.Inserted: Style(color="green"),
+        Generic.Heading: Style(bold=True),
+    }
+)
+_AUTO = theme_of("auto", None)
 
 
 class LiveMarkdown:
@@ -39,12 +71,14 @@ class LiveMarkdown:
     rows went by.
     """
 
-    def __init__(self, *, has_color: bool = True) -> None:
+    def __init__(self, theme: Theme = _AUTO) -> None:
         self._parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
         self._console = Console(
-            file=io.StringIO(), force_terminal=True, color_system="standard", theme=_THEME,
-            no_color=not has_color, legacy_windows=False, highlight=False,
+            file=io.StringIO(), force_terminal=True, color_system="standard",
+            theme=RichTheme(dict(theme.markdown)), no_color=not theme.has_color,
+            legacy_windows=False, highlight=False,
         )  # fmt: skip
+        self._code_theme = _NEUTRAL if theme.code == "neutral" else Syntax.get_theme(theme.code)
         self._columns = 0
         self._cutter = Cutter(self._parser, self._drawn)
         self._last = Rest()  # the last block, and what may follow it on an unfinished line
@@ -52,15 +86,20 @@ class LiveMarkdown:
         self._is_first = True
         self._shown: list[str] = []  # lines within reach; the cursor is at the end of the last
 
-    def feed(self, text: str, columns: int, rows: int) -> str:
-        """Take more text; return what to write to a terminal of this size."""
+    def feed(self, text: str, columns: int, rows: int, status: str = "") -> str:
+        """Take more text; return what to write to a terminal of this size.
+
+        `status`, which must be free of escapes, stands below until the next frame.
+        """
         start = self._begin_frame(columns)
         self._last = replace(self._last, tail=self._last.tail + text)
         final = self._finish_blocks()
         live = self._cut_last(final)
-        num_over = max(0, len(live) - max(rows - 2, _MIN_LIVE_LINES))
+        num_over = max(0, len(live) - max(rows - (4 if status else 2), _MIN_LIVE_LINES))
         self._num_final += num_over
-        return start + self._redraw(final + live[:num_over], live[num_over:])
+        below = ["", _DIM + cut_to(status, columns - 1) + _RESET] if status else []
+        written = self._redraw(final + live[:num_over], live[num_over:] + below)
+        return start + (_BEGIN_FRAME + written + _END_FRAME if written else "")
 
     def finish(self, columns: int) -> str:
         """Return what draws the rest and leaves the cursor on the line below it."""
@@ -130,7 +169,9 @@ class LiveMarkdown:
 
     def _drawn(self, block: Rest) -> list[str]:
         """A block as lines of text and colour codes, a blank line first unless it is the first."""
-        markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
+        markdown = Markdown("", hyperlinks=False)
+        # rich takes a theme wherever it takes the name of one
+        markdown.code_theme = cast("str", self._code_theme)
         markdown.parsed = [_safe(token) for token in self._parser.parse(block.source)]
         if block.first_number is not None:
             markdown.parsed[0].attrs["start"] = block.first_number
@@ -171,9 +212,9 @@ class LiveMarkdown:
         return "".join(out)
 
 
-def drawn_once(text: str, columns: int, *, has_color: bool = True) -> str:
+def drawn_once(text: str, columns: int, theme: Theme = _AUTO) -> str:
     """The final drawing of a whole answer: lines with colour codes, nothing that moves a cursor."""
-    markdown = LiveMarkdown(has_color=has_color)
+    markdown = LiveMarkdown(theme)
     return "".join(line + "\n" for line in markdown.lines_of(text, columns))
 
 

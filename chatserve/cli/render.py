@@ -17,12 +17,14 @@ from typing import Protocol, TextIO
 from chatserve.cli.answer import Progress
 from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.escapes import EscapeFilter, one_line, strip_escapes
+from chatserve.cli.theme import Theme, theme_of
 from chatserve.cli.word_wrap import WordWrap, wrapped
 from chatserve.errors import UsageError
 
 _DIM = "\x1b[2m"
 _RED = "\x1b[31m"
 _RESET = "\x1b[0m"
+_AUTO = theme_of("auto", None)
 _ERASE_LINE = "\r\x1b[2K"
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _BAR_WIDTH = 20
@@ -34,9 +36,12 @@ _MAX_DRAWING_SHARE = 0.1
 
 
 class AnswerDrawer(Protocol):
-    """Draws one answer after the other; always `begin`, any number of `draw`, `end`."""
+    """Draws one answer after the other; always `begin`, any number of `draw`, `end`.
 
-    def begin(self) -> None: ...
+    `status` is asked for one line below the answer, where one can be that does not stay.
+    """
+
+    def begin(self, status: Callable[[], str] | None = None) -> None: ...
     def draw(self, text: str) -> None: ...
     def end(self) -> None: ...
 
@@ -60,7 +65,7 @@ class PlainDrawer:
         self._blank_line_after = blank_line_after
         self._ends_line = True
 
-    def begin(self) -> None:
+    def begin(self, status: Callable[[], str] | None = None) -> None:
         self._ends_line = not self._prefix
         self._wrap = WordWrap()
         self._write(self._prefix)
@@ -82,13 +87,13 @@ class PlainDrawer:
 class MarkdownPrinter:
     """Draws Markdown once, when it is whole: for files and pipes, which show no frames."""
 
-    def __init__(self, out: TextIO, columns: int, *, has_color: bool = True) -> None:
+    def __init__(self, out: TextIO, columns: int, *, theme: Theme = _AUTO) -> None:
         self._out = out
         self._columns = columns
-        self._has_color = has_color
+        self._theme = theme
         self._text = ""
 
-    def begin(self) -> None:
+    def begin(self, status: Callable[[], str] | None = None) -> None:
         self._text = ""
 
     def draw(self, text: str) -> None:
@@ -97,7 +102,7 @@ class MarkdownPrinter:
     def end(self) -> None:
         from chatserve.cli.live_markdown import drawn_once  # late: rich takes 0.1 s to import
 
-        self._out.write(drawn_once(self._text, self._columns, has_color=self._has_color))
+        self._out.write(drawn_once(self._text, self._columns, self._theme))
         self._out.flush()
 
 
@@ -113,21 +118,23 @@ class MarkdownDrawer:
         out: TextIO,
         size: Callable[[], tuple[int, int]],
         *,
-        has_color: bool = True,
+        theme: Theme = _AUTO,
         blank_line_after: bool = False,
     ) -> None:
         """`size` returns the terminal's columns and rows."""
         self._out = out
         self._size = size
-        self._has_color = has_color
+        self._theme = theme
+        self._status: Callable[[], str] | None = None
         self._blank_line_after = blank_line_after
         self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def begin(self) -> None:
+    def begin(self, status: Callable[[], str] | None = None) -> None:
         self._waiting = queue.SimpleQueue()
+        self._status = status
         self._ending.clear()
         self._thread = threading.Thread(target=self._run, name="draw", daemon=True)
         self._thread.start()
@@ -157,13 +164,14 @@ class MarkdownDrawer:
     def _draw_all(self) -> None:
         from chatserve.cli.live_markdown import LiveMarkdown  # late: rich takes 0.1 s to import
 
-        markdown = LiveMarkdown(has_color=self._has_color)
+        markdown = LiveMarkdown(self._theme)
         is_open = True
         while is_open:
             text, is_open = self._take()
             started = time.perf_counter()
             if text:
-                self._write(markdown.feed(text, *self._size()))
+                status = one_line(self._status()) if self._status is not None else ""
+                self._write(markdown.feed(text, *self._size(), status))
             self._ending.wait(_frame_s(time.perf_counter() - started))
         self._write(markdown.finish(self._size()[0]) + ("\r\n" if self._blank_line_after else ""))
 
@@ -222,6 +230,7 @@ class Display:
         is_raw: bool = False,
         is_terminal: bool = False,
         has_free_line: bool = True,
+        has_color: bool = True,
         columns: Callable[[], int | None] = lambda: None,
         columns_drawer: ColumnsDrawer | None = None,
     ) -> None:
@@ -235,6 +244,7 @@ class Display:
         self._is_raw = is_raw
         self._is_terminal = is_terminal
         self._has_free_line = has_free_line
+        self._has_color = has_color
         self._columns = columns
         self._has_progress = False
         self._columns_drawer = columns_drawer
@@ -271,8 +281,11 @@ class Display:
         return "the terminal (OSC 52)"
 
     @contextlib.contextmanager
-    def answer(self) -> Iterator[Callable[[str], None]]:
-        """Draw one answer with the function that this gives; its end is drawn in any case."""
+    def answer(self, status: Callable[[], str] | None = None) -> Iterator[Callable[[str], None]]:
+        """Draw one answer with the function that this gives; its end is drawn in any case.
+
+        `status` tells, in another thread, what may stand below it.
+        """
         escape_filter = EscapeFilter()
 
         def draw(text: str) -> None:
@@ -280,7 +293,7 @@ class Display:
                 self.progress(None)
             self._drawer.draw(text if self._is_raw else escape_filter.feed(text))
 
-        self._drawer.begin()
+        self._drawer.begin(status)
         try:
             yield draw
         finally:
@@ -330,6 +343,8 @@ class Display:
             self._redraw(None)
         if (columns := self._columns()) is not None:
             text = wrapped(text, columns)
+        if color == _RED and not self._has_color:
+            color = ""
         colored = f"{color}{text}{_RESET}" if self._is_terminal and color else text
         self._err.write(colored + "\n")
         self._err.flush()

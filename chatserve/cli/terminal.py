@@ -17,6 +17,7 @@ if sys.platform != "win32":
     import termios
 
 _DEFAULT_COLUMNS = 80
+_BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
 def columns_of(stream: TextIO | None) -> int | None:
@@ -45,8 +46,10 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keys_unseen(keyboard: TextIO) -> Iterator[None]:
+def keys_unseen(keyboard: TextIO, screen: TextIO) -> Iterator[None]:
     """Keep keys that are typed during an answer off the screen; they wait for the next prompt.
+
+    A paste keeps its brackets, so that it is one question there.
 
     Does nothing when `keyboard` is no terminal.
     """
@@ -59,9 +62,18 @@ def keys_unseen(keyboard: TextIO) -> Iterator[None]:
     quiet[3] |= termios.NOFLSH  # or Ctrl-C would throw them away
     termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
     try:
+        _write(screen, _BRACKETS_ON)
         yield
     finally:
         termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            _write(screen, _BRACKETS_OFF)
+
+
+def _write(screen: TextIO, text: str) -> None:
+    if screen.isatty():
+        screen.write(text)
+        screen.flush()
 
 
 @contextlib.contextmanager

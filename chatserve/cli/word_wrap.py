@@ -79,6 +79,16 @@ def wrapped(text: str, columns: int) -> str:
     return "\n".join(lines)
 
 
+def cut_to(line: str, columns: int) -> str:
+    """As much of `line` as fits."""
+    width = 0
+    for place, char in enumerate(line):
+        width += width_of(char)
+        if width > columns:
+            return line[:place]
+    return line
+
+
 def pieces(text: str) -> Iterator[str]:
     """Words, and each blank and each wide character by itself."""
     word = ""

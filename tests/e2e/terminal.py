@@ -16,7 +16,7 @@ import pyte
 COLUMNS = 60
 ROWS = 16
 TIMEOUT_S = 20.0
-_SPEED = re.compile(r" · [\d.]+ tokens/s$")
+_SPEED = re.compile(r"( · (context )?[\d,]+/[\d,]+)?( · [\d.]+ tokens/s)?$")
 
 
 class _Screen(pyte.Screen):
@@ -56,7 +56,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of `text` without the speed, which no two runs share."""
+        """The lines of `text` without context and speed, which no two runs share."""
         return [_SPEED.sub("", line) for line in self.text.split("\n")]
 
     @property

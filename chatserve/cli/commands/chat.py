@@ -23,19 +23,21 @@ from chatserve.cli.attachments import Attachments, read_attachment
 from chatserve.cli.chat import Chat
 from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.json_answer import JsonAnswer
-from chatserve.cli.lines import ProgramLines, spellings
+from chatserve.cli.lines import ProgramLines
 from chatserve.cli.piped_input import read_piped
 from chatserve.cli.private_server import PrivateServer
 from chatserve.cli.render import AnswerDrawer, Display, MarkdownDrawer, MarkdownPrinter, PlainDrawer
 from chatserve.cli.terminal import columns_of, exits_on_signals, keys_unseen
+from chatserve.cli.theme import Theme, theme_of
 from chatserve.cli.transcript import Transcript
 from chatserve.config import DEFAULT_WEIGHTS, ChatConfig, build
-from chatserve.errors import StartupError, UsageError
+from chatserve.errors import ChatserveError, StartupError, UsageError
 from chatserve.flags import CommandParser
 from chatserve.options import ModelOptions
 from chatserve.settings import fields_of, flags_of
 
 if TYPE_CHECKING:
+    from chatserve.cli.kept_chat import KeptChat
     from chatserve.cli.line_editor import LineEditor
 
 CHAT_TEMPERATURE = 0.7
@@ -194,13 +196,13 @@ class _Person:
     def chat(self, server: Server) -> None:
         chat = Chat(
             server, self._display, self._transcript, _options(self._config, CHAT_TEMPERATURE),
-            kept=self._kept, hush=lambda: keys_unseen(sys.stdin),
+            kept=self._kept, hush=lambda: keys_unseen(sys.stdin, sys.stdout),
         )  # fmt: skip
         chat.waiting = self._files
         self._display.note("/help lists commands, Ctrl-D leaves")
         chat.show_turns(MOST_SHOWN)
         try:
-            chat.run(_line_editor(chat, self._display, self._config))
+            chat.run(_line_editor(chat, self._display, self._config, self._kept))
         except StartupError:
             self._tell_name()
             raise
@@ -225,25 +227,51 @@ def _drawer(config: ChatConfig) -> AnswerDrawer:
         return MarkdownDrawer(
             sys.stdout,
             _terminal_size,
-            has_color=environment.is_color_wanted(),
+            theme=_theme(config),
             blank_line_after=True,
         )
     return PlainDrawer(sys.stdout, blank_line_after=True, columns=_wrap_columns(config))
 
 
-def _line_editor(chat: Chat, display: Display, config: ChatConfig) -> LineEditor:
+def _line_editor(
+    chat: Chat, display: Display, config: ChatConfig, kept: KeptChat | None = None
+) -> LineEditor:
     # late: prompt_toolkit takes a seventh of a second to import, and only people need it
     from prompt_toolkit.history import History, InMemoryHistory
 
+    from chatserve.cli.completion import ChatCompleter, FreshNames
     from chatserve.cli.history import HistoryFile
     from chatserve.cli.line_editor import LineEditor
 
     history: History = InMemoryHistory()
     if not config.no_save:
         history = HistoryFile(environment.home() / HISTORY_FILE, display.note)
+    sessions = partial(_session_names, kept)
     return LineEditor(
-        chat.status, history, spellings(), is_multiline=config.multiline, has_mouse=config.mouse
+        chat.status,
+        history,
+        ChatCompleter(FreshNames(partial(_model_names, chat.server)), sessions),
+        _theme(config).editor,
+        is_multiline=config.multiline,
+        has_mouse=config.mouse,
     )
+
+
+def _theme(config: ChatConfig) -> Theme:
+    name = config.theme if environment.is_color_wanted() else "none"
+    return theme_of(name, environment.terminal_background())
+
+
+def _model_names(server: Server) -> list[str]:
+    """In a thread: all models, or none where the server cannot say now."""
+    try:
+        return [model.name for model in server.models()] if server.progress() is None else []
+    except ChatserveError:
+        return []
+
+
+def _session_names(kept: KeptChat | None) -> list[str]:
+    return [] if kept is None else kept.names()
 
 
 def _chat_with_program(server: Server, config: ChatConfig) -> None:
@@ -285,10 +313,9 @@ def _script_drawer(config: ChatConfig) -> AnswerDrawer:
         return PlainDrawer(sys.stdout, prefix=f"[!OP:{Transcript().roles[1]}]: ")
     if not _is_rich(config):
         return PlainDrawer(sys.stdout, columns=_wrap_columns(config))
-    has_color = environment.is_color_wanted()
     if sys.stdout.isatty():
-        return MarkdownDrawer(sys.stdout, _terminal_size, has_color=has_color)
-    return MarkdownPrinter(sys.stdout, _terminal_size()[0], has_color=has_color)
+        return MarkdownDrawer(sys.stdout, _terminal_size, theme=_theme(config))
+    return MarkdownPrinter(sys.stdout, _terminal_size()[0], theme=_theme(config))
 
 
 def _question(config: ChatConfig, display: Display) -> str:
@@ -316,6 +343,7 @@ def _display(
         drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
         has_free_line=config.style != "programmatic",
         columns=lambda: columns_of(sys.stderr), columns_drawer=columns_drawer,
+        has_color=_theme(config).has_color,
     )  # fmt: skip
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from chatserve.cli.answer import Answer, ChatDelta, ModelInfo, Progress
-from chatserve.cli.asking import ChatOptions, answer_once, status_text
+from chatserve.cli.asking import ChatOptions, answer_once
 from chatserve.cli.chat import Chat
 from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.lines import ProgramLines
 from chatserve.cli.render import Display, PlainDrawer
+from chatserve.cli.status_bar import status_text
 from chatserve.cli.transcript import Transcript
 from chatserve.errors import (
     ChatserveError,
@@ -397,17 +398,17 @@ def test_save_and_load_tell_what_went_wrong(tmp_path: Path) -> None:
 
 def test_status_says_model_device_and_speed() -> None:
     session = Session(ScriptedServer(["a", "b", "c", ChatDelta("", "stop", 3)]))
-    assert session.chat.status() == "fake-1b · cpu · float32 · 8-bit"
+    assert session.chat.status(80) == "fake-1b · cpu · float32 · 8-bit"
     session.type("q")
-    assert session.chat.status() == "fake-1b · cpu · float32 · 8-bit · 2.0 tokens/s"
+    assert session.chat.status(80) == "fake-1b · cpu · float32 · 8-bit · 2.0 tokens/s"
 
 
 def test_status_while_loading_and_after_the_end() -> None:
     session = Session(ScriptedServer(loading=[Progress("m", "loading", 1, 4)]))
-    assert session.chat.status().startswith("loading m ")
+    assert session.chat.status(80).startswith("loading m ")
     session.server.failure = StartupError("gone")
     with pytest.raises(StartupError):
-        session.chat.status()
+        session.chat.status(80)
 
 
 def test_a_models_name_cannot_forge_the_status_line() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from chatserve.cli import asking, render
+from chatserve.cli import render, status_bar
 from chatserve.cli.answer import Answer, ModelInfo, Progress
-from chatserve.cli.asking import ChatOptions, length_text, status_text
+from chatserve.cli.asking import ChatOptions, length_text
 from chatserve.cli.chat import Chat
 from chatserve.cli.columns import MIN_COLUMNS
 from chatserve.cli.columns_drawer import ColumnsDrawer
@@ -19,6 +19,7 @@ from chatserve.cli.kept_chat import row
 from chatserve.cli.render import Display, MarkdownPrinter, PlainDrawer
 from chatserve.cli.session_store import SessionInfo
 from chatserve.cli.slash import sessions, settings
+from chatserve.cli.status_bar import status_text
 from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import BadStream, NoWorkerAvailable
 from tests.unit.cli.test_chat import ScriptedServer, Session
@@ -110,7 +111,7 @@ def test_each_would_be_without_the_filter(place: str, monkeypatch: pytest.Monkey
         def feed(self, text: str) -> str:
             return text
 
-    for module in (render, asking, settings, sessions):
+    for module in (render, status_bar, settings, sessions):
         monkeypatch.setattr(module, "one_line", str)
     monkeypatch.setattr(render, "strip_escapes", str)
     monkeypatch.setattr(render, "EscapeFilter", Open)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 
 import pyte
 import pytest
 
 from chatserve.cli.answer import Progress
 from chatserve.cli.escapes import strip_escapes
+from chatserve.cli.live_markdown import LiveMarkdown
 from chatserve.cli.render import (
     Display,
     MarkdownDrawer,
@@ -18,6 +20,7 @@ from chatserve.cli.render import (
     place_text,
     progress_text,
 )
+from chatserve.cli.theme import theme_of
 
 
 class CountingStream(io.StringIO):
@@ -131,14 +134,47 @@ def test_progress_text() -> None:
 
 def test_markdown_is_drawn_in_the_background_and_whole_at_the_end() -> None:
     out = io.StringIO()
-    drawer = MarkdownDrawer(out, lambda: (40, 10), has_color=False)
+    drawer = MarkdownDrawer(out, lambda: (40, 10), theme=theme_of("none", None))
     for text in ("# One", "two"):
         drawer.begin()
         for char in text:
             drawer.draw(char)
         drawer.end()
     assert out.getvalue().count("One") >= 1
-    assert out.getvalue().endswith("two\x1b[K\r\n")
+    assert out.getvalue().endswith("two\x1b[K\x1b[?2026l\r\n")
+
+
+def test_a_status_stands_below_a_live_answer_and_goes_with_its_end() -> None:
+    out, screen = io.StringIO(), pyte.Screen(40, 8)
+    markdown = LiveMarkdown()
+    stream = pyte.Stream(screen)
+    stream.feed(markdown.feed("- one\n", 40, 8, "m · 10 tokens/s"))
+    assert [line.rstrip() for line in screen.display[:3]] == [" • one", "", "m · 10 tokens/s"]
+    assert markdown.feed("", 40, 8, "m · 11 tokens/s").count("one") == 0
+    stream.feed(markdown.feed("- two\n" * 20, 40, 8, "你" * 40))
+    assert screen.display[-1].rstrip() == "你" * 19
+    stream.feed(markdown.finish(40))
+    assert "".join(screen.display).strip(" •").endswith("two")
+    asked = threading.Event()
+
+    def status() -> str:
+        asked.set()
+        return "m\x1b[2J"
+
+    drawer = MarkdownDrawer(out, lambda: (40, 10))
+    drawer.begin(status)
+    drawer.draw("text")
+    assert asked.wait(10)
+    drawer.end()
+    assert "\x1b[2J" not in out.getvalue()
+
+
+def test_errors_have_no_colour_where_none_is_wanted() -> None:
+    for has_color in (True, False):
+        err = io.StringIO()
+        display = Display(PlainDrawer(err), err, is_terminal=True, has_color=has_color)
+        display.error("gone")
+        assert ("\x1b[31m" in err.getvalue()) is has_color
 
 
 def test_a_broken_terminal_is_reported_at_the_end_of_the_answer() -> None:
@@ -191,9 +227,9 @@ def test_a_piece_of_a_word_is_on_the_screen_at_once() -> None:
 
 
 def test_markdown_that_is_printed_moves_no_cursor() -> None:
-    for has_color in (True, False):
+    for name in ("auto", "dark", "light", "none"):
         out = io.StringIO()
-        drawer = MarkdownPrinter(out, 40, has_color=has_color)
+        drawer = MarkdownPrinter(out, 40, theme=theme_of(name, None))
         for _ in range(2):
             drawer.begin()
             drawer.draw("# Ti")
