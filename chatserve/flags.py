@@ -55,6 +55,18 @@ REFUSED_FLAGS = {
 """FastChat's flags for things that chatserve lacks or does elsewhere, each with its reason."""
 
 
+SHOW_PARSER = "--_parser"
+"""A hidden flag of each command: its parser comes out, as `ParserShown`, and nothing runs."""
+
+
+class ParserShown(Exception):
+    """For those who write of a command's flags: pages, completions."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser for one settings class that raises instead of printing its usage.
 
@@ -67,6 +79,7 @@ class CommandParser(argparse.ArgumentParser):
         hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
         for name, reason in REFUSED_FLAGS.items():
             self.add_argument(name, action=_Refused, nargs="?", const=reason, **hidden)
+        self.add_argument(SHOW_PARSER, action=_Shown, nargs=0, **hidden)
 
     def let_agree(self, what: str, *dests: str) -> None:
         """Refuse a command line that gives arguments of `dests` more than one value.
@@ -120,3 +133,8 @@ class _Refused(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
+
+
+class _Shown(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        raise ParserShown(parser)

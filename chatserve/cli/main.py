@@ -5,6 +5,7 @@ Imports a command only when it runs. Every failure ends here: one line on stderr
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -18,6 +19,7 @@ from chatserve.cli.escapes import one_line
 from chatserve.cli.terminal import columns_of
 from chatserve.cli.word_wrap import wrapped
 from chatserve.errors import ChatserveError, StartupError, UsageError
+from chatserve.flags import SHOW_PARSER, ParserShown
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -58,6 +60,9 @@ COMMANDS = {
     "replay": CommandEntry("chatserve.cli.commands.replay", "repeat a logged answer, and compare"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),
     "config": CommandEntry("chatserve.cli.commands.config", "print all settings and their sources"),
+    "completion": CommandEntry(
+        "chatserve.cli.commands.completion", "print a script that lets a shell complete all this"
+    ),
 }
 
 
@@ -80,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _print_error(error)
         return error.exit_code if isinstance(error, StartupError) else EXIT_FAILED
+
+
+def parser_of(*command: str) -> argparse.ArgumentParser:
+    """The parser of a command, with words of its own behind it if it has some; nothing runs."""
+    name, *rest = command
+    try:
+        importlib.import_module(COMMANDS[name].module).main([*rest, SHOW_PARSER])
+    except ParserShown as shown:
+        return shown.parser
+    raise AssertionError(f"{name} has read its flags otherwise than by CommandParser")
 
 
 def _run(name: str, argv: list[str]) -> int:
