@@ -6,7 +6,7 @@ workers, codes of errors, statuses. The library is imported where somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ import chatserve
 from chatserve.meter import BOUNDS, HistogramName
 from chatserve.protocol.control import WorkerStatus
 from chatserve.protocol.measured import Key
-from chatserve.server.error_log import ErrorLog
 from chatserve.server.fleet import Place
 
 if TYPE_CHECKING:
@@ -52,58 +51,78 @@ COUNTERS = {
 
 @dataclass(frozen=True)
 class Seen:
-    """A worker's place, and what is known of who is there now; nobody where it is gone."""
+    """A worker's place as it is at one moment, and what is known of who is there; nobody where it
+    is gone. Nothing of it changes any more: it may be looked at from another thread."""
 
-    place: Place
+    model: str
+    number: int
+    num_starts: int
+    tokens_per_s: float
+    total: Mapping[Key, float]
     state: str = "gone"
     status: WorkerStatus | None = None
 
+    @classmethod
+    def of(cls, place: Place, state: str = "gone", status: WorkerStatus | None = None) -> Seen:
+        return cls(
+            place.model, place.number, place.num_starts, place.rate("generation_tokens"),
+            place.total(), state, status,
+        )  # fmt: skip
 
-def metrics_text(seen: Sequence[Seen], errors: ErrorLog, *, accept: str = "") -> tuple[bytes, str]:
-    """The text, and its media type. `errors` are those that this process has told by itself."""
+
+def metrics_text(
+    seen: Sequence[Seen],
+    by_code: Mapping[str, int],
+    by_status: Mapping[int, int],
+    *,
+    accept: str = "",
+) -> tuple[bytes, str]:
+    """The text, and its media type. `by_code`: errors that this process has told by itself,
+    `by_status`: its answers."""
     from prometheus_client.exposition import choose_encoder
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
             yield from _counted(seen)
             yield from _measured(seen)
-            yield from _of_this_process(errors)
+            yield from _of_this_process(by_code, by_status)
 
     encode, media_type = choose_encoder(accept)
     return encode(Collector()), media_type
 
 
 def _labels(each: Seen) -> list[str]:
-    return [each.place.model, str(each.place.number)]
+    return [each.model, str(each.number)]
 
 
 def _counted(seen: Sequence[Seen]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-    totals = [each.place.total() for each in seen]
     for name, (shown, about) in COUNTERS.items():
         counter = CounterMetricFamily(PREFIX + shown, about, labels=LABELS)
-        for each, total in zip(seen, totals, strict=True):
-            counter.add_metric(_labels(each), total.get(("counter", name, 0), 0))
+        for each in seen:
+            counter.add_metric(_labels(each), each.total.get(("counter", name, 0), 0))
         yield counter
     for kind, shown, about, label in (
         ("outcome", "request_success", "Sequences that have ended, by how", "finished_reason"),
         ("error", "request_errors", "Errors that workers have told, by code", "code"),
     ):
         counter = CounterMetricFamily(PREFIX + shown, about, labels=[*LABELS, label])
-        for each, total in zip(seen, totals, strict=True):
-            for (family, name, _), value in sorted(total.items()):
+        for each in seen:
+            for (family, name, _), value in sorted(each.total.items()):
                 if family == kind:
                     counter.add_metric([*_labels(each), name], value)
         yield counter
     for histogram_name, (shown, about) in HISTOGRAMS.items():
         histogram = HistogramMetricFamily(PREFIX + shown, about, labels=LABELS)
-        for each, total in zip(seen, totals, strict=True):
-            histogram.add_metric(_labels(each), *_buckets(histogram_name, total))
+        for each in seen:
+            histogram.add_metric(_labels(each), *_buckets(histogram_name, each.total))
         yield histogram
 
 
-def _buckets(name: HistogramName, total: dict[Key, float]) -> tuple[list[tuple[str, float]], float]:
+def _buckets(
+    name: HistogramName, total: Mapping[Key, float]
+) -> tuple[list[tuple[str, float]], float]:
     bounds = [*(repr(bound) for bound in BOUNDS[name]), "+Inf"]
     counts = (total.get(("bucket", name, index), 0) for index in range(len(bounds)))
     return list(zip(bounds, accumulate(counts), strict=True)), total.get(("sum", name, 0), 0)
@@ -139,7 +158,7 @@ def _measured(seen: Sequence[Seen]) -> Iterator[Metric]:
         labels = _labels(each)
         for state in STATES:
             states.add_metric([*labels, state], float(state == each.state))
-        starts.add_metric(labels, each.place.num_starts)
+        starts.add_metric(labels, each.num_starts)
         for name, value in _now(each).items():
             families[name].add_metric(labels, value)
     yield from families.values()
@@ -155,7 +174,7 @@ def _now(each: Seen) -> dict[str, float]:
     numbers: dict[str, float] = {
         "num_requests_running": status.num_running,
         "num_requests_waiting": status.num_waiting,
-        "generation_tokens_per_second": each.place.rate("generation_tokens"),
+        "generation_tokens_per_second": each.tokens_per_s,
         "expected_wait_seconds": status.wait_s,
         "process_resident_memory_bytes": metrics.rss_bytes,
         "weights_loaded_bytes": status.loaded_bytes,
@@ -171,20 +190,20 @@ def _now(each: Seen) -> dict[str, float]:
     return numbers
 
 
-def _of_this_process(errors: ErrorLog) -> Iterator[Metric]:
+def _of_this_process(by_code: Mapping[str, int], by_status: Mapping[int, int]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     answers = CounterMetricFamily(
         PREFIX + "http_responses", "Answers of this server, by status", labels=["status"]
     )
-    for status, count in sorted(errors.by_status.items()):
+    for status, count in sorted(by_status.items()):
         answers.add_metric([str(status)], count)
     yield answers
     told = CounterMetricFamily(
         PREFIX + "server_errors", "Errors that this server has told by itself, by code",
         labels=["code"],
     )  # fmt: skip
-    for code, count in sorted(errors.by_code.items()):
+    for code, count in sorted(by_code.items()):
         told.add_metric([code], count)
     yield told
     about = GaugeMetricFamily(PREFIX + "build_info", "1, for the version", labels=["version"])

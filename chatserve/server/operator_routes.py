@@ -78,7 +78,11 @@ class OperatorRoutes:
 
     async def metrics(self, request: Request) -> Response:
         accept = request.headers.get("accept", "")
-        text, media_type = metrics_text(self._seen(), self._errors, accept=accept)
+        # with many workers it takes longer than a stream should wait for its next token
+        text, media_type = await asyncio.to_thread(
+            metrics_text, self._seen(), dict(self._errors.by_code), dict(self._errors.by_status),
+            accept=accept,
+        )  # fmt: skip
         return Response(text, headers={"Content-Type": media_type})
 
     async def status(self) -> Response:
@@ -115,7 +119,7 @@ class OperatorRoutes:
     def _seen(self) -> list[Seen]:
         present = {worker_id: (state, status) for worker_id, state, _, status in self._workers()}
         return [
-            Seen(place, *present.get(place.worker_id, ("gone", None)))
+            Seen.of(place, *present.get(place.worker_id, ("gone", None)))
             for place in self.fleet.places()
         ]
 

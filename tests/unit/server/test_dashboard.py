@@ -13,7 +13,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from chatserve.meter import BOUNDS, HistogramName
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.measured import HistogramCounts, Measured
-from chatserve.server.error_log import ErrorLog
 from chatserve.server.fleet import Place
 from chatserve.server.metrics_text import Seen, metrics_text
 
@@ -36,9 +35,7 @@ def labels() -> dict[str, set[str]]:
     place = Place("m", 0, "w")
     place.hear(metrics, 1.0)
     status = WorkerStatus(state="ready", models=[ModelCard(name="m", created=1)], metrics=metrics)
-    errors = ErrorLog()
-    errors.by_code, errors.by_status = {"not_found": 1}, {404: 1}
-    text, _ = metrics_text([Seen(place, "ready", status)], errors)
+    text, _ = metrics_text([Seen.of(place, "ready", status)], {"not_found": 1}, {404: 1})
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
