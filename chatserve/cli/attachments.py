@@ -47,15 +47,20 @@ class Attachments:
 
     def add(self, attachments: list[Attachment]) -> None:
         """Raises `UsageError` when it becomes too many, or too much."""
+        self.check_number(len(attachments))
         files = [*self.files, *attachments]
-        if len(files) > MAX_FILES:
-            raise UsageError(f"{len(files)} files wait then, the limit is {MAX_FILES}; ask first")
         num_bytes = sum(each.num_bytes for each in files)
         if num_bytes > MAX_BYTES:
             raise UsageError(
                 f"{num_bytes:,} bytes wait then, the limit is {MAX_BYTES:,}; ask first"
             )
         self.files = files
+
+    def check_number(self, num_more: int) -> None:
+        """Before they are read. Raises `UsageError` when it becomes too many."""
+        num_files = len(self.files) + num_more
+        if num_files > MAX_FILES:
+            raise UsageError(f"{num_files} files wait then, the limit is {MAX_FILES}; ask first")
 
     def before(self, question: str) -> str:
         """The question with all that waits in front of it; nothing waits any more."""

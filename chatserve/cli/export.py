@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from chatserve.cli.transcript import Transcript, write_file
+from chatserve.cli.transcript import Transcript, path_of, write_file
 from chatserve.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def export(transcript: Transcript, file: str, model: str) -> tuple[Path, bool]:
 
     Raises `UsageError`.
     """
-    path = Path(file).expanduser()
+    path = path_of(file, "export to")
     form = FORMATS.get(path.suffix.lower())
     if form is None:
         raise UsageError(

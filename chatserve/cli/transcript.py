@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -103,8 +104,8 @@ class Transcript:
         Returns where it went, and whether that replaced a file. Raises `UsageError` when the file
         cannot be written.
         """
-        path = Path(file).expanduser()
-        if "." not in path.name:
+        path = path_of(file, "save to")
+        if path.name and "." not in path.name:
             path = path.with_name(path.name + ".json")
         text = json.dumps(self._as_json(), ensure_ascii=False, indent=1) + "\n"
         return write_file(path, text, "save")
@@ -115,13 +116,11 @@ class Transcript:
 
         Raises `UsageError` when the file cannot be read or is not such a conversation.
         """
-        path = Path(file).expanduser()
-        if not path.exists() and path.with_name(path.name + ".json").exists():
+        path = path_of(file, "load")
+        if not os.path.exists(path) and os.path.exists(f"{path}.json"):
             path = path.with_name(path.name + ".json")
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise UsageError(f"{path} is over {MAX_FILE_BYTES} bytes: not a conversation")
-            table = json.loads(path.read_text("utf-8"))
+            table = json.loads(_read(path).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"cannot load {path}: {_reason(error)}") from error
         return cls._from_json(table, path)
@@ -160,7 +159,7 @@ class Transcript:
             offset = int(table.get("offset", 0))
             system = _text(table.get("system_message") or "") or None
             template_name = _text(table.get("template_name") or "")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UsageError(
                 f"{path} is not a conversation: it needs roles and messages as FastChat's "
                 f"!!save writes them"
@@ -178,15 +177,36 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def path_of(file: str, deed: str) -> Path:
+    """The path that a user has typed. Raises `UsageError`."""
+    try:
+        return Path(file).expanduser()
+    except RuntimeError as error:  # the home of a user whom nobody knows
+        raise UsageError(f"cannot {deed} {file}: {_reason(error)}") from error
+
+
+def _read(path: Path) -> bytes:
+    """A whole file that may be a conversation. Raises `OSError`, and `UsageError`."""
+    # a pipe that nobody writes to would be waited for, and a device may have no end
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UsageError(f"cannot load {path}: it is no file")
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} is over {MAX_FILE_BYTES} bytes: not a conversation")
+    return data
+
+
 def write_file(path: Path, text: str, deed: str) -> tuple[Path, bool]:
     """Write a whole file, or nothing. Returns where it went, and whether that replaced another.
 
     Raises `UsageError`, in which `deed` is what cannot be done.
     """
-    has_replaced = os.path.lexists(path)
     try:
+        has_replaced = os.path.lexists(path)
         _replace(path, text)
-    except (OSError, UnicodeEncodeError) as error:
+    except (OSError, ValueError) as error:  # half a character, or a name with a zero byte
         raise UsageError(f"cannot {deed} to {path}: {_reason(error)}") from error
     return path, has_replaced
 

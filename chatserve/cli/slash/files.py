@@ -67,6 +67,7 @@ def _attach(chat: Chat, argument: str) -> None:
     try:
         words = [argument] if is_file(argument) else _words(argument)
         names = [name for word in words for name in find_files(word)]
+        chat.waiting.check_number(len(names))
         files = [read_attachment(name) for name in names]
         chat.waiting.add(files)
     except UsageError as error:

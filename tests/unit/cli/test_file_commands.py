@@ -287,3 +287,17 @@ def test_what_was_loaded_is_exported_whole(folder: Path) -> None:
     second = Session(ScriptedServer())
     second.type("/load talk", "/export talk.md")
     assert "## Answer\n\nHi\n" in (folder / "talk.md").read_text()
+
+
+def test_of_too_many_files_none_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "MAX_FILES", 2)
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "a.txt").write_bytes(b"\xff")  # who reads it says so
+    screen = Session(ScriptedServer()).type("/attach *.txt", "/attach b.txt c.txt", "/attach b.txt")
+    assert screen.count("3 files wait then, the limit is 2; ask first") == 2
+
+
+def test_an_export_to_the_home_of_nobody_is_told(folder: Path) -> None:
+    screen = Session(ScriptedServer()).type("/export ~nosuchuser/chat.md")
+    assert "cannot export to ~nosuchuser/chat.md" in screen

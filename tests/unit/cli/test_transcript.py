@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,7 @@ def test_an_answer_that_fastchat_had_not_begun_is_empty(tmp_path: Path) -> None:
         '{"roles": ["A", "B"], "messages": [["A", 5]]}',
         '{"roles": ["A", "B"], "messages": 7}',
         '{"roles": ["A", "B"], "messages": [], "offset": "x"}',
+        '{"roles": ["A", "B"], "messages": [], "offset": 1e999}',
         '{"roles": ["A", "B"], "messages": [], "system_message": ["x"]}',
     ],
 )
@@ -163,3 +165,18 @@ def test_a_failed_save_names_the_reason_and_leaves_the_old_file(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
     with pytest.raises(UsageError, match="No such file or directory"):
         talk(("a", "1")).save(str(tmp_path / "missing" / "chat"))
+
+
+def test_names_that_no_file_can_have_are_refused() -> None:
+    for name in ("~nosuchuser/x", "x" * 300, "x\0y", ".", "/"):
+        with pytest.raises(UsageError, match="cannot load"):
+            Transcript.load(name)
+        with pytest.raises(UsageError, match="cannot save"):
+            talk(("a", "1")).save(name)
+
+
+def test_what_has_no_end_is_not_loaded(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(UsageError, match="it is no file"):
+            Transcript.load(name)
