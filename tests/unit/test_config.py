@@ -189,11 +189,12 @@ def test_a_worker_limits_spinning_unless_the_user_has(before: str | None, after:
     code = (
         "import os, sys, types\n"
         "fake = types.ModuleType('chatserve.engine.serving')\n"
-        "fake.load = lambda config, progress: sys.exit(print(os.environ['GOMP_SPINCOUNT']))\n"
+        "fake.load = lambda *_: sys.exit(print(os.environ['GOMP_SPINCOUNT']))\n"
         "sys.modules['chatserve.engine.serving'] = fake\n"
+        "from chatserve.config import WorkerConfig\n"
         "from chatserve.server.worker_process import load_engine\n"
         "assert 'torch' not in sys.modules\n"
-        "load_engine(None, None)"
+        "load_engine(WorkerConfig(weights='none'), None)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
