@@ -1,4 +1,4 @@
-"""One Chromium for all tests of the page, one house of servers a module."""
+"""One Chromium and one house of servers for each module of tests of the page."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ FLAGS = (
 Opener = Callable[..., Tab]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Gone before the next module: its driver has a loop in this thread, and so nobody else may."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser")
     if executable is None:
         pytest.skip("no chromium here")
