@@ -155,7 +155,7 @@ class ChatConfig(ModelOptions):
     )  # fmt: skip
     input_errors: str = setting(
         "strict", "what becomes of piped input and files that are no UTF-8 text: refused, or with "
-        "\ufffd for what cannot be read", choices=("strict", "replace"), group="chat",
+        "U+FFFD for what cannot be read", choices=("strict", "replace"), group="chat",
     )  # fmt: skip
     schema: str | None = setting(
         None, "JSON Schema that answers must match", group="chat", metavar="FILE"

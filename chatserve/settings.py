@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import os
 import tomllib
@@ -138,7 +139,12 @@ def read_toml(file: Path, configs: Iterable[type[Any]]) -> dict[str, Any]:
         raise UsageError(f"cannot read the settings file {file}: {error}") from error
     known = {item.name for config in configs for item in fields_of(config)}
     if unknown := sorted(table.keys() - known):
-        raise UsageError(f"{file}: unknown setting {unknown[0]}; `chatserve config` lists them")
+        # flags are written otherwise
+        nearest = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), known, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UsageError(
+            f"{file}: unknown setting {unknown[0]}; {hint}`chatserve config` lists them"
+        )
     return table
 
 

@@ -1,5 +1,5 @@
 """Writes docs/reference: commands.md from the real `--help` of every command, api.md from the
-OpenAPI document. `--check` compares."""
+OpenAPI document, the manual page from the parsers. `--check` compares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import api_page
+import man_page
 
 from chatserve.cli.main import COMMANDS
 
@@ -38,7 +39,7 @@ def commands() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"commands.md": commands, "api.md": api_page.render}
+PAGES = {"commands.md": commands, "api.md": api_page.render, "chatserve.1": man_page.render}
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ Imports a command only when it runs. Every failure ends here: one line on stderr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import os
@@ -13,13 +12,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chatserve import __version__
 from chatserve.cli.escapes import one_line
 from chatserve.cli.terminal import columns_of
 from chatserve.cli.word_wrap import wrapped
 from chatserve.errors import ChatserveError, StartupError, UsageError
-from chatserve.flags import SHOW_PARSER, ParserShown
+
+if TYPE_CHECKING:
+    import argparse
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -89,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser_of(*command: str) -> argparse.ArgumentParser:
     """The parser of a command, with words of its own behind it if it has some; nothing runs."""
+    from chatserve.flags import SHOW_PARSER, ParserShown
+
     name, *rest = command
     try:
         importlib.import_module(COMMANDS[name].module).main([*rest, SHOW_PARSER])

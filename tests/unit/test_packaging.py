@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -68,7 +69,11 @@ def test_the_build_hook_adds_the_kernels_alone() -> None:
     hook = (REPOSITORY / "hatch_build.py").read_text("utf-8")
     assert hook.count('build_data["') == 3 and "force_include" not in hook
     project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
-    assert "force-include" not in project and "shared-data" not in project
+    assert "force-include" not in project
+    # beside the package there is the manual page, and nothing else
+    wheel = tomllib.loads(project)["tool"]["hatch"]["build"]["targets"]["wheel"]
+    page = {"docs/reference/chatserve.1": "share/man/man1/chatserve.1"}
+    assert wheel["shared-data"] == page and project.count("shared-data") == 1
 
 
 def test_what_ci_installs_is_locked() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from chatserve import environment
 from chatserve.config import COMMAND_CONFIGS, sources
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
-from chatserve.settings import fields_of
+from chatserve.settings import fields_of, setting
 
 
 @dataclass(frozen=True)
 class ConfigConfig:
-    """`chatserve config` has no settings of its own."""
+    """Settings of `chatserve config`."""
+
+    json: bool = setting(False, "one JSON object: the file, and by command each value and source")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,19 +31,40 @@ def main(argv: Sequence[str]) -> int:
     )
     commands = ", ".join(COMMAND_CONFIGS)
     parser.add_argument("command", nargs="?", help=f"only the settings of {commands}")
-    chosen = parser.flags(argv)["command"]
+    flags = parser.flags(argv)
+    chosen = flags["command"]
     if chosen is not None and chosen not in COMMAND_CONFIGS:
         raise UsageError(f"{chosen!r} has no settings; there are {commands}")
     file = environment.settings_file()
+    settings = {
+        command: _settings(config, file)
+        for command, config in COMMAND_CONFIGS.items()
+        if chosen in (None, command)
+    }
+    if flags.get("json"):
+        print(json.dumps({"file": None if file is None else str(file)} | _described(settings)))
+        return 0
     print(f"# settings file: {file or 'none'}")
-    for command, config in COMMAND_CONFIGS.items():
-        if chosen in (None, command):
-            print(f"\n[{command}]")
-            # settings without a flag pass between our own processes
-            shown = {item.name for item in fields_of(config) if item.metadata["flag"]}
-            values = sources(config, {}, file=file)
-            print(_table({name: value for name, value in values.items() if name in shown}))
+    for command, values in settings.items():
+        print(f"\n[{command}]")
+        print(_table(values))
     return 0
+
+
+def _settings(config: type[Any], file: Path | None) -> dict[str, tuple[Any, str]]:
+    # settings without a flag pass between our own processes
+    shown = {item.name for item in fields_of(config) if item.metadata["flag"]}
+    values = sources(config, {}, file=file)
+    return {name: value for name, value in values.items() if name in shown}
+
+
+def _described(settings: dict[str, dict[str, tuple[Any, str]]]) -> dict[str, Any]:
+    return {
+        command: {
+            name: {"value": value, "source": source} for name, (value, source) in rows.items()
+        }
+        for command, rows in settings.items()
+    }
 
 
 def _table(values: dict[str, tuple[Any, str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_internal_settings_are_not_shown(capsys: pytest.CaptureFixture[str]) -> 
     assert not {"parent_pipe", "worker_id"} & rows(capsys.readouterr().out).keys()
 
 
+def test_the_same_as_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('allow_host = ["a"]')
+    monkeypatch.setenv("CHATSERVE_DEVICE", "cpu")
+    main(["serve", "--json"])
+    table = json.loads(capsys.readouterr().out)
+    assert {*table} == {"file", "serve"} and table["file"] == str(file)
+    serve = table["serve"]
+    assert serve["device"] == {"value": "cpu", "source": "CHATSERVE_DEVICE"}
+    assert serve["allow_host"] == {"value": ["a"], "source": str(file)}
+    assert serve["seed"] == {"value": None, "source": "default"}
+
+
 def test_a_command_without_settings_is_refused() -> None:
     with pytest.raises(UsageError, match="'pull' has no settings; there are chat, serve"):
         main(["pull"])
@@ -68,7 +84,8 @@ def test_a_command_without_settings_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour = 1", "unknown setting colour"),
+        ("colour = 1", "unknown setting colour; `chatserve config` lists them"),
+        ('"load-8bits" = true', "unknown setting load-8bits; did you mean load_8bit[?]"),
         ("port = [", "cannot read the settings file"),
         ('device = "xpu"', "xpu is not supported: there are no kernels for Intel GPUs"),
         ('port = "x"', "is not a valid int"),
