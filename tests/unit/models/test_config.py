@@ -61,9 +61,9 @@ def test_any_value_of_any_key_is_read_or_refused(family: str) -> None:
     read_hf_config({"model_type": "gpt2"})  # imports transformers before the clock starts
     for key in config_of(family):
         for value in VALUES:
-            start = time.perf_counter()
+            start = time.process_time()
             read_everything(config_of(family, **{key: value}))
-            assert time.perf_counter() - start < 2, (key, value)
+            assert time.process_time() - start < 2, (key, value)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "factors", "default"])
