@@ -186,13 +186,8 @@ class Repertoire:
                 model.phase, model.failure = "unloaded", None
                 self._on_change()
                 return
-            model.is_first = False
-            model.phase = "draining"
-            self._registry.expect(model.name, is_awaited=False)
-            self._registry.set_aside(model.started.worker_id)
-            self._registry.retire(model.name)
-            model.going = asyncio.create_task(self._take_down(model))
-            self._on_change()
+            self._send_away(model)
+        assert model.going is not None
         await asyncio.shield(model.going)
 
     # ---- the server's own life
@@ -339,6 +334,20 @@ class Repertoire:
         bringing.cancel()
         await asyncio.gather(bringing, return_exceptions=True)
 
+    def _send_away(self, model: Model) -> asyncio.Task[None]:
+        """From now on it gets nothing more to do: what was decided about it stays true. Done when
+        its memory is back."""
+        assert model.started is not None
+        model.is_first = False
+        model.phase = "draining"
+        self._registry.expect(model.name, is_awaited=False)
+        self._registry.set_aside(model.started.worker_id)
+        self._registry.retire(model.name)
+        model.going = going = asyncio.create_task(self._take_down(model))
+        going.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._on_change()
+        return going
+
     async def _take_down(self, model: Model) -> None:
         started, running = model.started, model.running
         assert started is not None and running is not None
@@ -385,9 +394,9 @@ class Repertoire:
                 )
             if not found:
                 return
-            for name in found:
-                logger.info("%s makes room for %s", name, model.name)
-                await self.unload(self._models[name])
+            logger.info("%s makes room for %s", ", ".join(found), model.name)
+            # all at once: who waited for its turn would get requests meanwhile
+            await asyncio.wait([self._send_away(self._models[name]) for name in found])
             if self.policy.max_bytes is None:
                 return  # memory that has just come back may be counted late; the worker looks again
 
@@ -449,11 +458,7 @@ class Repertoire:
             for name in expired(map(self._holding, ready), now, keep_alive_s):
                 logger.info("%s was not used for %g s and is unloaded", name, keep_alive_s)
                 # its answers have ended: it does not take long, and does not keep others waiting
-                self._unload_beside(self._models[name])
-
-    def _unload_beside(self, model: Model) -> None:
-        unloading = asyncio.ensure_future(self.unload(model))
-        unloading.add_done_callback(lambda task: task.cancelled() or task.exception())
+                self._send_away(self._models[name])
 
     async def _measure_declared(self) -> None:
         """So that the list of models can say what each would take."""

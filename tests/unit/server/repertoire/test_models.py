@@ -161,6 +161,27 @@ def test_the_least_recently_used_makes_room() -> None:
     run(test())
 
 
+def test_who_makes_room_with_others_is_not_asked_meanwhile() -> None:
+    async def test() -> None:
+        house = House(AUTO, a=5, b=5, c=10)
+        a, b, c = house.declare("a", "b", "c")
+        await house.up(a)
+        house.clock.advance(1)
+        await house.up(b)
+        house.workers[0].may_stop.clear()
+        loading = house.repertoire.load(c)
+        await house.until(lambda: house.workers[0].is_told_to_stop.is_set())
+        # an answer of b that began now would be cut when the drain is over
+        assert b.phase == "draining" and house.registry.ready("b") == []
+        house.workers[0].may_stop.set()
+        await house.until(lambda: len(house.workers) == 3)
+        house.workers[2].ready()
+        await loading
+        assert (a.phase, b.phase, c.phase) == ("unloaded", "unloaded", "ready")
+
+    run(test())
+
+
 def test_who_has_requests_stays() -> None:
     async def test() -> None:
         house = House(AUTO, a=6, b=6)
