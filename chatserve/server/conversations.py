@@ -36,6 +36,8 @@ MAX_MESSAGES = 10_000
 MAX_SEARCH_LEN = 1_000
 # a number that JavaScript holds exactly
 MAX_REVISION = 2**53 - 2
+# what a column of numbers holds, and JavaScript
+MAX_TIME_S = 2**53
 VOTES = {"left": "leftvote", "right": "rightvote", "tie": "tievote", "both_bad": "bothbad_vote"}
 """The page's word for each vote, and FastChat's."""
 HEADERS = {
@@ -170,7 +172,8 @@ def read_conversation(body: bytes, name: str) -> Document:
         )
     _check_text(document, "title", MAX_TITLE_LEN)
     for field in ("created_at", "changed_at"):
-        if not is_number(document.get(field)):
+        value: Any = document.get(field)
+        if not is_number(value) or abs(value) > MAX_TIME_S:
             raise InvalidRequest(f"{field} must be seconds since 1970", param=field)
     _check_models(document, at_least=0)
     messages = document.get("messages")

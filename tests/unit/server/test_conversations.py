@@ -125,6 +125,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "title long": ({"title": "x" * 1001}, "title"),
     "time": ({"changed_at": "now"}, "changed_at"),
     "time bool": ({"created_at": True}, "created_at"),
+    "time beyond all": ({"changed_at": 2**64 - 1}, "changed_at"),
     "models": ({"models": "m"}, "models"),
     "three models": ({"models": ["a", "b", "c"]}, "models"),
     "model long": ({"models": ["m" * 1001]}, "models"),
