@@ -60,21 +60,21 @@ def in_index(connection: sqlite3.Connection, words: Sequence[str]) -> list[Hit] 
     if not long:
         return None
     match = " AND ".join('"' + word.replace('"', '""') + '"' for word in long)
-    condition, values = _holds(connection, short)
+    _let_hold(connection, short)
     rows = connection.execute(
         f"{_COLUMNS}turns_index JOIN turns ON turns.id = turns_index.rowid "
-        f"JOIN sessions ON sessions.id = session WHERE turns_index MATCH ? AND {condition}{_ORDER}",
-        (match, *values),
+        f"JOIN sessions ON sessions.id = session WHERE turns_index MATCH ? "
+        f"AND holds(turns.content){_ORDER}",
+        (match,),
     )
     return [Hit(*row) for row in rows]
 
 
 def in_all(connection: sqlite3.Connection, words: Sequence[str]) -> list[Hit]:
     """The turns with all `words`, by reading every one."""
-    condition, values = _holds(connection, words)
+    _let_hold(connection, words)
     rows = connection.execute(
-        f"{_COLUMNS}turns JOIN sessions ON sessions.id = session WHERE {condition}{_ORDER}",
-        values,
+        f"{_COLUMNS}turns JOIN sessions ON sessions.id = session WHERE holds(turns.content){_ORDER}"
     )
     return [Hit(*row) for row in rows]
 
@@ -118,11 +118,15 @@ def snippet(content: str, words: Sequence[str]) -> str:
     return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
 
 
-def _holds(connection: sqlite3.Connection, words: Sequence[str]) -> tuple[str, list[str]]:
-    """A condition on `turns.content`, whatever the case, and its values."""
-    connection.create_function("lowered", 1, str.lower, deterministic=True)
-    condition = " AND ".join(["instr(lowered(turns.content), ?)"] * len(words)) or "1"
-    return condition, [word.lower() for word in words]
+def _let_hold(connection: sqlite3.Connection, words: Sequence[str]) -> None:
+    """`holds(content)`: whether it has all words, however many, whatever the case."""
+    wanted = [word.lower() for word in words]
+
+    def holds(content: str) -> bool:
+        text = content.lower()
+        return all(word in text for word in wanted)
+
+    connection.create_function("holds", 1, holds)
 
 
 def _drop_index(connection: sqlite3.Connection) -> None:

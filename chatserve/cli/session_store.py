@@ -148,6 +148,7 @@ class SessionStore:
             "SELECT id, name, writer, revision, system, question_role, answer_role, "
             "template_name, num_examples, model FROM sessions "
         )
+        wanted = _storable(wanted)
         some = "EXISTS (SELECT 1 FROM turns WHERE session = sessions.id)"
         with self._database.reading() as connection:
             rows = connection.execute(
@@ -182,6 +183,7 @@ class SessionStore:
 
     def search(self, words: Sequence[str]) -> list[tuple[SessionInfo, list[Hit]]]:
         """The sessions with turns that hold all `words`, or whose name does, the newest first."""
+        words = [_storable(word) for word in words]
         hits = self._search_index(words) if self._is_large() else None
         with self._database.reading() as connection:
             if hits is None:

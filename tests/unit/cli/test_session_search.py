@@ -123,6 +123,19 @@ def indexed(path: Path, text: str) -> bool:
         return bool(rows.fetchall())
 
 
+@pytest.mark.parametrize("min_bytes", [0, 1 << 40], ids=["index", "all"])
+def test_any_words_may_be_searched_for(
+    store: SessionStore, min_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_search, "MIN_INDEXED_BYTES", min_bytes)
+    store.save(Session(), said("hello there", "yes"), "m")
+    assert len(store.search(["h", "hello"] * 2000)) == 1
+    assert store.search(["hello"] * 2000 + ["no"]) == []
+    for word in ('"hel', "NOT(", "hello:", "a\0b", "\ud800", "\udcffabc", "%"):
+        assert store.search([word]) == []
+        assert store.find(word) is None
+
+
 def test_the_index_is_used_and_knows_what_came_later(store: SessionStore, path: Path) -> None:
     sessions = filled(store)
     assert names(store, "november") == [("trip", [0])]
