@@ -8,6 +8,7 @@ import { Answering } from "./answering";
 import type { ApiError } from "./api";
 import {
   append,
+  CHAT_TEMPERATURE,
   type Conversation,
   dropEmpty,
   find,
@@ -144,7 +145,8 @@ export class Asking {
     });
     this.answerings.set(answer.id, answering);
     this.listener.changed(kept);
-    await answering.run({ ...conversation.sampling, model, ...body });
+    const temperature = CHAT_TEMPERATURE;
+    await answering.run({ temperature, ...conversation.sampling, model, ...body });
     this.answerings.delete(answer.id);
     touch(conversation);
     this.#settle(kept, side, answer, failure);

@@ -60,6 +60,9 @@ export interface Message {
   side?: 0 | 1;
 }
 
+/** Unless something else is chosen, as in the terminal: the API's own 1 is for programs. */
+export const CHAT_TEMPERATURE = 0.7;
+
 /** What is missing is left to the server. */
 export interface Sampling {
   temperature?: number;

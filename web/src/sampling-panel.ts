@@ -1,6 +1,6 @@
 /** How answers are drawn: what is left empty is the server's to say. */
 
-import type { Conversation, Sampling } from "./conversation";
+import { CHAT_TEMPERATURE, type Conversation, type Sampling } from "./conversation";
 import { el, iconButton } from "./dom";
 
 type NumberName = "temperature" | "top_p" | "top_k" | "max_tokens" | "seed";
@@ -65,7 +65,7 @@ export class SamplingPanel {
       const input = el("input", {
         type: "number",
         id: name,
-        placeholder: "server default",
+        placeholder: name === "temperature" ? `${CHAT_TEMPERATURE}` : "server default",
         inputmode: step === 1 ? "numeric" : "decimal",
         "aria-describedby": `${name}-hint`,
         min,
