@@ -288,10 +288,13 @@ def served_names(weights: str, model_names: Sequence[str] = ()) -> tuple[str, ..
     # `.` and `..` have no name of their own
     path = path if path.name not in ("", "..") else path.resolve()
     stem = _PART_OF_GGUF.sub("", path.name.removesuffix(".gguf"))
+    # names go to workers as a list with commas
+    stem = stem.replace(",", "-").strip()
     names = tuple(model_names) or (stem or "model",)
     if len(names) > MAX_CARDS:
         raise UsageError(f"--model-names has {len(names)} names, the limit is {MAX_CARDS:,}")
     for name in names:
-        if not name.isprintable() or len(name) > MAX_NAME_LEN:
+        is_one = "," not in name and name == name.strip() != ""
+        if not is_one or not name.isprintable() or len(name) > MAX_NAME_LEN:
             raise UsageError(f"{name[:40]!r} cannot be a model's name; choose --model-names")
     return names

@@ -81,5 +81,7 @@ def name_for(asked: LoadModel, weights: str) -> str:
         return served_names(weights, (asked.name,) if asked.name else ())[0]
     except UsageError as error:
         raise InvalidRequest(
-            f"the model needs a name of at most {MAX_NAME_LEN} printable characters", param="name"
+            f"the model needs a name of at most {MAX_NAME_LEN} printable characters, no comma in "
+            "it and no blank at its ends",
+            param="name",
         ) from error

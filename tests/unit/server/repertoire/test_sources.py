@@ -97,6 +97,9 @@ def test_an_operator_may_let_it_download_unless_it_is_offline(
 def test_names() -> None:
     assert name_for(LoadModel(weights="/x/llama.gguf"), "/x/llama.gguf") == "llama"
     assert name_for(LoadModel(weights="/x", name="mine"), "/x") == "mine"
-    with pytest.raises(InvalidRequest, match="printable"):
-        name_for(LoadModel(weights="/x", name="a\nb"), "/x")
+    # a worker takes its names as a list: by "a,b" it would never be found
+    assert name_for(LoadModel(weights="/x/a,b"), "/x/a,b") == "a-b"
+    for name in ("a\nb", "a,b", " ", "a "):
+        with pytest.raises(InvalidRequest, match="printable"):
+            name_for(LoadModel(weights="/x", name=name), "/x")
     assert json.loads(LoadModel(model="a").model_dump_json())["wait"] is True
