@@ -259,8 +259,10 @@ def told_error(body: bytes, status: int = 0) -> ChatserveError:
         message, code, param = str(error["message"]), error.get("code"), error.get("param")
     except (ValueError, KeyError, TypeError, AttributeError):
         return _died()
-    if code is None:
-        return (NoWorkerAvailable if status == 503 else WorkerLost)(message)
+    if not isinstance(code, str):
+        unnamed = (NoWorkerAvailable if status == 503 else WorkerLost)(message)
+        unnamed.is_foreign = True
+        return unnamed
     kinds = {
         kind.code: kind
         for kind in vars(errors).values()

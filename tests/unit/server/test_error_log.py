@@ -47,6 +47,8 @@ def test_the_same_error_again_is_counted() -> None:
         (ContextLengthExceeded("prompt has 9 tokens, m holds 4"), 400,
          "prompt has 9 tokens, m holds 4"),
         (told_error(b'{"error": {"message": "CANARY-5512", "code": "worker_died"}}'), 502, ""),
+        (told_error(b'{"error": {"message": "CANARY-5512"}}'), 502, ""),
+        (told_error(b'{"error": {"message": "CANARY-5512", "code": ["x"]}}'), 502, ""),
     ],
 )  # fmt: skip
 def test_no_words_of_a_client_are_kept(error: Exception, status: int, message: str) -> None:
