@@ -3,7 +3,7 @@
  *
  * Blocks that no later line can change are rendered once and left alone; only the last block is
  * made anew. Of a long list the finished items are left alone, too, and code that is not closed yet
- * grows by its new text.
+ * grows by its new text. What cannot be read as Markdown (quotes thousands deep) is plain text.
  */
 
 import type { Token, Tokens } from "marked";
@@ -28,6 +28,8 @@ export class LiveMarkdown {
   /** a list is in pieces */
   #isSplit = false;
   #isFinished = false;
+  /** all of a text that could not be read as Markdown */
+  #plain: Text | undefined;
 
   constructor(readonly element: HTMLElement) {}
 
@@ -39,6 +41,11 @@ export class LiveMarkdown {
     if (this.#isFinished || !text.startsWith(this.#text)) this.#clear();
     this.#isFinished = false;
     this.#text = text;
+    this.#orPlain(() => this.#grow());
+  }
+
+  #grow(): void {
+    const text = this.#text;
     if (this.#code) {
       const end = this.#code.grow(text);
       if (end === undefined) return;
@@ -56,7 +63,8 @@ export class LiveMarkdown {
     this.update(text);
     if (this.#isFinished) return;
     this.#isFinished = true;
-    if (this.#isSplit || DEFINITION.test(text)) this.#renderWhole();
+    if (this.#isSplit || DEFINITION.test(text)) this.#orPlain(() => this.#renderWhole());
+    if (this.#plain) this.#news.push(this.#text.slice(this.#settled));
     this.#code?.finish();
     this.#code = undefined;
     for (const node of this.#live) this.#news.push(node.textContent ?? "");
@@ -78,7 +86,25 @@ export class LiveMarkdown {
     this.#code = undefined;
     this.#news = [];
     this.#isSplit = false;
+    this.#plain = undefined;
     this.element.replaceChildren();
+  }
+
+  /** Make elements of the text; if that fails, show it as it is. */
+  #orPlain(make: () => void): void {
+    if (!this.#plain) {
+      try {
+        make();
+        return;
+      } catch {
+        // quotes in quotes in quotes are too deep for the stack
+      }
+      this.#code = undefined;
+      this.#live = [];
+      this.#plain = document.createTextNode("");
+      this.element.replaceChildren(el("p", { class: "plain", dir: "auto" }, this.#plain));
+    }
+    this.#plain.data = this.#text;
   }
 
   /** What blocks say of each other (a list in pieces, addresses of links) is only known at the end. */

@@ -96,6 +96,8 @@ export function render(tokens: Token[]): DocumentFragment {
     ALLOW_ARIA_ATTR: false,
     ALLOW_DATA_ATTR: false,
     ALLOWED_URI_REGEXP: LINKS,
+    // without this the expression for links judges every attribute
+    ADD_URI_SAFE_ATTR: ["align", "start", "data-language"],
     RETURN_DOM_FRAGMENT: true,
   });
   for (const span of fragment.querySelectorAll("span[data-image]")) span.replaceWith(image(span));

@@ -29,6 +29,7 @@ const HOSTILE = [
   "<javascript:alert(1)>",
   "<!--><img src=x onerror=alert(1)>-->",
   "<p id=app name=getElementById class=dialog>x</p>",
+  `${">".repeat(4000)} <img src=x onerror=alert(1)>`,
 ];
 
 test.each(HOSTILE)("%s does nothing", (text) => {
@@ -195,4 +196,31 @@ test("a long answer makes its last block anew, not all that is there", () => {
   // 750 updates; all paragraphs each time would be 19,000
   expect(made).toBeLessThan(10 * 750);
   expect(element.querySelectorAll("p")).toHaveLength(50);
+});
+
+test("what is too deep for Markdown is plain text, also while it grows", () => {
+  const element = document.createElement("div");
+  const live = new LiveMarkdown(element);
+  const deep = `Before.\n\n${">".repeat(4000)} deep`;
+  live.update("Before.\n\n> a");
+  live.update(deep);
+  live.update(`${deep}er`);
+  expect(element.textContent).toBe(`${deep}er`);
+  live.finish(`${deep}er than that`);
+  expect(element.textContent).toBe(`${deep}er than that`);
+  expect(live.takeNews()).toContain("deeper than that");
+  live.finish("> another");
+  expect(element.querySelector("blockquote")?.textContent).toContain("another");
+});
+
+test("a block of code is named and coloured by its language", () => {
+  expect(html("```python\npass\n```")).toContain("python");
+});
+
+test("a list begins with its number", () => {
+  expect(html("3. three\n4. four")).toContain('<ol start="3"');
+});
+
+test("columns keep their alignment", () => {
+  expect(html("| a |\n|--:|\n| 1 |")).toContain('align="right"');
 });
