@@ -34,11 +34,13 @@ class Terminal:
     """Runs a Python program in a pty; `wait_for` reads until the screen shows what it should."""
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        # where tests are shared by processes, these say how wide another terminal is
+        inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.child: pexpect.spawn[bytes] = pexpect.spawn(
             sys.executable,
             list(argv),
             dimensions=(ROWS, COLUMNS),
-            env={**os.environ, "TERM": "xterm-256color", "NO_COLOR": "", **env},
+            env={**inherited, "TERM": "xterm-256color", "NO_COLOR": "", **env},
             timeout=TIMEOUT_S,
         )
         self.screen = _Screen(self.child)
