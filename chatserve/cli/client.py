@@ -31,6 +31,7 @@ from chatserve.cli.server_json import (
     read_progress,
     read_token_count,
     read_whole,
+    scalar_values,
 )
 from chatserve.errors import (
     BadStream,
@@ -139,7 +140,7 @@ class ChatClient:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         root = self.base_url.removesuffix("/v1")
         try:
-            with self._request("POST", "/tokenize", root=root, json=body) as response:
+            with self._request("POST", "/tokenize", root=root, body=body) as response:
                 self._check(response)
                 return read_token_count(self._json(response))
         except ChatserveError:
@@ -156,7 +157,7 @@ class ChatClient:
         """The JSON that answers `body`; however long it takes. Raises `ChatserveError`."""
         root = None if below_v1 else self.base_url.removesuffix("/v1")
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        with self._request("POST", path, root=root, json=body, timeout=timeout) as response:
+        with self._request("POST", path, root=root, body=body, timeout=timeout) as response:
             self._check(response)
             return self._json(response)
 
@@ -226,7 +227,7 @@ class ChatClient:
         decoder = SSEDecoder(
             max_event_bytes=MAX_EVENT_BYTES, on_comment=partial(_note_place, places, body["model"])
         )
-        with self._request("POST", "/chat/completions", json=body, timeout=timeout) as response:
+        with self._request("POST", "/chat/completions", body=body, timeout=timeout) as response:
             self._check(response)
             content_type = response.headers.get("content-type", "")
             if content_type.startswith("application/json"):
@@ -257,10 +258,18 @@ class ChatClient:
 
     @contextlib.contextmanager
     def _request(
-        self, method: str, path: str, *, root: str | None = None, **options: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        root: str | None = None,
+        body: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Iterator[httpx.Response]:
         """One request with httpx's failures told in our words."""
         url = (root if root is not None else self.base_url) + path
+        if body is not None:
+            options |= {"content": _encoded(body), "headers": {"content-type": "application/json"}}
         if self._sockets is not None:
             options["extensions"] = {"trace": self._note_socket}
         try:
@@ -335,6 +344,12 @@ def _normalise(base_url: str) -> str:
         raise UsageError("a URL must not hold a secret; put the key into CHATSERVE_API_KEY")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    """A terminal, a command line or a file's name may hold a byte that is no character."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return scalar_values(text).encode()
 
 
 def _trust(ca_certs: str | None) -> ssl.SSLContext | bool:

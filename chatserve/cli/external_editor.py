@@ -25,7 +25,7 @@ def edited(text: str) -> str:
     with tempfile.TemporaryDirectory(prefix="chatserve-") as folder:
         file = Path(folder) / "question.md"
         file.touch(0o600)
-        file.write_text(text + "\n", "utf-8")
+        file.write_text(text + "\n", "utf-8", errors="replace")  # half a character: a typed byte
         _run([*words, str(file)])
         try:
             return file.read_text("utf-8").rstrip("\n")

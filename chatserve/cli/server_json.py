@@ -122,12 +122,12 @@ def _read_chunk(event: Any, where: str) -> ChatDelta:
     if not isinstance(usage, dict) or not isinstance(details, dict):
         raise ValueError
     return ChatDelta(
-        _scalar_values(text),
+        scalar_values(text),
         finish_reason,
         _count(usage.get("completion_tokens")),
         num_prompt_tokens=_count(usage.get("prompt_tokens")),
         num_cached_tokens=_count(details.get("cached_tokens")),
-        reasoning=_scalar_values(reasoning) if isinstance(reasoning, str) else "",
+        reasoning=scalar_values(reasoning) if isinstance(reasoning, str) else "",
     )
 
 
@@ -152,15 +152,15 @@ def read_token_count(table: Any) -> int | None:
     return len(tokens) if isinstance(tokens, list) else _count(table.get("count"))
 
 
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
-
-
-def _scalar_values(text: str) -> str:
+def scalar_values(text: str) -> str:
     """JSON can spell half a surrogate pair, which no terminal, file or request can hold."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 _STATUS_ERRORS: dict[int, type[ChatserveError]] = {

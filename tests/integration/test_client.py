@@ -91,6 +91,15 @@ def test_the_request_is_openais(client: ChatClient, server: FakeOpenAI) -> None:
     ]
 
 
+def test_a_byte_that_is_no_character_is_sent_as_a_replacement_character(
+    client: ChatClient, server: FakeOpenAI
+) -> None:
+    typed = b"caf\xe9 \xf0\x9f\x8c\x8d".decode("utf-8", "surrogateescape")
+    assert text_of(ask(client, typed))
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "caf\ufffd 🌍"}]
+    client.count_tokens(typed, "fake-1b")  # neither does this raise
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_events_may_be_cut_anywhere(size: int, client: ChatClient, server: FakeOpenAI) -> None:
     deltas = [{"choices": [{"delta": {"content": char}}]} for char in "你a🌍"]

@@ -123,6 +123,15 @@ def test_a_question_is_edited_outside(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not Path(file).exists()
 
 
+def test_a_typed_byte_that_is_no_character_goes_to_the_editor_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISUAL", editor(tmp_path, "file.write_text(file.read_text() + 'more')"))
+    session = Session(ScriptedServer(["1"], ["2"]))
+    session.type("caf\udce9", "/edit!")
+    assert contents(session.server.requests[1]) == ["caf?\nmore"]
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
