@@ -116,10 +116,10 @@ class Repertoire:
         first = [model for model in self._models.values() if model.is_first]
         if not self.policy.auto_load or (len(first) == 1 and self.policy.max_bytes is None):
             for model in first:
-                self._begin(model, is_measured=True)
+                self._load(model, is_measured=True)
             return
         for model in first:
-            loaded = self._begin(model, may_evict=False)
+            loaded = self._load(model, may_evict=False)
             try:
                 await asyncio.shield(loaded)
             except ChatserveError as error:
@@ -135,9 +135,7 @@ class Repertoire:
         Fails with `CannotLoad` in the worker's own words, `NoRoomForModel`, or `ModelConflict` when
         somebody unloads it meanwhile.
         """
-        if model.loaded is not None and (model.is_loading or model.phase == "ready"):
-            return model.loaded
-        return self._begin(model)
+        return self._load(model)
 
     async def until_ready(self, model: Model) -> None:
         """For a request: raises what to tell its client."""
@@ -236,9 +234,11 @@ class Repertoire:
 
     # ---- how
 
-    def _begin(
+    def _load(
         self, model: Model, *, may_evict: bool = True, is_measured: bool = False
     ) -> asyncio.Future[None]:
+        if model.loaded is not None and (model.is_loading or model.phase == "ready"):
+            return model.loaded  # whoever has begun it
         if self._is_closed:
             raise _shutting_down()
         model.loaded = asyncio.get_running_loop().create_future()

@@ -397,6 +397,27 @@ def test_first_models_that_do_not_fit_together_wait() -> None:
     run(test())
 
 
+@pytest.mark.parametrize("policy", [AUTO, LoadingPolicy(auto_load=True)])
+def test_a_first_model_that_a_request_has_begun_is_not_begun_again(policy: LoadingPolicy) -> None:
+    async def test() -> None:
+        house = House(policy, a=3, b=3)
+        a, b = house.declare("a", "b", is_first=True)
+        living = asyncio.create_task(house.repertoire.outlive())
+        await house.until(lambda: a.started is not None)
+        asking = asyncio.create_task(house.repertoire.until_ready(b))
+        await house.until(lambda: b.started is not None)
+        house.workers[0].ready()
+        await house.until(lambda: a.phase == "ready")
+        await asyncio.sleep(0.01)
+        house.workers[1].ready()
+        await asking
+        assert b.phase == "ready" and len(house.workers) == 2
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
+
+    run(test())
+
+
 def test_the_end_of_the_server_is_told_to_who_waits_for_a_load() -> None:
     async def test() -> None:
         house = House(AUTO, a=3)
