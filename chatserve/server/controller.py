@@ -66,7 +66,7 @@ from chatserve.server.relay import Relay
 from chatserve.server.repertoire.gate import Gate, LoadingStream
 from chatserve.server.repertoire.models import Repertoire
 from chatserve.server.repertoire.routes import RepertoireRoutes
-from chatserve.server.repertoire.rows import ModelRows
+from chatserve.server.repertoire.rows import ModelRows, as_seen_by
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_store import ResponseStore
 from chatserve.server.worker_client import WorkerClient
@@ -194,7 +194,7 @@ class ControllerRoutes:
 
     async def forward_tokens(self, request: Request) -> Response:
         """The same, and the model may be left out where there is only one."""
-        bases = [card.name for card in self._registry.cards() if card.parent is None]
+        bases = [card["id"] for card in self.rows.cards() if card["parent"] is None]
         return await self._forward(request, bases[0] if len(bases) == 1 else None)
 
     async def _forward(self, request: Request, default_model: str | None) -> Response:
@@ -272,7 +272,8 @@ class ControllerRoutes:
 
     def _models_known(self) -> dict[str, Any]:
         """Where their files lie is for operators."""
-        return {"models": [{**row, "weights": None} for row in self.rows.rows(time.monotonic())]}
+        rows = self.rows.rows(time.monotonic())
+        return {"models": [as_seen_by(row, is_operator=False) for row in rows]}
 
     def _workers(self) -> list[WorkerSeen]:
         return [

@@ -30,7 +30,7 @@ from chatserve.server.json_response import json_response
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.repertoire.model import Model
 from chatserve.server.repertoire.models import Repertoire
-from chatserve.server.repertoire.rows import ModelRows
+from chatserve.server.repertoire.rows import ModelRows, as_seen_by
 from chatserve.server.repertoire.sources import check_source, name_for
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class RepertoireRoutes:
         return json_response(
             {
                 "models": [
-                    row if request.scope.get(OPERATOR) else {**row, "weights": None}
+                    as_seen_by(row, is_operator=bool(request.scope.get(OPERATOR)))
                     for row in self._rows.rows(self._clock())
                 ],
                 "auto_load": policy is not None and policy.auto_load,
@@ -156,7 +156,7 @@ class RepertoireRoutes:
     def _row(self, request: Request, model: Model) -> dict[str, Any]:
         rows = self._rows.rows(self._clock())
         row = next(row for row in rows if row["name"] == model.name)
-        return row if request.scope.get(OPERATOR) else {**row, "weights": None}
+        return as_seen_by(row, is_operator=bool(request.scope.get(OPERATOR)))
 
     def _beside(self, work: Any) -> asyncio.Future[None]:
         job: asyncio.Future[None] = asyncio.ensure_future(work)

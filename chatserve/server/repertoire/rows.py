@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from chatserve.server.leases import Worker
 from chatserve.server.registry import ModelReadiness, WorkerRegistry
 from chatserve.server.repertoire.model import Model
 from chatserve.server.repertoire.models import Repertoire
@@ -51,11 +52,13 @@ class ModelRows:
             for model in repertoire.models():
                 rows.append(self._row(repertoire, model, now))
                 of_repertoire.add(model.name)
+        states = {each.name: each for each in self._registry.readiness()}
         for card in self._registry.cards():
             if card.name in of_repertoire or card.parent is not None:
                 continue
             ready = self._registry.ready(card.name)
-            state = next(s for s in self._registry.readiness() if s.name == card.name)
+            # a model is known longer than the last worker that had it
+            state = states.get(card.name) or ModelReadiness(card.name, "starting")
             rows.append(
                 {
                     "name": card.name,
@@ -97,7 +100,7 @@ class ModelRows:
             "bytes": self._bytes(model),
             "loaded_bytes": loaded,
             "total_bytes": total,
-            "memory_bytes": _memory_of(model.started.supervisor.pid if model.started else None),
+            "memory_bytes": _memory_of(worker),
             "device": self._device(model),
             "running": len(worker.leases) if worker else 0,
             "idle_s": None if idle_s is None else round(idle_s, 1),
@@ -145,15 +148,18 @@ class ModelRows:
         }
 
 
-def _memory_of(pid: int | None) -> int | None:
-    """Of main memory, what a process and those that it has started hold now."""
-    if pid is None:
+def _memory_of(worker: Worker | None) -> int | None:
+    """Main memory that its process holds, as its last heartbeat has it."""
+    if worker is None or worker.status.metrics is None:
         return None
-    import psutil
+    return worker.status.metrics.rss_bytes or None
 
-    try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-        return sum(int(each.memory_info().rss) for each in family)
-    except psutil.Error:
-        return None
+
+def as_seen_by(row: dict[str, Any], *, is_operator: bool) -> dict[str, Any]:
+    """Where the files of a model lie is for operators, also in the last words of its worker."""
+    if is_operator:
+        return row
+    error, weights = row["error"], row["weights"]
+    if error and weights:
+        error = {**error, "message": error["message"].replace(weights, row["name"])}
+    return {**row, "weights": None, "error": error}
