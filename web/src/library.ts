@@ -47,7 +47,7 @@ export interface LibraryListener {
 export class Library {
   summaries: Summary[] = [];
   readonly #open = new Map<string, Kept>();
-  readonly #tabs: BroadcastChannel | undefined;
+  #tabs: BroadcastChannel | undefined;
   #search = "";
 
   constructor(
@@ -62,7 +62,9 @@ export class Library {
   }
 
   close(): void {
+    // what is open goes on being saved, without telling
     this.#tabs?.close();
+    this.#tabs = undefined;
   }
 
   /** Ask the store for the list; of those with a text, if one is given. */
@@ -111,7 +113,16 @@ export class Library {
   async remove(id: string): Promise<void> {
     const kept = this.#open.get(id);
     if (kept) kept.isRemoved = true;
-    await this.store.remove(id);
+    try {
+      await this.store.remove(id);
+    } catch (error) {
+      // it is still there, and so is what was not saved of it
+      if (kept) {
+        kept.isRemoved = false;
+        if (kept.isDirty) kept.changed();
+      }
+      throw error;
+    }
     this.forget(id);
     this.#tell({ kind: "removed", id, revision: 0, writing: [] });
   }

@@ -161,3 +161,26 @@ test("an answer that grows while it is joined keeps its object", async () => {
   await one.save();
   expect(said(store.kept.get(one.conversation.id))).toEqual(["It goes on", "first", "of two"]);
 });
+
+test("a chat that could not be deleted is saved on", async () => {
+  const store = new FakeStore();
+  const { library } = tab(store);
+  const one = library.fresh(["a"]);
+  say(one, "first");
+  await one.save();
+  vi.spyOn(store, "remove").mockRejectedValueOnce(new ApiError("no answer", "unreachable", 0));
+  await expect(library.remove(one.conversation.id)).rejects.toThrow("no answer");
+  say(one, "second");
+  await one.save();
+  expect(said(store.kept.get(one.conversation.id))).toEqual(["first", "second"]);
+});
+
+test("what is open in a library that was closed is still saved", async () => {
+  const { library, listener } = tab(new FakeStore());
+  const one = library.fresh(["a"]);
+  library.close();
+  say(one, "first");
+  await one.save();
+  expect(listener.saveFailed).toHaveBeenLastCalledWith(null);
+  expect(one.isDirty).toBe(false);
+});
