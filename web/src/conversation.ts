@@ -257,7 +257,7 @@ export function fullText(message: Message): string {
   return [message.content, ...files].filter((part) => part !== "").join("\n\n");
 }
 
-/** The prompt that ends with a message. Answers without a word are no part of it. */
+/** The prompt that ends with a message. What was never answered is no part of it: turns alternate. */
 export function promptTo(conversation: Conversation, last: string): WireMessage[] {
   const messages: WireMessage[] = [];
   if (conversation.system.trim() !== "") {
@@ -266,6 +266,9 @@ export function promptTo(conversation: Conversation, last: string): WireMessage[
   for (const message of path({ ...conversation, heads: [last] })) {
     const content = fullText(message);
     if (content !== "") messages.push({ role: message.role, content });
+    else if (message.role === "assistant" && message.id !== last) {
+      if (messages.at(-1)?.role === "user") messages.pop();
+    }
   }
   return messages;
 }

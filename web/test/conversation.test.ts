@@ -98,7 +98,6 @@ test("a prompt has the system message, the files, and no empty answers", () => {
   if (last) last.files = [{ name: "a.md", text: "```js\n1\n```" }];
   expect(promptTo(conversation, last?.id ?? "")).toEqual([
     { role: "system", content: "Be brief." },
-    { role: "user", content: "one" },
     { role: "user", content: "two\n\na.md:\n````\n```js\n1\n```\n````" },
   ]);
   expect(last && fullText(last)).toContain("````\n```js");
@@ -130,4 +129,15 @@ test("who has only gone on from what is shown here is followed", () => {
   // another version is another place
   const other = append(mine, 0, question.id, { role: "assistant", content: "three" });
   expect(merge(mine, theirs).heads).toEqual([other.id]);
+});
+
+test("a question that was stopped before the first word is no part of the next prompt", () => {
+  const conversation = chat("one", "1", "two", "", "three");
+  expect(promptTo(conversation, conversation.heads[0] ?? "")).toEqual([
+    { role: "user", content: "one" },
+    { role: "assistant", content: "1" },
+    { role: "user", content: "three" },
+  ]);
+  const stopped = chat("one", "");
+  expect(promptTo(stopped, stopped.heads[0] ?? "")).toEqual([{ role: "user", content: "one" }]);
 });
