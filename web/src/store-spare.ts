@@ -12,7 +12,7 @@ import type { Store } from "./store";
 /** As the spare place has it; `server_revision` is what its change was made on. */
 type Spare = Conversation & { server_revision?: number };
 
-const HAS_NO_ROOM = ["storage_full", "storage_unavailable"];
+const HAS_NO_ROOM = ["storage_full", "storage_unavailable", "body_too_large"];
 
 function hasNoRoom(error: unknown): error is ApiError {
   return error instanceof ApiError && HAS_NO_ROOM.includes(error.code);

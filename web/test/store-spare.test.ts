@@ -49,3 +49,10 @@ test("another failure is the server's own to tell", async () => {
   await expect(new SpareStore(server, spare).put(asked("?"))).rejects.toThrow("no key");
   expect(spare.kept.size).toBe(0);
 });
+
+test("a chat that is too big for a request waits here, too", async () => {
+  const [server, spare] = [new FakeStore(), new FakeStore()];
+  server.fails = new ApiError("too big", "body_too_large", 413);
+  await expect(new SpareStore(server, spare).put(asked("?"))).rejects.toThrow("this browser");
+  expect(spare.kept.size).toBe(1);
+});
