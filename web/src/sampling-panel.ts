@@ -46,6 +46,8 @@ export class SamplingPanel {
   readonly #stop: HTMLTextAreaElement;
   readonly #rolling: HTMLInputElement;
   readonly #inputs = new Map<NumberName, HTMLInputElement>();
+  /** whose settings are shown */
+  #id = "";
 
   constructor(
     private readonly onChange: (system: string, sampling: Sampling) => void,
@@ -120,13 +122,16 @@ export class SamplingPanel {
             this.#changed();
           },
         },
-        "All to the server's defaults",
+        "All to the defaults",
       ),
     );
   }
 
   show(conversation: Conversation): void {
-    if (this.element.contains(document.activeElement)) return;
+    // whoever writes here is not interrupted, unless it is another chat
+    const isSame = conversation.id === this.#id;
+    if (isSame && this.element.contains(document.activeElement)) return;
+    this.#id = conversation.id;
     this.#fill(conversation.system, conversation.sampling);
   }
 

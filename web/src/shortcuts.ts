@@ -20,6 +20,8 @@ function actionOf(event: KeyboardEvent, app: App): (() => void) | undefined {
   if (isCommand && shiftKey && code === "KeyO") return () => app.fresh();
   if (isCommand && !shiftKey && !altKey && code === "KeyK") return () => app.search();
   if (altKey && !isCommand && !shiftKey) {
+    // a Mac writes ß and ç by Option
+    if (isWriting(event.target) && isOtherLetter(key, code)) return undefined;
     // by place, as Alt makes other letters of them on some keyboards
     switch (code) {
       case "ArrowUp":
@@ -41,6 +43,10 @@ function actionOf(event: KeyboardEvent, app: App): (() => void) | undefined {
   if (key === "/") return () => app.writeQuestion();
   if (key === "?") return () => app.shortcuts();
   return undefined;
+}
+
+function isOtherLetter(key: string, code: string): boolean {
+  return [...key].length === 1 && `Key${key.toUpperCase()}` !== code;
 }
 
 function isWriting(target: EventTarget | null): boolean {
