@@ -200,7 +200,7 @@ class ChatClient:
             headers=self._headers,
             timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # a proxy of the environment never stands between two processes of this machine
-            trust_env=not _is_loopback(self.base_url),
+            trust_env=not is_loopback(self.base_url),
             verify=self._trust,
             transport=httpx.HTTPTransport(verify=self._trust, socket_options=_keepalive()),
         )
@@ -389,7 +389,7 @@ def _again_text(error: ChatserveError, delay_s: float, num_tries: int) -> str:
     )
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

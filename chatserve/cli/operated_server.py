@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatserve import environment
-from chatserve.cli.client import ChatClient
+from chatserve.cli.client import ChatClient, is_loopback
 from chatserve.errors import BadStream, UsageError
 from chatserve.protocol.operation import LOAD_MODEL_PATH, MODELS_PATH, UNLOAD_MODEL_PATH
 from chatserve.running_servers import RunningServer, running_servers
@@ -77,15 +77,13 @@ def find_servers(options: OperatorOptions) -> list[OperatedServer]:
     if options.base_url is not None:
         wanted = options.base_url.rstrip("/").removesuffix("/v1")
         same = next((each for each in here if each.url == wanted), None)
-        secret = environment.control_token() or environment.client_api_key(options.base_url)
-        if same is not None:
-            secret = same.control_token
+        secret = same.control_token if same is not None else _secret_for(options.base_url)
         client = ChatClient(options.base_url, secret, ca_certs=options.ssl_ca_certs)
         return [OperatedServer(client, is_here=same is not None)]
     if not here:
         raise UsageError(
             "no server of yours runs on this machine; start one by `chatserve serve`, or name one "
-            "by --base-url, with its key in CHATSERVE_API_KEY or CHATSERVE_CONTROL_TOKEN"
+            "by --base-url, with its key in CHATSERVE_API_KEY"
         )
     return [_connected(each) for each in here]
 
@@ -101,6 +99,12 @@ def find_server(options: OperatorOptions, model: str | None = None) -> OperatedS
             f"several servers of yours run here: {_urls(servers)}; choose one by --base-url"
         )
     return servers[0]
+
+
+def _secret_for(base_url: str) -> str | None:
+    """A key says whose it is; the control token is this machine's, and never leaves it."""
+    key = environment.client_api_key(base_url)
+    return key or (environment.control_token() if is_loopback(base_url) else None)
 
 
 def _connected(server: RunningServer) -> OperatedServer:
