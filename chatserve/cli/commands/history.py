@@ -77,7 +77,7 @@ def _show(store: SessionStore, wanted: str, options: HistoryConfig) -> None:
         path, has_replaced = export(transcript, options.output, model)
         print(f"{'replaced' if has_replaced else 'exported to'} {path}")
     elif options.json:
-        print(json.dumps(_chat(session, transcript), ensure_ascii=False, indent=1))
+        _print_json(_chat(session, transcript))
     else:
         text = as_markdown(transcript, session.name or title_of(transcript), model)
         sys.stdout.write(strip_escapes(text))
@@ -91,7 +91,7 @@ def _list(store: SessionStore, words: Sequence[str], options: HistoryConfig) -> 
     except DatabaseFailed as error:
         raise UsageError(f"cannot read {store.path} ({error})") from error
     if options.json:
-        print(json.dumps([_found(*each, words) for each in found[: options.most]], indent=1))
+        _print_json([_found(*each, words) for each in found[: options.most]])
     elif found:
         rows = found_rows(found, words, options.most) if words else [row(i) for i, _ in found]
         print("\n".join(rows))
@@ -99,6 +99,11 @@ def _list(store: SessionStore, words: Sequence[str], options: HistoryConfig) -> 
         print("nothing is found", file=sys.stderr)
     else:
         print(f"no chat is kept yet in {store.path}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    """In printable ASCII, whatever was said: no terminal obeys it, and each can show it."""
+    print(json.dumps(value, indent=1).replace("\x7f", "\\u007f"))
 
 
 def _found(info: SessionInfo, hits: Sequence[Hit], words: Sequence[str]) -> dict[str, Any]:

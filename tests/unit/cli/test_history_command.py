@@ -64,6 +64,16 @@ def test_json_of_lists_finds_and_chats(
     assert chat["turns"][1] == {"role": "assistant", "content": "To *Madeira*.", "is_partial": True}
 
 
+def test_a_chat_in_json_is_ascii_so_that_no_terminal_obeys_it(
+    store: SessionStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "\x1b[2J \x9b2J \x7f \u202e 你"
+    store.save(Session("c0de0002"), Transcript(None, [Turn("user", said)]), "fake-1b")
+    text = output(capsys, "--show", "c0de0002", "--json")
+    assert text.replace("\n", "").isascii() and text.replace("\n", "").isprintable()
+    assert json.loads(text)["turns"][0]["content"] == said
+
+
 def test_a_chat_is_shown_as_markdown_without_its_escapes(
     store: SessionStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
