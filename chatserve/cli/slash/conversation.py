@@ -54,10 +54,17 @@ def _edit(chat: Chat, number: str) -> None:
     if chat.lines is None or not chat.options.is_typed:
         chat.display.error("/edit needs a terminal")
         return
+    before = chat.transcript.turns[place].content
     try:
-        text = chat.lines.read(chat.transcript.turns[place].content)
+        text = chat.lines.read(before)
     except (KeyboardInterrupt, EOFError):
         text = ""
+    except UsageError:
+        chat.display.error(
+            f"the question has {len(before):,} characters, too many for the prompt; "
+            "/edit! opens your own editor"
+        )
+        return
     _ask_instead(chat, place, text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chatserve.cli import lines
+from chatserve.cli import lines, pastes
 from chatserve.cli.answer import ChatDelta
 from chatserve.cli.asking import CONTEXT_LINE
 from chatserve.cli.kept_chat import KeptChat
@@ -17,7 +17,14 @@ from chatserve.cli.session_store import SessionStore
 from chatserve.cli.slash.table import RUNS
 from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import ContextLengthExceeded, UnsupportedParameter
-from tests.unit.cli.test_chat import ADAPTED, CTRL_C, ScriptedServer, Session, contents
+from tests.unit.cli.test_chat import (
+    ADAPTED,
+    CTRL_C,
+    ScriptedLines,
+    ScriptedServer,
+    Session,
+    contents,
+)
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "chat.md"
 CUT = ChatDelta("", "length", 4)
@@ -98,6 +105,24 @@ def test_an_edit_that_is_given_up_changes_nothing(typed: Any) -> None:
 )
 def test_what_there_is_not_is_told(typed: list[str], told: str) -> None:
     assert f"\n{told}" in Session(ScriptedServer(["1"])).type(*typed)
+
+
+def test_a_question_too_long_for_the_prompt_is_told_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = ScriptedLines.read
+
+    def folding(lines: ScriptedLines, prefill: str = "") -> str:
+        pastes.Pastes().fold(prefill)  # as the line editor does
+        return read(lines, prefill)
+
+    monkeypatch.setattr(pastes, "MAX_PASTE_LEN", 3)
+    monkeypatch.setattr(ScriptedLines, "read", folding)
+    shown = Session(ScriptedServer(["1"], ["2"])).type("long", "/edit", "b")
+    assert shown == (
+        "> long\n1\n> /edit\nerror: the question has 4 characters, too many for the prompt; "
+        "/edit! opens your own editor\n> b\n2\n> ^D\n"
+    )
 
 
 def editor(folder: Path, code: str) -> str:
