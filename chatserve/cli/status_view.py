@@ -190,10 +190,6 @@ def _bar(share: float) -> Text:
     return bar.append(f" {share:.0%}", style="default")
 
 
-def _prompt_rate(row: Row) -> Text:
-    return Text(_rate(row.get("prompt_tokens_per_s")))
-
-
 def _percentiles(row: Row, name: str) -> Text:
     found = _row(row, name)
     if _number(found.get("p50")) is None:
