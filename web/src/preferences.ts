@@ -53,7 +53,8 @@ export function readDraft(id: string): string {
 }
 
 export function writeDraft(id: string, text: string): void {
-  write(DRAFT + id, text.length > MAX_DRAFT_CHARS ? "" : text);
+  // of one that is too long what was kept before is more than nothing
+  if (text.length <= MAX_DRAFT_CHARS) write(DRAFT + id, text);
 }
 
 function write(name: string, value: string): void {
