@@ -46,7 +46,7 @@ class Gate:
         if found is None:
             return await self._forward(request, model, body)
         with self._repertoire.held(found):
-            if found.phase != "ready":
+            if found.phase != "ready" and not self._repertoire.is_served(model):
                 is_stream = await asyncio.to_thread(_wants_stream, body)
                 until_ready = asyncio.ensure_future(self._repertoire.until_ready(found))
                 waiting: asyncio.Future[None] | None = until_ready

@@ -79,11 +79,13 @@ class Repertoire:
     # ---- which there are
 
     def declare(self, name: str, weights: str, *, is_first: bool = False) -> Model:
-        """A model that can be loaded. Raises `ModelConflict`."""
+        """A model that can be loaded. Raises `ModelConflict`, or `ShuttingDown`."""
+        if self._is_closed:
+            raise _shutting_down()
         known = self._models.get(name)
         if known is not None and known.weights != weights:
             raise ModelConflict(
-                f"another model is called {name[:100]}, of {known.weights}; choose another name",
+                f"another model is called {name[:100]}; choose another name",
                 param="name",
             )
         if known is None and len(self._models) >= MAX_MODELS:
@@ -102,6 +104,10 @@ class Repertoire:
 
     def worker_of(self, model: Model) -> Worker | None:
         return None if model.started is None else self._registry.find(model.started.worker_id)
+
+    def is_served(self, name: str) -> bool:
+        """By whatever worker: others may have registered one."""
+        return bool(self._registry.ready(name))
 
     def is_busy(self, model: Model) -> bool:
         worker = self.worker_of(model)
@@ -157,7 +163,8 @@ class Repertoire:
                 except CannotLoad as error:
                     failure = error
             if failure.exit_code == DoesNotFit.exit_code:
-                raise failure
+                # the one that is kept would keep the frames of all who are told
+                raise CannotLoad(failure.message, exit_code=failure.exit_code)
             raise ModelNotLoaded(
                 f"{model.name} cannot be loaded: {failure.message}", retry_after_s=int(COOL_S)
             )
@@ -207,7 +214,7 @@ class Repertoire:
     async def close(self) -> None:
         """Load nothing more, start nothing again; workers go on with what they have."""
         self._is_closed = True
-        for model in self._models.values():
+        for model in self.models():
             if model.started is not None:
                 model.started.supervisor.retire()
             if model.bringing is not None:

@@ -84,7 +84,7 @@ class Workers:
         self._folder = folder
         self._sockets = sockets
         self._children: list[Child] = []
-        self._numbers = itertools.count()
+        self._numbers: set[int] = set()
 
     def look(self) -> None:
         """Something has changed in the registry."""
@@ -95,7 +95,10 @@ class Workers:
         """A worker to be run."""
         child = Child()
         self._children.append(child)
-        path = self._folder and self._folder / f"{next(self._numbers)}.sock"
+        # the lowest that is free: who talks to a worker keeps a session for each path
+        number = next(each for each in itertools.count() if each not in self._numbers)
+        self._numbers.add(number)
+        path = self._folder and self._folder / f"{number}.sock"
 
         def worker_environment(lifeline_fd: int) -> Mapping[str, str]:
             child.begin()
@@ -119,6 +122,7 @@ class Workers:
 
         def forget() -> None:
             self._children.remove(child)
+            self._numbers.discard(number)
             self._registry.forget_family(name)
 
         supervisor = Supervisor(

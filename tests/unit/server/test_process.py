@@ -245,6 +245,29 @@ def test_workers_of_a_server_register_whatever_the_settings_say(
     assert not worker.no_register and worker.parent_pipe == 3
 
 
+def test_a_worker_that_was_forgotten_leaves_its_socket_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each path costs whoever talks to workers a session."""
+    paths: list[str] = []
+
+    def keep(_name: str, _command: Any, environment: Any, *_: Any, **__: Any) -> None:
+        paths.append(Path(environment(3)["CHATSERVE_SOCKET_PATH"]).name)
+
+    monkeypatch.setattr(workers, "Supervisor", keep)
+    found = workers.Workers(
+        ServeConfig(), (), RestartPolicy, WorkerRegistry(FakeClock()), control_token="x",
+        control_url="http://127.0.0.1:1", folder=tmp_path, sockets={},
+    )  # fmt: skip
+    found.start("a", "a")
+    b = found.start("b", "b")
+    for _ in range(3):
+        b.forget()
+        b = found.start("b", "b")
+    found.start("c", "c")
+    assert paths == ["0.sock", "1.sock", "1.sock", "1.sock", "1.sock", "2.sock"]
+
+
 def told(state: Any) -> WorkerStatus:
     return WorkerStatus(state=state, models=[ModelCard(name="m", created=1)])
 

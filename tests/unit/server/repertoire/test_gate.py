@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from chatserve.errors import ModelLoadError
+from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.repertoire import gate
@@ -153,6 +154,20 @@ def test_what_goes_wrong_at_once_has_a_status_of_its_own() -> None:
         site.house.workers[0].fail(ModelLoadError("bad shard"))
         reply = await asking
         assert (reply.status, reply.error["code"]) == (503, "model_not_loaded")
+
+    site.run(test)
+
+
+@pytest.mark.parametrize("policy", [AUTO, LoadingPolicy()])
+def test_a_model_that_a_worker_from_elsewhere_serves_is_not_loaded(policy: LoadingPolicy) -> None:
+    site = Site(policy)
+
+    async def test(api: RunningApp) -> None:
+        card = ModelCard(name="a", created=1)
+        status = WorkerStatus(state="ready", models=[card])
+        site.house.registry.register("elsewhere", "http://127.0.0.1:9", status)
+        reply = await post(api, "/v1/chat/completions", QUESTION, KEY)
+        assert reply.error["code"] != "model_not_loaded" and not site.house.workers
 
     site.run(test)
 

@@ -221,6 +221,18 @@ def test_what_never_fits_is_a_400_with_numbers_and_unloads_nobody(
     run(test())
 
 
+def test_a_failure_that_is_told_to_many_keeps_nothing_of_them() -> None:
+    async def test() -> None:
+        house = House(AUTO, b=11)
+        [b] = house.declare("b")
+        for _ in range(3):
+            with pytest.raises(CannotLoad) as caught:
+                await house.repertoire.until_ready(b)
+            assert caught.value is not b.failure
+
+    run(test())
+
+
 def test_memory_that_others_are_about_to_take_is_not_free() -> None:
     async def test() -> None:
         house = House(LoadingPolicy(auto_load=True), free=10 * GB, a=6, b=6)
@@ -429,6 +441,8 @@ def test_the_end_of_the_server_is_told_to_who_waits_for_a_load() -> None:
             await asking
         with pytest.raises(ShuttingDown):
             house.repertoire.load(model)
+        with pytest.raises(ShuttingDown):
+            house.repertoire.declare("b", "b")
         await house.repertoire.stop(kill_after_s=1, hurry=asyncio.Event())
         assert house.workers[0].end.done()
 
@@ -440,8 +454,9 @@ def test_two_models_of_one_name_are_refused() -> None:
         house = House(AUTO)
         house.repertoire.declare("a", "/x")
         assert house.repertoire.declare("a", "/x").weights == "/x"
-        with pytest.raises(ModelConflict, match="another model is called a"):
+        with pytest.raises(ModelConflict, match="another model is called a") as caught:
             house.repertoire.declare("a", "/y")
+        assert "/x" not in caught.value.message, "whoever has a key would learn of a path"
 
     run(test())
 
