@@ -88,6 +88,10 @@ class LoadClient:
         except OSError:
             _finish(record, "not connected")
             return record
+        except asyncio.CancelledError:
+            # its port is known a turn of the loop before this goes on
+            _finish(record, "cancelled")
+            raise
         try:
             async with asyncio.timeout(self._timeout_s):
                 await connection.ended
