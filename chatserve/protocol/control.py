@@ -81,7 +81,8 @@ class WorkerStatus(ControlMessage):
     `tick` counts engine steps, `last_token_age_s` is 0 while nothing runs: a worker that has work
     and does not move is alive and yet not decoding. `num_places`: how many requests it can have at
     once, those that wait among them; 0 where that is not known. `wait_s`: what who comes now has to
-    expect before its turn. `metrics` is for the operator's eyes: nothing is decided by it.
+    expect before its turn. `metrics` is for the operator; what a model would give back is taken
+    from it, too.
     """
 
     state: WorkerState

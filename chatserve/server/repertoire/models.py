@@ -420,7 +420,18 @@ class Repertoire:
 
     def _holding(self, model: Model) -> Holding:
         is_busy = model.phase != "ready" or self.is_busy(model)
-        return Holding(model.name, self._bytes_of(model), model.used_at, is_busy)
+        return Holding(model.name, self._gives_back(model), model.used_at, is_busy)
+
+    def _gives_back(self, model: Model) -> int:
+        """What is free when it is gone. Its plan counts one sequence; of what is free, which has
+        been measured, its worker may hold more than that."""
+        worker = self.worker_of(model)
+        metrics = worker.status.metrics if worker else None
+        if self.policy.max_bytes is not None or metrics is None:
+            return self._bytes_of(model)
+        # of a card the bytes are everybody's: when too little comes back the next worker says so
+        held = metrics.rss_bytes if metrics.device == "cpu" else metrics.device_used_bytes
+        return max(self._bytes_of(model), held)
 
     def _bytes_of(self, model: Model) -> int:
         if model.num_bytes is not None:

@@ -21,6 +21,7 @@ from chatserve.errors import (
     WorkerLost,
 )
 from chatserve.protocol.control import ModelCard, WorkerStatus
+from chatserve.protocol.measured import Measured
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.repertoire.measure import Estimate
@@ -217,6 +218,27 @@ def test_what_never_fits_is_a_400_with_numbers_and_unloads_nobody(
             await house.repertoire.until_ready(b)
         assert caught.value.exit_code == DoesNotFit.exit_code
         assert a.phase == "ready"
+
+    run(test())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_gives_back_what_its_worker_holds_and_not_what_one_sequence_takes(
+    device: str,
+) -> None:
+    async def test() -> None:
+        house = House(LoadingPolicy(auto_load=True), free=2 * GB, a=1, b=10)
+        a, b = house.declare("a", "b")
+        await house.up(a)
+        [worker] = house.workers
+        measured = Measured(
+            started_at=1.0, counters={}, outcomes={}, errors={}, histograms={}, device=device,
+            **{"rss_bytes" if device == "cpu" else "device_used_bytes": 9 * GB},
+        )  # fmt: skip
+        status = worker.status().model_copy(update={"metrics": measured})
+        house.registry.heartbeat(worker.worker_id, status)
+        await house.up(b)
+        assert (a.phase, b.phase) == ("unloaded", "ready")
 
     run(test())
 
