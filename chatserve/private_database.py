@@ -312,12 +312,11 @@ class ReplaceableDatabase:
         try:
             with self._path.open("rb") as file:
                 head, size = file.read(18), os.fstat(file.fileno()).st_size
+            has_journal = _size_of(self._path.with_name(self._path.name + "-wal")) > 0
         except FileNotFoundError:
             return
         except OSError as error:
             raise DatabaseFailed(error.strerror or str(error)) from error
-        journal = self._path.with_name(self._path.name + "-wal")
-        has_journal = journal.exists() and journal.stat().st_size > 0
         page_bytes = int.from_bytes(head[16:], "big") or _MIN_PAGE_BYTES
         if size == 0 and has_journal:
             raise Damaged("it is empty, its journal is not")
@@ -385,3 +384,11 @@ def _code(error: sqlite3.Error | OSError) -> int | None:
 def _reason(error: sqlite3.Error | OSError) -> str:
     reason = error.strerror if isinstance(error, OSError) else None
     return " ".join((reason or str(error)).split())
+
+
+def _size_of(file: Path) -> int:
+    """0 where there is none; the last one who closes a database takes its journal away."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0

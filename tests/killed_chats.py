@@ -16,6 +16,7 @@ import signal
 import sqlite3
 import sys
 import time
+import traceback
 from contextlib import closing
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def start(file: Path, name: str, pipe: int, *, is_careless: bool) -> int:
     if pid == 0:
         try:
             chat(file, name, pipe, is_careless=is_careless)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return pid

@@ -74,7 +74,7 @@ def killed_rounds(folder: Path, rounds: int, *flags: str) -> list[dict[str, obje
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(lines) == rounds and all(line["killed"] for line in lines)
+    assert len(lines) == rounds and all(line["killed"] for line in lines), result.stderr
     return lines
 
 

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -399,3 +400,25 @@ def test_chats_lie_where_data_lies_and_not_in_a_cache(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.platform", platform)
     assert SessionStore.of_user().path == Path.home() / folder / "chats" / "chats.db"
+
+
+def test_a_journal_that_another_chat_takes_away_meanwhile_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SessionStore(tmp_path / "chats" / "chats.db")
+    transcript = Transcript()
+    transcript.ask("hello")
+    transcript.answer("hi", is_partial=False)
+    store.save(Session("a"), transcript, "m")
+    journal = store.path.with_name(store.path.name + "-wal")
+    journal.write_bytes(b"\0" * 32)
+    look = Path.stat
+
+    def stat_and_lose(path: Path, **options: Any) -> os.stat_result:
+        found = look(path, **options)
+        if path == journal:
+            journal.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat_and_lose)
+    assert [info.title for info in store.recent(5)] == ["hello"]
