@@ -70,6 +70,11 @@ class House:
     def num_in_flight(self) -> int:
         return sum(worker.num_in_flight for worker in self.registry._workers.values())
 
+    def wait_until_idle(self) -> None:
+        """Nothing is under way, and no worker is claimed."""
+        self.controller.wait_until_idle()
+        self.wait_for(lambda: self.num_in_flight() == 0, "a worker is still claimed")
+
     def wait_for(self, condition: Callable[[], bool], what: str = "timed out") -> None:
         """Until the controller's thread has made it true."""
         deadline = time.monotonic() + WAIT_S

@@ -40,6 +40,10 @@ class RunningServer:
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
 
+    def wait_until_idle(self) -> None:
+        """No request is under way any more: an answer is read before its route has ended."""
+        self.call(self.edge.idle())
+
 
 @contextlib.contextmanager
 def serving(

@@ -90,11 +90,6 @@ def last_error(content: bytes) -> dict[str, Any]:
     return found.get("error", found)
 
 
-def is_idle(house: House) -> None:
-    house.controller.call(house.controller.edge.idle())
-    house.wait_for(lambda: house.num_in_flight() == 0)
-
-
 def read_answer(sock: socket.socket) -> bytes:
     return read_until(sock, b"0\r\n\r\n")
 
@@ -140,7 +135,7 @@ def test_another_worker_goes_on(stack: ExitStack, cut: list[bytes]) -> None:
     assert json.loads(asked.pop("body")) == STREAM
     journal = START.decode() + ":t 0 0\n\n:t 0 1\n\n"
     assert asked == {"path": "/v1/chat/completions", "journal": journal}
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_again_and_again(stack: ExitStack) -> None:
@@ -208,7 +203,7 @@ def test_nobody_goes_on(stack: ExitStack, path: str, begin: bytes, event: dict[s
     assert answer.content.startswith(begin + PING)
     found = last_error(answer.content)
     assert {name: found.get(name) for name in event} == event
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_what_the_worker_said_is_told_when_nobody_goes_on(stack: ExitStack) -> None:
@@ -234,7 +229,7 @@ def test_the_only_worker_comes_back(stack: ExitStack) -> None:
         content += read_answer(sock)
     assert [content.count(b"data: %d\n" % i) for i in range(4)] == [1, 1, 1, 1]
     assert content.count(b"data: role") == content.count(b"[DONE]") == 1
-    is_idle(house)
+    house.wait_until_idle()
 
 
 @pytest.mark.parametrize("is_guarded", [True, False])
@@ -415,7 +410,7 @@ def test_a_worker_that_hangs(stack: ExitStack, how: str, resumes: bool) -> None:
     assert (b"[DONE]" in content) == resumes
     assert (b"worker_stalled" in content) != resumes
     assert lost.closed_by_peer.wait(20)
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_without_the_watch_nobody_is_told_of_a_worker_that_hangs(
@@ -498,7 +493,7 @@ def test_who_leaves_while_there_is_no_worker(stack: ExitStack) -> None:
     with closing(house.open()) as sock:
         read_until(sock, PING)
         sock.shutdown(socket.SHUT_RDWR)
-    is_idle(house)
+    house.wait_until_idle()
     other = add(house, "b", REST)
     assert other.requests == []
 
@@ -511,7 +506,7 @@ def test_who_leaves_while_another_worker_is_asked(stack: ExitStack) -> None:
         house.wait_for(lambda: bool(asked.requests))
         sock.shutdown(socket.SHUT_RDWR)
     assert asked.closed_by_peer.wait(20)
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_who_leaves_a_stream_that_has_moved(stack: ExitStack) -> None:
@@ -522,7 +517,7 @@ def test_who_leaves_a_stream_that_has_moved(stack: ExitStack) -> None:
         read_until(sock, encode_event("2"))
         sock.shutdown(socket.SHUT_RDWR)
     assert second.closed_by_peer.wait(20)
-    is_idle(house)
+    house.wait_until_idle()
     assert house.registry._workers["b"].num_ejections == 0
 
 
@@ -533,7 +528,7 @@ def test_who_leaves_before_an_answer_while_there_is_no_worker(stack: ExitStack) 
         house.wait_for(lambda: house.registry._workers["a"].num_ejections == 1)
         assert house.controller.edge.num_in_flight == 1
         sock.shutdown(socket.SHUT_RDWR)
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_a_drain_waits_for_nobody(stack: ExitStack) -> None:
@@ -562,7 +557,7 @@ def test_an_abort_ends_everything(stack: ExitStack) -> None:
         content += read_answer(stream)
         assert b"server_shutting_down" in content and b"[DONE]" not in content
         assert b"503" in read_until(whole, b"server_shutting_down").partition(b"\r\n")[0]
-    is_idle(house)
+    house.wait_until_idle()
 
 
 def test_what_is_too_large_to_keep_ends_with_its_worker(stack: ExitStack) -> None:

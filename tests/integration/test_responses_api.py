@@ -337,7 +337,7 @@ def test_a_client_that_leaves_ends_its_response(kind: str, tmp_path: Path) -> No
             created = next(stream)
             assert created.type == "response.created"
         engine.wait_for(lambda engine: bool(engine.aborted))
-        server.call(server.edge.idle())
+        server.wait_until_idle()
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(created.response.id)
 
