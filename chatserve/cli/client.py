@@ -7,19 +7,17 @@ text deltas or one of the errors in `chatserve.errors`.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from chatserve.cli.address import is_loopback, keepalive, normalised, trust_of
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.foreign_ways import adapted, foreign_way
 from chatserve.cli.server_json import (
@@ -53,8 +51,6 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 RETRY_DELAYS_S = (0.1, 0.4)
 MAX_RETRY_AFTER_S = 30
 DROPPED_HEADER = "x-chatserve-messages-dropped"
-# a machine at the other end that is gone without a word is found out in a minute
-_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 class _Refusal(Exception):
@@ -82,8 +78,8 @@ class ChatClient:
 
         Raises `UsageError` when `base_url` is not an http or https address, or the file is no use.
         """
-        self.base_url = _normalise(base_url)
-        self._trust = _trust(ca_certs)
+        self.base_url = normalised(base_url)
+        self._trust = trust_of(ca_certs)
         self._ca_certs = ca_certs
         self._api_key = api_key
         self._sleep = sleep
@@ -202,7 +198,7 @@ class ChatClient:
             # a proxy of the environment never stands between two processes of this machine
             trust_env=not is_loopback(self.base_url),
             verify=self._trust,
-            transport=httpx.HTTPTransport(verify=self._trust, socket_options=_keepalive()),
+            transport=httpx.HTTPTransport(verify=self._trust, socket_options=keepalive()),
         )
 
     def _stream_adapted(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
@@ -331,46 +327,10 @@ class ChatClient:
             raise BadStream(f"{self.base_url} sent an answer that is not JSON") from None
 
 
-def _normalise(base_url: str) -> str:
-    try:
-        parts = urlsplit(base_url)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_valid = False
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid:
-        raise UsageError(f"{base_url!r} is not a server's URL, such as http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc:
-        raise UsageError("a URL must not hold a secret; put the key into CHATSERVE_API_KEY")
-    path = parts.path.rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-
-
 def _encoded(body: Mapping[str, Any]) -> bytes:
     """A terminal, a command line or a file's name may hold a byte that is no character."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return scalar_values(text).encode()
-
-
-def _trust(ca_certs: str | None) -> ssl.SSLContext | bool:
-    """Whose certificates count: those of the file, else what httpx takes for granted."""
-    if ca_certs is None:
-        return True
-    try:
-        return ssl.create_default_context(cafile=ca_certs)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if isinstance(error, ssl.SSLError):
-            reason = "it holds no certificate in PEM form"
-        raise UsageError(f"cannot use --ssl-ca-certs {ca_certs}: {reason}") from error
-
-
-def _keepalive() -> list[tuple[int, int, int]]:
-    there = [(name, value) for name, value in _KEEPALIVE.items() if hasattr(socket, name)]
-    return [
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in there),
-    ]
 
 
 def _is_worth_a_try(error: ChatserveError) -> bool:
@@ -387,14 +347,6 @@ def _again_text(error: ChatserveError, delay_s: float, num_tries: int) -> str:
     return (
         f"the server {what}: asking again in {delay_s:g} s ({num_tries} of {len(RETRY_DELAYS_S)})"
     )
-
-
-def is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _cause(error: Exception) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatserve import environment
-from chatserve.cli.client import ChatClient, is_loopback
+from chatserve.cli.address import is_loopback
+from chatserve.cli.client import ChatClient
 from chatserve.errors import BadStream, UsageError
 from chatserve.protocol.operation import LOAD_MODEL_PATH, MODELS_PATH, UNLOAD_MODEL_PATH
 from chatserve.running_servers import RunningServer, running_servers

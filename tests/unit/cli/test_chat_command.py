@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from chatserve.cli import piped_input
+from chatserve.cli.asking import ChatOptions
 from chatserve.cli.commands import chat
+from chatserve.cli.person import HISTORY_FILE, line_editor
+from chatserve.cli.request_settings import options_of
+from chatserve.cli.screens import is_rich
+from chatserve.cli.transcript import Transcript
 from chatserve.config import ChatConfig, build
 from chatserve.errors import UsageError
 from chatserve.flags import CommandParser
@@ -50,13 +55,13 @@ def test_settings_of_the_chat_stay_with_the_chat() -> None:
 
 
 def test_default_temperature_depends_on_who_asks() -> None:
-    assert chat._options(config_of(), 0.7).sampling == {"temperature": 0.7}
-    assert chat._options(config_of("--temperature", "0"), 0.7).sampling == {"temperature": 0.0}
-    assert chat._options(config_of("--use-generation-config"), 0.7).sampling == {}
+    assert options_of(config_of(), 0.7).sampling == {"temperature": 0.7}
+    assert options_of(config_of("--temperature", "0"), 0.7).sampling == {"temperature": 0.0}
+    assert options_of(config_of("--use-generation-config"), 0.7).sampling == {}
 
 
 def test_only_settings_that_were_made_are_sent() -> None:
-    options = chat._options(
+    options = options_of(
         config_of("--top-p", "0.9", "--repetition_penalty", "1.1", "--max-new-tokens", "5",
                   "--seed", "7", "--no-history"), 0.0,
     )  # fmt: skip
@@ -67,7 +72,7 @@ def test_only_settings_that_were_made_are_sent() -> None:
 
 
 def test_an_answer_has_fastchats_limit_by_default() -> None:
-    options = chat._options(config_of(), 0.0)
+    options = options_of(config_of(), 0.0)
     assert options.wished_max_tokens == 512
     assert "max_tokens" not in options.sampling
 
@@ -166,14 +171,14 @@ def test_waiting_for_input_that_does_not_come_is_explained(
 def test_markdown_only_on_a_terminal_with_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert not chat._is_rich(config_of())
-    assert chat._is_rich(config_of("--style", "rich"))
+    assert not is_rich(config_of())
+    assert is_rich(config_of("--style", "rich"))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert chat._is_rich(config_of())
-    assert not chat._is_rich(config_of("--raw"))
-    assert not chat._is_rich(config_of("--style", "simple"))
+    assert is_rich(config_of())
+    assert not is_rich(config_of("--raw"))
+    assert not is_rich(config_of("--style", "simple"))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not chat._is_rich(config_of())
+    assert not is_rich(config_of())
 
 
 def test_history_is_kept_unless_told_not_to(
@@ -186,10 +191,10 @@ def test_history_is_kept_unless_told_not_to(
         lambda self, status, history, *_, **__: kept.append(history),
     )
     display = chat.Display(chat.PlainDrawer(io.StringIO()), io.StringIO())
-    loop = chat.Chat(None, display, chat.Transcript(), chat.ChatOptions())  # type: ignore[arg-type]
-    chat._line_editor(loop, display, config_of())
-    chat._line_editor(loop, display, config_of("--no-save"))
+    loop = chat.Chat(None, display, Transcript(), ChatOptions())  # type: ignore[arg-type]
+    line_editor(loop, display, config_of())
+    line_editor(loop, display, config_of("--no-save"))
     for history in kept:
         history.store_string("typed")
-    assert [path.name for path in tmp_path.iterdir()] == [chat.HISTORY_FILE]
-    assert (tmp_path / chat.HISTORY_FILE).read_text() == '"typed"\n'
+    assert [path.name for path in tmp_path.iterdir()] == [HISTORY_FILE]
+    assert (tmp_path / HISTORY_FILE).read_text() == '"typed"\n'
