@@ -248,7 +248,10 @@ def test_only_the_very_same_numbers_go_on(
 def test_a_worker_that_cannot_go_on_with_this_one_is_passed_over(stack: ExitStack) -> None:
     house = house_of(stack)
     body = b'{"error":{"message":"another date","type":"x","param":null,"code":"cannot_resume"}}'
-    refusal = b"HTTP/1.1 409 No\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    refusal = (
+        b"HTTP/1.1 409 No\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%s"
+    )
     add(house, "a", [HEAD, BEGIN, token(0), token(1)])
     unfit = add(house, "b", [refusal % (len(body), body)], FULL)
     add(house, "c", REST)
@@ -260,7 +263,9 @@ def test_a_worker_that_cannot_go_on_with_this_one_is_passed_over(stack: ExitStac
 
 def test_a_worker_that_cannot_go_on_just_now_is_asked_again(stack: ExitStack) -> None:
     house = house_of(stack)
-    busy = b"HTTP/1.1 503 No\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}"
+    # kept open it might be used again while the script closes it
+    head = b"HTTP/1.1 503 No\r\nConnection: close\r\nRetry-After: 0\r\n"
+    busy = head + b"Content-Length: 2\r\n\r\n{}"
     add(house, "a", [HEAD, BEGIN, token(0), token(1)])
     second = add(house, "b", [busy], [busy], REST)
     assert frames_of(house.post().content) == WHOLE

@@ -58,8 +58,9 @@ def stack() -> Iterator[ExitStack]:
 
 
 def refusal(code: int, retry_after_s: int) -> list[Any]:
-    head = f"HTTP/1.1 {code} No\r\nRetry-After: {retry_after_s}\r\nContent-Length: 2\r\n\r\n{{}}"
-    return [head.encode()]
+    # kept open it might be used again while the script closes it
+    head = f"HTTP/1.1 {code} No\r\nConnection: close\r\nRetry-After: {retry_after_s}\r\n"
+    return [f"{head}Content-Length: 2\r\n\r\n{{}}".encode()]
 
 
 def test_who_was_full_when_it_began_may_go_on_with_it(stack: ExitStack) -> None:

@@ -81,7 +81,7 @@ def test_stream_is_relayed_byte_for_byte(house: House, newline: bytes) -> None:
         head, _, body = worker.requests[0].partition(b"\r\n\r\n")
         assert json.loads(body) == STREAM
         assert f"Authorization: Bearer {TOKEN}".encode() in head
-        house.registry.leave("w")
+        house.do(lambda: house.registry.leave("w"))
 
 
 def test_request_body_is_relayed_byte_for_byte(house: House) -> None:
@@ -111,7 +111,7 @@ def test_the_id_of_a_request_goes_to_the_worker_and_back(
     assert all(
         f" request={each} " in line for each, line in zip(("mine", unnamed), found, strict=True)
     )
-    house.registry.leave("w")
+    house.do(lambda: house.registry.leave("w"))
     lost = httpx.post(f"{house.url}/v1/{path}", json=body, headers=headers)
     assert (lost.status_code, lost.headers["x-request-id"]) == (404, "mine")
 
@@ -152,7 +152,7 @@ def test_unknown_model_and_missing_worker(house: House) -> None:
     response = house.post(CHAT | {"model": "other"})
     assert error_of(response) == (404, "model_not_found")
     assert "fake" in response.json()["error"]["message"]
-    house.registry.remove("w")
+    house.do(lambda: house.registry.remove("w"))
     assert error_of(house.post()) == (503, "no_worker_available")
 
 

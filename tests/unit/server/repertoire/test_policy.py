@@ -51,6 +51,7 @@ holdings_of_all_kinds = st.lists(
         is_busy=st.booleans(),
     ),
     max_size=8,
+    unique_by=lambda each: each.name,  # two draws may be the same
 )
 
 
