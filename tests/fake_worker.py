@@ -6,7 +6,8 @@ exists, `missing`, `too-big`, `wrong-flag` and `refused` fail for good, `crash` 
 at start, `crash-once` at its first start only, `quoting` has a bug in its engine, `dying-engine`
 loses its engine after one request.
 
-With UNTIED set it does not notice the end of its parent.
+With UNTIED set it does not notice the end of its parent. The adapter `held` is read only once there
+is a file `go` beside WEIGHTS, and not at all where there is one `lost`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chatserve.config import WorkerConfig, split_adapters
+from chatserve.engine.sequence import LoadedAdapter
 from chatserve.errors import DoesNotFit, ModelLoadError, RegistrationFailed, UsageError
 from chatserve.progress import Progress
 from chatserve.server import command_line, worker_process
@@ -44,12 +46,25 @@ class QuotingEngine(FakeEngine):
         raise ValueError(f"cannot do {PROMPT!r}")
 
 
+class FolderAdapters(FakeAdapters):
+    def __init__(self, folder: Path, *names: str) -> None:
+        super().__init__(*names)
+        self._folder = folder
+
+    def stage_below(self, name: str, path: str, *, replace: bool = False) -> LoadedAdapter:
+        while Path(path).name == "held" and not (self._folder / "go").exists():
+            if (self._folder / "lost").exists():
+                raise ModelLoadError(f"no such folder: {path}")
+            time.sleep(0.01)
+        return super().stage_below(name, path, replace=replace)
+
+
 def load(config: WorkerConfig, progress: Progress) -> tuple[FakeEngine, FakeModel]:
     path = Path(config.weights)
     model = FakeModel(
         names=config.model_names,
         description={"device": config.device},
-        adapters=FakeAdapters(*split_adapters(config.adapter)[1]),
+        adapters=FolderAdapters(path.parent, *split_adapters(config.adapter)[1]),
     )
     if path.name in FAILURES:
         raise FAILURES[path.name]

@@ -35,9 +35,10 @@ class AdapterBeliefs:
 
     def __init__(self) -> None:
         self._beliefs: dict[Key, Belief] = {}
-        # of each worker: adapters with fingerprints by its last message, and what it was told since
+        # of each worker: adapters with fingerprints by its last message, and what it was told
+        # since, with what it said to that where it did not do it
         self._brought: dict[str, Mapping[Key, str]] = {}
-        self._told: dict[str, set[int]] = {}
+        self._told: dict[str, dict[int, str]] = {}
         self._numbers = itertools.count(1)
         self._incoming: tuple[Key, str] | None = None
 
@@ -84,17 +85,29 @@ class AdapterBeliefs:
     def differences(self, worker_id: str) -> list[tuple[Key, Belief]]:
         """What the worker has to be told; nothing twice."""
         brought = self._brought.get(worker_id, {})
-        told = self._told.get(worker_id, set())
+        told = self._told.get(worker_id, {})
         return [
             (key, belief)
             for key, belief in self._beliefs.items()
             if brought.get(key) != belief.fingerprint and belief.number not in told
         ]
 
-    def tell(self, worker_id: str, belief: Belief) -> None:
+    def tell(self, worker_id: str, belief: Belief, refusal: str = "") -> None:
         """It has been told, and has done it or has said why it does not."""
         current = {each.number for each in self._beliefs.values()}
-        self._told[worker_id] = {*(self._told.get(worker_id, set()) & current), belief.number}
+        told = self._told.get(worker_id, {})
+        kept = {number: said for number, said in told.items() if number in current}
+        self._told[worker_id] = {**kept, belief.number: refusal}
+
+    def is_wanted(self, key: Key) -> bool:
+        """Whether a request has loaded it."""
+        belief = self._beliefs.get(key)
+        return belief is not None and belief.asked is not None
+
+    def said(self, worker_id: str, key: Key) -> str | None:
+        """Why a worker does not serve what is wanted; empty where it does, None before it knows of
+        it."""
+        return self._told.get(worker_id, {}).get(self._beliefs[key].number)
 
     def keep(self, worker_ids: Iterable[str]) -> None:
         """Forget all other workers."""

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatserve.config import adapted_name
-from chatserve.errors import AdapterRefused, InvalidRequest, WorkerLost
+from chatserve.errors import AdapterRefused, InvalidRequest, ModelNotLoaded, WorkerLost
 from chatserve.protocol.adapters import (
     MAX_LORA_NAME_LEN,
     SETTLE_PATH,
@@ -111,6 +111,38 @@ class AdapterDispatch:
             self._restoring[worker_id] = task
             task.add_done_callback(lambda _: self._restoring.pop(worker_id))
 
+    def is_wanted(self, model: str) -> bool:
+        """Whether `model` is an adapter that a request has loaded."""
+        return self._beliefs.is_wanted(self._known_as(model))
+
+    async def until_served(self, model: str) -> None:
+        """A base that has come back is told of its adapters; who asks for one waits meanwhile.
+
+        Raises `ModelNotLoaded` in a worker's words where none of them can serve it any more, and
+        what `pick` raises where there is no worker.
+        """
+        base, _ = key = self._known_as(model)
+        with self._registry.changes() as change:
+            while self._beliefs.is_wanted(key) and not self._registry.ready(model):
+                said = [self._beliefs.said(each.worker_id, key) for each in self._workers(base)]
+                if None not in said:
+                    refusals = [each for each in said if each]
+                    if refusals:
+                        raise ModelNotLoaded(
+                            f"{model} cannot be loaded: {refusals[0]}; load it again",
+                            retry_after_s=5,
+                        )
+                    return
+                change.clear()
+                waiter = asyncio.ensure_future(change.wait())
+                try:
+                    await asyncio.wait(
+                        {waiter, *self._restoring.values()},
+                        timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED,
+                    )  # fmt: skip
+                finally:
+                    waiter.cancel()
+
     async def aclose(self) -> None:
         tasks = list(self._restoring.values())
         for task in tasks:
@@ -125,12 +157,14 @@ class AdapterDispatch:
                 reply = await self._put_right(worker, key, belief)
                 if reply.status_code == status_of(WorkerLost(""))[0]:
                     return  # it is told at its next heartbeat
-                self._beliefs.tell(worker_id, belief)
                 served = adapted_name(*key)
-                if reply.status_code in (200, 404):
+                is_gone = belief.asked is None and reply.status_code == 404
+                if reply.status_code == 200 or is_gone:
+                    self._beliefs.tell(worker_id, belief)
                     logger.info("%s: %s is as the others have it", worker.base_url, served)
                 else:
                     reason = _message(reply)[:500]
+                    self._beliefs.tell(worker_id, belief, _without_path(reason, belief))
                     logger.warning("%s does not serve %s: %s", worker.base_url, served, reason)
                     self._registry.forget(served)
 
@@ -173,6 +207,10 @@ class AdapterDispatch:
             f"lora_name: which base is {name[:80]!r} for? {there}; write BASE:{name[:80]}",
             param="lora_name",
         )
+
+    def _known_as(self, model: str) -> Key:
+        base, _, name = model.rpartition(":")
+        return self._first_name(base), name
 
     def _first_name(self, base: str) -> str:
         """One name for the model that several may name."""
@@ -218,6 +256,13 @@ class AdapterDispatch:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return _lost(str(error) or type(error).__name__)
         return Response(content, reply.status, media_type=JSON_TYPE)
+
+
+def _without_path(reason: str, belief: Belief) -> str:
+    """Where it lies is for whoever has loaded it."""
+    if belief.asked is None:
+        return reason
+    return reason.replace(belief.asked.lora_path, belief.asked.lora_name)
 
 
 def _lost(why: str) -> Response:

@@ -145,7 +145,11 @@ class ControllerRoutes:
         self._sockets = sockets
         self._repertoire = repertoire
         self.rows = ModelRows(registry, repertoire)
-        self._gate = None if repertoire is None else Gate(repertoire, self.rows, self._relayed)
+        self._gate = (
+            None
+            if repertoire is None
+            else Gate(repertoire, self.rows, self._relayed, lambda: self._adapters)
+        )
         self.errors = ErrorLog()
         self._operator = OperatorRoutes(
             self._workers, self.errors, is_draining=lambda: self.edge.is_draining,

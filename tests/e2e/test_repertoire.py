@@ -15,7 +15,7 @@ import pytest
 
 from chatserve.cli import main as cli
 from chatserve.running_servers import running_servers
-from tests import tiny
+from tests import adapters, tiny
 from tests.e2e.test_serve_process import SERVE, Process, Stream, chat, error_in, gone
 from tests.fakes import ANSWER
 
@@ -28,11 +28,11 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "home"
-        self.go = folder / "go"
+        self.go, self.lost = folder / "go", folder / "lost"
         self.process = Process(
             *SERVE, "--port", "0", "--auto-load", "--max-loaded-bytes", "10", "--models",
             f"a=ok,b=seconds,c=ok,long=endless,slow={folder / 'slow-load'},miss=missing,"
-            "dead=crash,big=too-big,seven=seven",
+            f"dead=crash,big=too-big,seven=seven,base={folder / 'ok'}",
             "--drain-timeout-s", "20", "--heartbeat-interval-s", "0.2",
             home=self.home, QUICK_RESTARTS="1", FAKE_BYTES=json.dumps(SIZES),
             CHATSERVE_CONTROL_TOKEN="token",
@@ -69,7 +69,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def served(house: Served) -> Iterator[Served]:
     yield house
-    house.go.unlink(missing_ok=True)
+    for file in (house.go, house.lost):
+        file.unlink(missing_ok=True)
     house.unload_all()
 
 
@@ -193,6 +194,46 @@ def test_an_unload_lets_answers_end_and_who_comes_meanwhile_gets_the_next_worker
     assert served.worker_of("b").pid != worker.pid
 
 
+def load_adapter(url: str, name: str, path: str) -> httpx.Response:
+    headers = {"Authorization": "Bearer token"}
+    body = {"lora_name": name, "lora_path": path, "load_inplace": True}
+    return httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=headers, timeout=WAIT_S)
+
+
+def test_who_asks_for_an_adapter_brings_its_base_back_and_waits_for_both(served: Served) -> None:
+    served.go.touch()
+    assert served.tell("load", model="base").status_code == 200
+    assert load_adapter(served.url, "base:sql", "held").status_code == 200
+    assert served.tell("unload", model="base").status_code == 200
+    served.go.unlink()
+    with streamed(served, "base:sql") as lines, ThreadPoolExecutor(1) as pool:
+        while served.models()["base"]["state"] != "ready":
+            pass
+        whole = pool.submit(chat, served.url, "base:sql", timeout_s=WAIT_S)
+        # the base is there, and its adapter is not
+        assert chat(served.url, "base", timeout_s=WAIT_S).status_code == 200
+        assert next(lines).startswith(":") and not whole.done()
+        assert chat(served.url, "base:other", timeout_s=WAIT_S).status_code == 404
+        served.go.touch()
+        rest = list(lines)
+        assert rest[-1] == "data: [DONE]" and '"model":"base:sql"' in "".join(rest)
+        assert whole.result().status_code == 200
+    assert served.tell("unload", model="base").status_code == 200
+    served.go.unlink()
+    served.lost.touch()
+    for _ in range(2):  # also when it is known already
+        refused = chat(served.url, "base:sql", timeout_s=WAIT_S)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (503, "model_not_loaded")
+        assert error["message"] == (
+            "base:sql cannot be loaded: no such folder: base:sql; load it again"
+        )
+    served.lost.unlink()
+    served.go.touch()
+    assert load_adapter(served.url, "base:sql", "held").status_code == 200
+    assert chat(served.url, "base:sql", timeout_s=WAIT_S).status_code == 200
+
+
 def test_nobody_changes_anything_without_the_token(served: Served) -> None:
     for path in ("models/load", "models/unload", "workers/drain"):
         url = f"{served.url}/admin/{path}"
@@ -254,10 +295,12 @@ def test_real_weights_come_when_they_are_asked_for_and_go_when_they_are_not(
     tmp_path: Path,
 ) -> None:
     tiny.save_model(tmp_path / "tiny")
+    pairs = adapters.random_pairs(adapters.tiny_shapes(["q_proj"]))
+    adapters.write(tmp_path / "sql", pairs, target_modules=["q_proj"])
     process = Process(
         "-m", "chatserve", "serve", "--port", "0", "--models", str(tmp_path / "tiny"),
-        "--auto-load", "--keep-alive", "0s", "--device", "cpu", home=tmp_path / "home",
-        OMP_NUM_THREADS="1",
+        "--auto-load", "--keep-alive", "0s", "--device", "cpu", "--adapter-root", str(tmp_path),
+        home=tmp_path / "home", OMP_NUM_THREADS="1", CHATSERVE_CONTROL_TOKEN="token",
     )  # fmt: skip
     try:
         url = process.ready_url()
@@ -267,5 +310,11 @@ def test_real_weights_come_when_they_are_asked_for_and_go_when_they_are_not(
         [card] = httpx.get(f"{url}/v1/models").json()["data"]
         # by its headers, before it was ever loaded: what Python and PyTorch take is the most of it
         assert 10**8 < card["chatserve"]["bytes"] < 10**9
+        # who is being answered keeps it there until it has the adapter
+        with Stream(url, "tiny", ignore_eos=True):
+            assert load_adapter(url, "tiny:sql", "sql").status_code == 200
+        assert gone(process.children(), WAIT_S)
+        reply = chat(url, "tiny:sql", max_tokens=4, ignore_eos=True, timeout_s=WAIT_S)
+        assert (reply.status_code, reply.json()["model"]) == (200, "tiny:sql")
     finally:
         process.end()

@@ -140,9 +140,9 @@ def chat(
 class Stream:
     """A streamed answer that has begun; `rest` reads it to its end."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, **fields: Any) -> None:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-        request = http_request("POST", "/v1/chat/completions", body)
+        request = http_request("POST", "/v1/chat/completions", {**body, **fields})
         self._sock = send_raw(port_of(url), request)
         self._data = read_until(self._sock, b'"finish_reason":null}]}\n\n')
         assert b'"role":"assistant"' in self._data

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -31,13 +32,27 @@ TELL_S = 1.0
 Forward = Callable[[Request, str, bytes], Awaitable[Response]]
 
 
+class Adapters(Protocol):
+    """`chatserve.server.adapter_dispatch.AdapterDispatch`, as a gate uses it."""
+
+    def is_wanted(self, model: str) -> bool: ...
+    async def until_served(self, model: str) -> None: ...
+
+
 class Gate:
     """`forward` is the relay's."""
 
-    def __init__(self, repertoire: Repertoire, rows: ModelRows, forward: Forward) -> None:
+    def __init__(
+        self,
+        repertoire: Repertoire,
+        rows: ModelRows,
+        forward: Forward,
+        adapters: Callable[[], Adapters],
+    ) -> None:
         self._repertoire = repertoire
         self._rows = rows
         self._forward = forward
+        self._adapters = adapters
 
     async def forward(self, request: Request, model: str, body: bytes) -> Response:
         """What the relay answers, at once or when the model is there. Raises what that raises, and
@@ -46,9 +61,9 @@ class Gate:
         if found is None:
             return await self._forward(request, model, body)
         with self._repertoire.held(found):
-            if found.phase != "ready" and not self._repertoire.is_served(model):
+            if self._is_missing(found, model):
                 is_stream = await asyncio.to_thread(_wants_stream, body)
-                until_ready = asyncio.ensure_future(self._repertoire.until_ready(found))
+                until_ready = asyncio.ensure_future(self._until_served(found, model))
                 waiting: asyncio.Future[None] | None = until_ready
                 try:
                     limit_s = QUICK_S if is_stream else self._repertoire.policy.load_timeout_s
@@ -58,7 +73,7 @@ class Gate:
                             stream = LoadingStream(self, request, model, found, body, until_ready)
                             waiting = None
                             return stream
-                        raise self._still_loading(found, limit_s)
+                        raise self._still_loading(found, model, limit_s)
                     until_ready.result()
                 finally:
                     if waiting is not None:
@@ -67,8 +82,28 @@ class Gate:
 
     async def go_on(self, request: Request, model: str, found: Model, body: bytes) -> Response:
         with self._repertoire.held(found):
-            await self._repertoire.until_ready(found)
+            await self._until_served(found, model)
             return await self._forward(request, model, body)
+
+    def _is_missing(self, found: Model, model: str) -> bool:
+        """Whether it is known that no worker serves `model`, which is `found` or stands beside it,
+        and that one may."""
+        if found.phase == "ready" and (
+            model == found.name or not self._adapters().is_wanted(model)
+        ):
+            return False
+        return not self._repertoire.is_served(model)
+
+    async def _until_served(self, found: Model, model: str) -> None:
+        await self._repertoire.until_ready(found)
+        if model == found.name:
+            return
+        limit_s = self._repertoire.policy.load_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._adapters().until_served(model)
+        except TimeoutError:
+            raise self._still_loading(found, model, limit_s) from None
 
     def progress(self, model: Model) -> bytes:
         return encode_loading(*self._rows.progress(model))
@@ -76,11 +111,11 @@ class Gate:
     def held(self, model: Model) -> contextlib.AbstractContextManager[None]:
         return self._repertoire.held(model)
 
-    def _still_loading(self, model: Model, limit_s: float) -> ChatserveError:
-        loaded, total = self._rows.progress(model)
-        far = f" ({loaded / total:.0%})" if total else ""
+    def _still_loading(self, found: Model, model: str, limit_s: float) -> ChatserveError:
+        loaded, total = self._rows.progress(found)
+        far = f" ({loaded / total:.0%})" if total and found.phase != "ready" else ""
         return ModelNotLoaded(
-            f"{model.name} is still being loaded after {limit_s:g} s{far}; try again later, or "
+            f"{model[:100]} is still being loaded after {limit_s:g} s{far}; try again later, or "
             "with `stream`, which tells how far it is",
             retry_after_s=10,
         )
