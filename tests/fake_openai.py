@@ -6,6 +6,7 @@ For tests of the client and the terminal. Run as a program it plays a private se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -311,8 +312,9 @@ class FakeOpenAI(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, key: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, key: str | None = None, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self._connections: list[socket.socket] = []
         self.key = key
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.models = json.dumps({"object": "list", "data": [MODEL]}).encode()
@@ -331,6 +333,14 @@ class FakeOpenAI(ThreadingHTTPServer):
         self.shutdown()
         self._thread.join()
         self.server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.append(connection)
+        return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves is no news."""

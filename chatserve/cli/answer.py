@@ -25,6 +25,11 @@ class ChatDelta:
     messages_dropped: tuple[int, ...] = ()
     reasoning: str = ""
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the model has said or thought something here."""
+        return bool(self.text or self.reasoning)
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -67,16 +72,16 @@ class Answer:
     first_token_at: float | None = None
     last_token_at: float | None = None
     max_tokens: int | None = None  # the limit that was asked for
-    num_events: int = 0  # that brought text
+    num_events: int = 0  # that brought text, or what the model thinks
 
     def take(self, delta: ChatDelta, now: float) -> None:
-        if delta.text:
+        if delta.has_begun:
             self.text += delta.text
+            self.reasoning += delta.reasoning
             self.num_events += 1
             if self.first_token_at is None:
                 self.first_token_at = now
             self.last_token_at = now
-        self.reasoning += delta.reasoning
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.num_tokens = delta.num_completion_tokens or self.num_tokens
         if delta.num_prompt_tokens is not None:

@@ -45,6 +45,9 @@ class Server(Streams, Protocol):
     def model(self) -> ModelInfo:
         """The model that answers; only when ready."""
 
+    def news(self) -> str:
+        """Whether it has gone, or come back; mostly nothing. Only when ready."""
+
     def models(self) -> Sequence[ModelInfo]:
         """All that it serves; only when ready. Raises `ChatserveError`."""
 
@@ -114,7 +117,10 @@ def stream_answer(
                 display.note(delta.note)
                 continue
             answer.take(delta, clock())
-            draw(delta.text)
+            if not answer.text and delta.reasoning:
+                display.thinking(len(answer.reasoning))
+            else:
+                draw(delta.text)
 
 
 def ask(
@@ -169,6 +175,8 @@ def answer_once(
     answer = Answer() if answer is None else answer
     deltas = ask(server, transcript.messages(), options, answer)
     stream_answer(deltas, display, answer, clock)
+    if not answer.text and answer.reasoning:
+        display.note(only_thought_text(answer))
     if answer.finish_reason == "length":
         display.note(length_text(answer, options, server.model()))
     if show_status:
@@ -184,6 +192,11 @@ def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
         return f"the answer stopped at {limit} tokens; --max-new-tokens raises the limit"
     size = f" of {model.context_length} tokens" if model.context_length else ""
     return f"the answer stopped where the model's context{size} ends"
+
+
+def only_thought_text(answer: Answer) -> str:
+    """That all of an answer is what other servers send apart of it."""
+    return f"the model has thought ({len(answer.reasoning):,} characters) and not answered"
 
 
 def stopped_text(answer: Answer) -> str:

@@ -20,6 +20,7 @@ from chatserve.cli.asking import (
     Server,
     ask,
     length_text,
+    only_thought_text,
     opened,
     outside_text,
     stopped_text,
@@ -146,7 +147,7 @@ class Chat:
         """
         if (progress := self.server.progress()) is not None:
             return progress_text(progress)
-        return bar_text(self.server.model(), self._last_answer, columns)
+        return bar_text(self.server.model(), self._last_answer, columns, self.server.news())
 
     def _take(self, line: str) -> bool:
         """Do what a line says; False when it says to leave."""
@@ -246,6 +247,8 @@ class Chat:
             self.display.note(outside_text(self.num_outside, self.server.model()))
 
     def _tell_end(self, answer: Answer) -> None:
+        if not answer.text and answer.reasoning:
+            self.display.note(only_thought_text(answer))
         if answer.finish_reason != "length":
             return
         text = length_text(answer, self.options, self.server.model())

@@ -175,7 +175,7 @@ class ChatClient:
             try:
                 with contextlib.closing(self._stream_adapted(body)) as deltas:
                     for delta in deltas:
-                        has_begun = has_begun or bool(delta.text)
+                        has_begun = has_begun or delta.has_begun
                         yield delta
                 return
             except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from typing import Any
 
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.client import ChatClient
+from chatserve.cli.reachability import Reachability
 from chatserve.errors import (
     BadStream,
     ChatserveError,
@@ -29,6 +30,7 @@ class JoinedServer:
         """Raises `ChatserveError` when it cannot be asked, or a model must be named."""
         self._client = client
         self._model = _choose(client, model_name)
+        self._reachability = Reachability(client.base_url)
 
     def progress(self) -> Progress | None:
         return None
@@ -39,6 +41,9 @@ class JoinedServer:
     def model(self) -> ModelInfo:
         return self._model
 
+    def news(self) -> str:
+        return self._reachability.news()
+
     def models(self) -> list[ModelInfo]:
         return self._client.models()
 
@@ -48,6 +53,7 @@ class JoinedServer:
     def stream(
         self, messages: list[dict[str, str]], sampling: Mapping[str, Any]
     ) -> Generator[ChatDelta, None, None]:
+        self._reachability.forget()
         return self._client.stream(messages, self._model.name, **sampling)
 
     def count_tokens(self, text: str) -> int | None:

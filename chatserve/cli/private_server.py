@@ -72,6 +72,10 @@ class PrivateServer:
         assert self._ready is not None
         return self._ready[1]
 
+    def news(self) -> str:
+        """Its end is no news but that of the chat."""
+        return ""
+
     def models(self) -> list[ModelInfo]:
         """The model and what is served beside it; only when ready. Raises `ChatserveError`."""
         assert self._ready is not None

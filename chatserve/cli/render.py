@@ -247,6 +247,7 @@ class Display:
         self._has_color = has_color
         self._columns = columns
         self._has_progress = False
+        self._thought_at = float("-inf")
         self._columns_drawer = columns_drawer
 
     @property
@@ -328,6 +329,15 @@ class Display:
         """The same for how far the model is that it waits for."""
         if self._is_terminal and self._has_free_line:
             self._redraw(progress_text(progress))
+
+    def thinking(self, num_chars: int) -> None:
+        """The same for a model that thinks before it answers, so many characters until now."""
+        if not (self._is_terminal and self._has_free_line):
+            return
+        now = time.perf_counter()
+        if now - self._thought_at >= _MIN_FRAME_S:
+            self._thought_at = now
+            self._redraw(f"{_DIM}thinking … {num_chars:,} characters{_RESET}")
 
     def _redraw(self, line: str | None) -> None:
         if line is not None:

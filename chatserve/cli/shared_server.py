@@ -111,6 +111,9 @@ class SharedServer:
     def model(self) -> ModelInfo:
         return self._ready().model()
 
+    def news(self) -> str:
+        return self._ready().news()
+
     def models(self) -> Sequence[ModelInfo]:
         return self._ready().models()
 
@@ -130,7 +133,7 @@ class SharedServer:
         has_begun = False
         try:
             for delta in self._ready().stream(messages, sampling):
-                has_begun = has_begun or bool(delta.text)
+                has_begun = has_begun or delta.has_begun
                 yield delta
             return
         except (NoWorkerAvailable, ShuttingDown, WorkerLost) as error:

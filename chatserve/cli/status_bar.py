@@ -18,8 +18,10 @@ def status_text(model: ModelInfo, answer: Answer) -> str:
     return _joined(model.name, model.device, model.dtype, _bits(model), _speed(answer))
 
 
-def bar_text(model: ModelInfo, answer: Answer, columns: int) -> str:
-    """The same with the context that is used, as much of it as `columns` have room for."""
+def bar_text(model: ModelInfo, answer: Answer, columns: int, news: str = "") -> str:
+    """The same with the context that is used, as much of it as `columns` have room for; `news`
+    come first.
+    """
     name, device, dtype, bits = model.name, model.device, model.dtype, _bits(model)
     speed, context = _speed(answer), _context(model, answer)
     named = f"context {context}" if context else None
@@ -29,8 +31,9 @@ def bar_text(model: ModelInfo, answer: Answer, columns: int) -> str:
         (name, device, bits, context, speed),
         (name, context, speed),
         (name, context),
+        *([()] if news else []),
     ):
-        text = _joined(*parts)
+        text = _joined(news, *parts)
         if sum(map(width_of, text)) <= columns:
             return text
     return text

@@ -21,7 +21,7 @@ CHAT = (sys.executable, "-m", "chatserve", "chat", "--base-url")
 @pytest.fixture(scope="module")
 def server() -> Iterator[FakeOpenAI]:
     with FakeOpenAI() as server:
-        server.scripts["steady"] = steady
+        server.scripts |= {"steady": steady, "think": think}
         yield server
 
 
@@ -34,6 +34,13 @@ def steady(stream: Stream) -> None:
         stream.is_over = True
         stream._handler.server.cancelled.set()
         return
+    stream.end()
+
+
+def think(stream: Stream) -> None:
+    stream.event({"choices": [{"delta": {"reasoning": "The user asks. "}}]})
+    stream.event({"choices": [{"delta": {"reasoning_content": "So what?"}}]})
+    stream.text("Forty", "-two.")
     stream.end()
 
 
@@ -63,6 +70,16 @@ def test_the_object_has_text_usage_and_times_and_nothing_else_is_said(server: Fa
                   "prompt_tokens_details": {"cached_tokens": None}},
     }  # fmt: skip
     assert times["total_s"] >= times["ttft_s"] > 0
+
+
+def test_what_a_model_thinks_is_in_the_object_and_nowhere_else(server: FakeOpenAI) -> None:
+    plain = chat(server, "-p", "think")
+    assert (plain.returncode, plain.stdout, plain.stderr) == (0, b"Forty-two.\n", b"")
+    *pieces, last = map(
+        json.loads, chat(server, "-p", "think", "--stream-json").stdout.splitlines()
+    )
+    assert pieces == [{"delta": "Forty"}, {"delta": "-two."}]
+    assert (last["text"], last["reasoning"]) == ("Forty-two.", "The user asks. So what?")
 
 
 def test_pieces_come_a_line_each_as_soon_as_they_are_there(server: FakeOpenAI) -> None:

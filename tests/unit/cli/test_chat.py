@@ -84,6 +84,9 @@ class ScriptedServer:
         finally:
             self.num_closed += 1
 
+    def news(self) -> str:
+        return ""
+
     def count_tokens(self, text: str) -> int | None:
         return None if self.chosen is ADAPTED else len(text.split())
 
@@ -484,6 +487,21 @@ def test_one_answer_with_its_status_and_limit_on_stderr() -> None:
         "the answer stopped where the model's context of 2048 tokens ends\n"
         "fake-1b · cpu · float32 · 8-bit · 2.0 tokens/s\n"
     )
+
+
+def thought(*words: str) -> list[ChatDelta]:
+    return [ChatDelta(reasoning=word) for word in words]
+
+
+def test_what_a_model_thinks_is_no_part_of_the_answer_but_of_its_times() -> None:
+    out, err, _ = once(*thought("Hm", "m. "), "Hi", ChatDelta("", "stop", 3), show_status=True)
+    assert (out, err) == ("Hi\n", "fake-1b · cpu · float32 · 8-bit · 2.0 tokens/s\n")
+
+
+def test_a_model_that_only_thinks_is_told_of() -> None:
+    out, err, _ = once(*thought("Hm", "m. "), ChatDelta("", "stop", 2))
+    assert out.strip() == ""
+    assert err == "the model has thought (5 characters) and not answered\n"
 
 
 @pytest.mark.parametrize("end", [CTRL_C, WorkerLost("died")])

@@ -267,10 +267,26 @@ def test_a_place_in_the_queue_goes_when_no_answer_comes() -> None:
     assert "".join(screen.display).strip() == ""
 
 
+def test_a_model_that_thinks_is_a_dim_line_that_goes_when_the_answer_begins() -> None:
+    screen, out = pyte.Screen(40, 3), io.StringIO()
+    display = Display(PlainDrawer(out), out, is_terminal=True)
+    with display.answer() as draw:
+        display.thinking(1234)
+        assert "\x1b[2mthinking … 1,234 characters\x1b[0m" in out.getvalue()
+        for num_chars in range(1235, 2000):
+            display.thinking(num_chars)
+        assert out.getvalue().count("thinking") < 700  # a line for each is no use to anybody
+        draw("Hello")
+    pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
+    assert screen.display[0].rstrip() == "Hello"
+
+
 @pytest.mark.parametrize("options", [{}, {"is_terminal": True, "has_free_line": False}])
 def test_a_place_in_the_queue_is_not_for_pipes_and_programs(options: dict[str, bool]) -> None:
     err = io.StringIO()
-    Display(PlainDrawer(io.StringIO()), err, **options).place(2)
+    display = Display(PlainDrawer(io.StringIO()), err, **options)
+    display.place(2)
+    display.thinking(2)
     assert err.getvalue() == ""
 
 
