@@ -1,6 +1,7 @@
 """`chatserve completion SHELL`: the script by which a shell completes our commands and flags.
 
-Made by shtab from the parsers themselves; once printed, the shell needs no Python to complete.
+Made by shtab from the parsers themselves; once printed, the shell needs no Python to complete, but
+for the names of kept chats.
 """
 
 from __future__ import annotations
@@ -22,14 +23,27 @@ _WEIGHTS = {
     "zsh": "_chatserve_model_file",
     "fish": f"(__fish_complete_path (commandline -ct); printf '%s\\\\n' {_NAMES})",
 }
+# only names that no shell could take for more than a word
+_KEPT = "chatserve history --most 100 2>/dev/null | sed 's/  .*//' | grep -Ex '[[:alnum:]_.-]+'"
+_CHATS = {
+    "bash": "_chatserve_kept_chat",
+    "zsh": "_chatserve_kept_chat",
+    "fish": f"(printf '%s\\\\n' last; {_KEPT})",
+}
 _PREAMBLE = {
     "bash": f"""\
+_chatserve_kept_chat() {{
+  compgen -W "last $({_KEPT})" -- "$1"
+}}
 _chatserve_model_file() {{
   compgen -f -- "$1"
   compgen -W "{_NAMES}" -- "$1"
 }}
 """,
     "zsh": f"""\
+_chatserve_kept_chat() {{
+  _values chat last $({_KEPT})
+}}
 _chatserve_model_file() {{
   _alternative 'names:model:({_NAMES})' 'files:folder or .gguf file:_files'
 }}
@@ -92,6 +106,8 @@ def _add_hint(action: argparse.Action) -> None:
         return
     if (kind in ("WEIGHTS", "NAME") and not action.option_strings) or kind == "WEIGHTS":
         vars(action)["complete"] = _WEIGHTS
+    elif kind == "CHAT":
+        vars(action)["complete"] = _CHATS
     elif kind in ("FILE", "PATH"):
         vars(action)["complete"] = shtab.FILE
     elif kind == "FOLDER":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from chatserve.cli import main as cli
 from chatserve.cli.commands.completion import SHELLS, main, script
+from chatserve.cli.session_store import Session, SessionStore
+from chatserve.cli.transcript import Transcript
 from chatserve.errors import UsageError
 from chatserve.flags import REFUSED_FLAGS
 
@@ -54,6 +58,28 @@ def test_bash_completes_commands_flags_choices_models_and_files(folder: Path) ->
     assert completed(folder, "completion", "") == sorted(SHELLS)
     hidden = {*REFUSED_FLAGS, "--_parser"}
     assert not hidden & {*completed(folder, "chat", "--")}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes_the_names_of_kept_chats_and_runs_none_of_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHATSERVE_HOME", str(tmp_path / "home"))
+    store = SessionStore.of_user()
+    for name in ("trip", "trip-2", "two words", "$(touch owned)", "`touch owned`", "other"):
+        transcript = Transcript()
+        transcript.ask("where to?")
+        session = Session()
+        store.save(session, transcript, "m")
+        store.rename(session, name)
+    program = tmp_path / "bin/chatserve"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m chatserve "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    assert completed(folder, "chat", "--resume", "tri") == ["trip", "trip-2"]
+    assert completed(folder, "history", "--show", "") == ["last", "other", "trip", "trip-2"]
+    assert not (folder / "owned").exists()
 
 
 @pytest.mark.parametrize("shell", SHELLS)
