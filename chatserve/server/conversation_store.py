@@ -29,6 +29,8 @@ MAX_OWN_BYTES = 128 * 1024 * 1024
 """Of one owner, conversations and votes together."""
 MAX_BYTES = 1024 * 1024 * 1024
 """Of all owners."""
+PIECE_BYTES = 1024 * 1024
+"""About as much of an owner's votes is read at a time."""
 SUMMARY = ("id", "title", "revision", "created_at", "changed_at", "models")
 _VERSION = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +54,7 @@ CREATE TABLE IF NOT EXISTS votes (
     vote BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS sizes_of_votes ON votes (owner, num_bytes);
+CREATE INDEX IF NOT EXISTS votes_by_place ON votes (owner, place);
 """
 
 Document = dict[str, Any]
@@ -160,14 +163,25 @@ class ConversationStore:
 
         self._write(write)
 
-    def votes(self, owner: bytes) -> list[bytes]:
-        """As JSON, in the order in which they were given."""
+    def votes(self, owner: bytes, after: int = 0) -> list[tuple[int, bytes]]:
+        """The next ones after that place, each with its own, as JSON; none where that was the last.
 
-        def read(connection: sqlite3.Connection) -> list[bytes]:
-            rows = connection.execute(
-                "SELECT vote FROM votes WHERE owner = ? ORDER BY place", (owner,)
-            )
-            return [vote for (vote,) in rows]
+        In the order in which they were given; as many as fill a piece.
+        """
+
+        def read(connection: sqlite3.Connection) -> list[tuple[int, bytes]]:
+            found: list[tuple[int, bytes]] = []
+            num_bytes = 0
+            for place, vote in connection.execute(
+                "SELECT place, vote FROM votes INDEXED BY votes_by_place "
+                "WHERE owner = ? AND place > ? ORDER BY place",
+                (owner, after),
+            ):
+                found.append((place, vote))
+                num_bytes += len(vote)
+                if num_bytes >= PIECE_BYTES:
+                    break
+            return found
 
         return self._read(read, [])
 

@@ -7,15 +7,17 @@ what a list of conversations shows, and what a search looks at. Knows no model a
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, TypeVarTuple
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from chatserve.errors import ConversationChanged, ConversationNotFound, InvalidRequest
 from chatserve.options import KeepingOptions
@@ -34,6 +36,7 @@ MAX_TITLE_LEN = 1_000
 MAX_NAME_LEN = 1_000
 MAX_MESSAGES = 10_000
 MAX_SEARCH_LEN = 1_000
+NUM_THREADS = 4
 # a number that JavaScript holds exactly
 MAX_REVISION = 2**53 - 2
 # what a column of numbers holds, and JavaScript
@@ -69,6 +72,8 @@ class Conversations:
     ) -> None:
         self._store = store
         self._clock = clock
+        # searches read whole files: whatever else takes a thread must not wait for them
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "page")
 
     def add_to(self, app: FastAPI) -> None:
         # the page's own, which ships with it: no part of the API that /openapi.json describes
@@ -92,7 +97,7 @@ class Conversations:
         found = (
             []
             if store is None
-            else await _beside(store.summaries, owner_of(request.headers), search)
+            else await self._beside(store.summaries, owner_of(request.headers), search)
         )
         return _answer({"conversations": found, "is_kept": store is not None})
 
@@ -100,7 +105,9 @@ class Conversations:
         name = request.path_params["conversation_id"]
         store = self._store
         found = (
-            None if store is None else await _beside(store.find, owner_of(request.headers), name)
+            None
+            if store is None
+            else await self._beside(store.find, owner_of(request.headers), name)
         )
         if found is None:
             raise _not_found(name)
@@ -109,9 +116,9 @@ class Conversations:
     async def put(self, request: Request) -> Response:
         store = self._kept()
         name = request.path_params["conversation_id"]
-        document = await _beside(read_conversation, await request.body(), name)
+        document = await self._beside(read_conversation, await request.body(), name)
         try:
-            summary = await _beside(store.put, owner_of(request.headers), document)
+            summary = await self._beside(store.put, owner_of(request.headers), document)
         except ChangedElsewhere as changed:
             if changed.newer is None:
                 raise _not_found(name) from None
@@ -127,28 +134,45 @@ class Conversations:
     async def delete(self, request: Request) -> Response:
         if self._store is not None:
             name = request.path_params["conversation_id"]
-            await _beside(self._store.delete, owner_of(request.headers), name)
+            await self._beside(self._store.delete, owner_of(request.headers), name)
         return Response(status_code=204, headers=HEADERS)
 
     async def vote(self, request: Request) -> Response:
         store = self._kept()
-        vote = await _beside(read_vote, await request.body(), self._clock())
-        await _beside(store.add_vote, owner_of(request.headers), vote)
+        vote = await self._beside(read_vote, await request.body(), self._clock())
+        await self._beside(store.add_vote, owner_of(request.headers), vote)
         return Response(status_code=201, headers=HEADERS)
 
     async def votes(self, request: Request) -> Response:
         """All of this key, one a line, as FastChat's arena logs them."""
-        store = self._store
-        votes = [] if store is None else await _beside(store.votes, owner_of(request.headers))
-        return Response(
-            b"".join(vote + b"\n" for vote in votes), media_type="application/x-ndjson",
+        owner = owner_of(request.headers)
+        # what goes wrong at once has a status of its own
+        first = await self._votes_after(owner, 0)
+        return StreamingResponse(
+            self._lines(owner, first), media_type="application/x-ndjson",
             headers={**HEADERS, "Content-Disposition": 'attachment; filename="votes.jsonl"'},
         )  # fmt: skip
 
+    async def _lines(
+        self, owner: bytes, piece: Sequence[tuple[int, bytes]]
+    ) -> AsyncGenerator[bytes]:
+        while piece:
+            yield b"".join(vote + b"\n" for _, vote in piece)
+            piece = await self._votes_after(owner, piece[-1][0])
+
+    async def _votes_after(self, owner: bytes, place: int) -> Sequence[tuple[int, bytes]]:
+        return [] if self._store is None else await self._beside(self._store.votes, owner, place)
+
     async def delete_votes(self, request: Request) -> Response:
         if self._store is not None:
-            await _beside(self._store.delete_votes, owner_of(request.headers))
+            await self._beside(self._store.delete_votes, owner_of(request.headers))
         return Response(status_code=204, headers=HEADERS)
+
+    async def _beside(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """In a thread: streams go on while a disk is slow, or a document large."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(work, *arguments))
 
     def _kept(self) -> ConversationStore:
         if self._store is None:
@@ -273,8 +297,3 @@ def _answer(payload: Any, status: int = 200) -> Response:
     response = json_response(payload, status)
     response.headers.update(HEADERS)
     return response
-
-
-async def _beside(work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-    """In a thread: streams go on while a disk is slow, or a document large."""
-    return await asyncio.to_thread(work, *arguments)

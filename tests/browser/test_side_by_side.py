@@ -25,7 +25,7 @@ def beside(tab: Tab) -> None:
 
 def votes(home: House) -> list[dict[str, Any]]:
     assert home.store is not None
-    return [json.loads(vote) for vote in home.store.votes(OWNER)]
+    return [json.loads(vote) for _, vote in home.store.votes(OWNER)]
 
 
 @pytest.fixture(autouse=True)

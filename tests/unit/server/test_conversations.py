@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatserve.options import KeepingOptions
+from chatserve.server import conversation_store
 from chatserve.server.controller import create_controller_app
 from chatserve.server.conversation_store import ConversationStore
-from chatserve.server.conversations import PATH, VOTES_PATH, store_for
+from chatserve.server.conversations import NUM_THREADS, PATH, VOTES_PATH, store_for
 from chatserve.server.edge import AccessPolicy
 from chatserve.server.registry import WorkerRegistry
 from tests.asgi import Answer, RunningApp, running
@@ -241,6 +244,70 @@ def test_votes_are_exported_as_fastchat_logs_them(open_site: Site) -> None:
     assert right["messages"][right["offset"] :] == [["user", "q"], ["assistant", "zwei"]]
     assert open_site.ask("DELETE", VOTES_PATH).status == 204
     assert open_site.ask("GET", VOTES_PATH).body == b""
+
+
+def test_votes_are_sent_while_they_are_read(
+    open_site: Site, store: ConversationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation_store, "PIECE_BYTES", 2_000)
+    for _ in range(20):
+        open_site.ask("POST", VOTES_PATH, VOTE)
+    pieces: list[bytes] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if body := message.get("body"):
+            if not pieces:
+                # what comes now is still to be read
+                await asyncio.to_thread(store.add_vote, b"", {"type": "late"})
+                await asyncio.to_thread(store.add_vote, b"another", {"type": "not mine"})
+            pieces.append(body)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def export() -> None:
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
+            "path": VOTES_PATH, "raw_path": VOTES_PATH.encode(), "query_string": b"",
+            "headers": [(b"host", b"127.0.0.1")], "root_path": "", "scheme": "http",
+        }  # fmt: skip
+        await open_site._app(scope, receive, send)
+
+    open_site.runner.run(export())
+    lines = b"".join(pieces).splitlines()
+    assert [json.loads(line)["type"] for line in lines] == ["leftvote"] * 20 + ["late"]
+    assert len(pieces) > 3 and max(map(len, pieces)) < 2_000 + len(lines[0]) + 1
+
+
+def test_slow_searches_keep_nobody_else_from_a_thread(
+    store: ConversationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, num_searching = threading.Event(), 0
+
+    def search(*_: Any) -> list[Any]:
+        nonlocal num_searching
+        num_searching += 1
+        assert may_end.wait(30)
+        return []
+
+    monkeypatch.setattr(store, "summaries", search)
+
+    async def crowd(app: RunningApp) -> None:
+        # more than asyncio's own pool would have
+        searches = [asyncio.ensure_future(app.call("GET", PATH)) for _ in range(40)]
+        try:
+            while not num_searching:
+                await asyncio.sleep(0.001)
+            async with asyncio.timeout(10):
+                assert await asyncio.to_thread(lambda: num_searching) <= NUM_THREADS
+        finally:
+            may_end.set()
+        assert {each.status for each in await asyncio.gather(*searches)} == {200}
+
+    with running(site(store)) as app:
+        app.runner.run(crowd(app))
+    assert num_searching == 40
 
 
 BAD_VOTES: dict[str, tuple[dict[str, Any], str]] = {
