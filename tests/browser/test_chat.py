@@ -37,6 +37,21 @@ def f(x):
 """
 
 
+def put(home: House, id: str, question: str) -> None:
+    """A chat that is kept already."""
+    asked = {"id": "q", "parent": None, "role": "user", "content": question, "created_at": 1.0}
+    answer = {"id": "a", "parent": "q", "role": "assistant", "content": "said", "created_at": 2.0}
+    assert home.store is not None
+    home.store.put(
+        b"",
+        {
+            "id": id, "title": question, "revision": 0, "created_at": 1.0, "changed_at": 2.0,
+            "models": ["alpha"], "system": "", "sampling": {}, "messages": [asked, answer],
+            "heads": ["a"],
+        },
+    )  # fmt: skip
+
+
 def test_a_question_is_answered_and_the_next_knows_it(opened: Opener, home: House) -> None:
     home.answers(said("First."), said("Second."))
     tab = opened()
@@ -228,22 +243,103 @@ def test_a_model_that_is_still_loading(opened: Opener, home: House) -> None:
     tab.ended("Hello, wörld 🙂!")
 
 
-def test_a_question_before_the_models_are_known(opened: Opener, home: House) -> None:
+@pytest.mark.parametrize("turn", ["waits", "Escape", "typing", "another chat"])
+def test_a_question_before_the_models_are_known(turn: str, opened: Opener, home: House) -> None:
+    """It goes out by itself as soon as there is somebody to ask, unless it was taken back."""
+    put(home, "kept-chat", "before")
     tab = opened("/assets/licences.txt")
-    answered: list[Route] = []
-    tab.page.route("**/v1/models", lambda route: answered.append(route))
+    held: list[Route] = []
+    tab.page.route("**/v1/models", lambda route: held.append(route))
     tab.open()
     tab.ask("too soon?")
-    expect(tab.page.locator(".model-state")).to_have_text("")
-    assert answered and not home.engines["alpha"].prompts
-    for route in answered:
+    told = tab.page.get_by_role("status").filter(has_text="as soon as a model is there")
+    expect(told).to_be_visible()
+    expect(tab.button("Waiting to be sent")).to_be_visible()
+    tab.question.press("Enter")
+    if turn == "Escape":
+        tab.page.keyboard.press("Escape")
+    elif turn == "typing":
+        tab.question.press_sequentially("!")
+    elif turn == "another chat":
+        tab.chats.filter(has_text="before").click()
+        expect(tab.questions).to_have_text("before")
+    if turn != "waits":
+        expect(told).to_have_count(0)
+    for route in held:
         route.fallback()
-    tab.page.unroute("**/v1/models")
-    if tab.question.input_value():
-        # not lost: it waits to be sent
-        expect(tab.button("Send")).to_be_enabled()
-        tab.question.press("Enter")
-    tab.ended("Hello, wörld 🙂!")
+    if turn == "waits":
+        tab.ended("Hello, wörld 🙂!")
+        expect(tab.question).to_have_value("")
+        expect(tab.questions).to_have_text("too soon?")
+        assert home.engines["alpha"].prompts == ["<user>too soon?"]
+        return
+    expect(tab.page.locator(".picker select").first).to_have_value("alpha")
+    expect(tab.button("Send")).to_be_visible()
+    assert not home.engines["alpha"].prompts
+    if turn == "another chat":
+        tab.button("New chat").click()
+    expect(tab.question).to_have_value("too soon?!" if turn == "typing" else "too soon?")
+
+
+def test_a_question_before_its_chat_is_there_goes_into_that_chat(
+    opened: Opener, home: House
+) -> None:
+    put(home, "kept-chat", "before")
+    tab = opened("/assets/licences.txt")
+    held: list[Route] = []
+    tab.page.route("**/page/conversations/kept-chat", lambda route: held.append(route))
+    tab.open("/#/c/kept-chat")
+    expect(tab.page.locator(".picker select").first).to_have_value("alpha")
+    tab.ask("and now?")
+    expect(tab.page.get_by_role("status").filter(has_text="this chat is open")).to_be_visible()
+    tab.page.unroute("**/page/conversations/kept-chat")
+    for route in held:
+        route.fallback()
+    expect(tab.questions).to_have_text(["before", "and now?"])
+    tab.ended("said", "Hello, wörld 🙂!")
+    assert home.engines["alpha"].prompts == ["<user>before<assistant>said<user>and now?"]
+
+
+def test_a_look_at_the_models_leaves_alone_who_reads(opened: Opener, home: House) -> None:
+    """Nothing of the page is touched where nothing of the models has changed."""
+    home.answers(said("x"))
+    tab = opened(may_fail={503})
+    tab.page.get_by_label("Files to attach").set_input_files(
+        [{"name": "a.txt", "mimeType": "text/plain", "buffer": b"in it"}]
+    )
+    tab.ask("look?")
+    tab.ended("x")
+    tab.saved("look?")
+    tab.questions.locator("summary").click()
+    copy = tab.button("Copy the question")
+    copy.focus()
+    tab.page.evaluate(
+        """() => {
+          window.changes = [];
+          new MutationObserver((all) => window.changes.push(...all.map((each) => each.type)))
+            .observe(document.body, {
+              subtree: true, childList: true, attributes: true, characterData: true });
+        }"""
+    )
+    look = "() => dispatchEvent(new Event('online'))"
+    for _ in range(2):
+        with tab.page.expect_response("**/v1/models") as answer:
+            tab.page.evaluate(look)
+        answer.value.finished()
+        # the page has read it, and drawn what it would draw
+        tab.page.evaluate(
+            """() => new Promise((done) => setTimeout(() => requestAnimationFrame(done), 20))"""
+        )
+    assert tab.page.evaluate("window.changes") == []
+    expect(copy).to_be_focused()
+    expect(tab.questions.locator("details")).to_have_attribute("open", "")
+    # what has changed is seen
+    home.loading("beta", 1, 2)
+    with tab.page.expect_response("**/v1/models"):
+        tab.page.evaluate(look)
+    model = tab.page.locator(".picker select").first
+    expect(model.locator("option").last).to_have_text("beta (loading 50 % of 2 B)")
+    assert tab.page.evaluate("window.changes.length") > 0
 
 
 def test_what_is_asked_while_the_page_starts_stays_in_view(opened: Opener, home: House) -> None:
@@ -301,6 +397,8 @@ def test_colours_are_those_of_the_system_until_chosen(
     tab = opened(color_scheme=scheme)
     tab.ask("colours?")
     tab.ended("Hello, wörld 🙂!")
+    # a reload asks the server for it
+    tab.saved("colours?")
     brightness = """() => {
       const colour = getComputedStyle(document.documentElement).backgroundColor;
       const [r, g, b] = colour.match(/[\\d.]+/g);

@@ -36,8 +36,12 @@ def wait_for_kept(home: House, tab: Tab, *words: str) -> None:
 
 
 def only_in_the_browser(tab: Tab) -> None:
+    choose(tab, "only in this browser")
+
+
+def choose(tab: Tab, place: str) -> None:
     tab.button("Settings").click()
-    tab.page.get_by_role("radio", name="only in this browser").check()
+    tab.page.get_by_role("radio", name=place).check()
     tab.button("Close").click()
 
 
@@ -87,6 +91,55 @@ def test_what_is_typed_is_there_after_a_reload(opened: Opener, home: House) -> N
     tab.page.wait_for_function("() => JSON.stringify(localStorage).includes('half a quest')")
     tab.page.reload()
     expect(tab.question).to_have_value("half a quest")
+
+
+def test_files_wait_in_their_chat_until_they_are_sent(opened: Opener, home: House) -> None:
+    tab = opened()
+    tab.ask("first?")
+    tab.ended("Hello, wörld 🙂!")
+    tab.saved("first?")
+    tab.page.get_by_label("Files to attach").set_input_files(
+        [{"name": "notes.txt", "mimeType": "text/plain", "buffer": b"what they are"}]
+    )
+    attached = tab.page.get_by_role("list", name="Attached files")
+    expect(attached).to_contain_text("notes.txt")
+    tab.question.fill("and these?")
+    tab.button("New chat").click()
+    expect(tab.answers).to_have_count(0)
+    expect(attached).to_be_hidden()
+    expect(tab.question).to_have_value("")
+    tab.chats.first.click()
+    expect(attached).to_contain_text("notes.txt")
+    expect(tab.question).to_have_value("and these?")
+    tab.question.press("Enter")
+    tab.ended("Hello, wörld 🙂!", "Hello, wörld 🙂!")
+    assert "what they are" in home.engines["alpha"].prompts[-1]
+    expect(attached).to_be_hidden()
+
+
+@pytest.mark.parametrize("first", ["server", "browser"])
+def test_an_answer_ends_where_its_chat_is_kept(first: str, opened: Opener, home: House) -> None:
+    """Also when chats of the other place are looked at while it comes."""
+    home.answers(Reply(["It ", "goes "], hangs=True))
+    tab = opened()
+    if first == "browser":
+        only_in_the_browser(tab)
+    tab.ask("where?")
+    expect(tab.bodies).to_have_text("It goes")
+    tab.saved("where?")
+    choose(tab, "only in this browser" if first == "server" else "on the server")
+    expect(tab.page.locator(".banners")).to_contain_text("goes on, and is kept")
+    expect(tab.page.get_by_text("No chats yet")).to_be_visible()
+    choose(tab, "on the server" if first == "server" else "only in this browser")
+    tab.chats.filter(has_text="where?").click()
+    expect(tab.answers).to_have_attribute("aria-busy", "true")
+    tab.button("Stop").click()
+    tab.ended("It goes")
+    expect(tab.answers).to_contain_text("stopped by you")
+    assert kept(home) == (["where?"] if first == "server" else [])
+    tab.page.reload()
+    tab.ended("It goes")
+    expect(tab.answers).to_contain_text("stopped by you")
 
 
 def test_two_tabs_of_a_browser_show_the_same(opened: Opener, home: House) -> None:

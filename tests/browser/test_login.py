@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, expect
 
+from chatserve.errors import StorageFull
 from tests.browser.conftest import Opener
-from tests.browser.house import House, house, said
+from tests.browser.house import House, Reply, house, said
 from tests.browser.tab import Tab
 
 KEYS = ("first-key", "second-key")
@@ -63,10 +64,16 @@ def test_after_logging_out_nothing_is_left_to_see(opened: Opener, home: House) -
     # remembered, as asked for
     other = Tab(tab.context, home.url, may_fail={401}).open()
     other.saved("whose?")
-    other.check()
+    # a tab behind another is drawn once a second, which every click would wait for
+    tab.page.bring_to_front()
     log_out(tab)
     expect(tab.page.get_by_label("API key")).to_be_focused()
     expect(tab.page.get_by_text("for the first alone")).to_have_count(0)
+    # nor in another tab that had the same key from this browser
+    expect(other.page.get_by_label("API key")).to_be_visible()
+    expect(other.chats).to_have_count(0)
+    other.check()
+    other.page.close()
     expect(tab.chats).to_have_count(0)
     left = "() => JSON.stringify({ ...localStorage, ...sessionStorage })"
     assert KEYS[0] not in tab.page.evaluate(left)
@@ -77,6 +84,66 @@ def test_after_logging_out_nothing_is_left_to_see(opened: Opener, home: House) -
     log_out(tab)
     log_in(tab, KEYS[0])
     tab.saved("whose?")
+
+
+def test_logging_out_keeps_the_answer_and_leaves_nothing_behind(
+    opened: Opener, home: House
+) -> None:
+    home.answers(Reply(["So ", "far"], hangs=True))
+    tab = opened(may_fail={401})
+    log_in(tab, KEYS[0])
+    expect(tab.page.get_by_role("dialog")).to_have_count(0)
+    tab.button("Sampling (Alt+S)").click()
+    tab.page.get_by_label("System message").fill("I am the first.")
+    tab.ask("half of it?")
+    expect(tab.bodies).to_have_text("So far")
+    tab.question.fill("a secret draft")
+    log_out(tab)
+    expect(tab.page.get_by_label("API key")).to_be_focused()
+    left = tab.page.evaluate("() => JSON.stringify({ ...localStorage, ...sessionStorage })")
+    assert "secret" not in left and "the first" not in left and KEYS[0] not in left
+    log_in(tab, KEYS[1])
+    expect(tab.page.get_by_text("No chats yet")).to_be_visible()
+    expect(tab.question).to_have_value("")
+    expect(tab.page.get_by_label("System message")).to_have_value("")
+    log_out(tab)
+    log_in(tab, KEYS[0])
+    tab.chats.filter(has_text="half of it?").click()
+    # as it was stopped, not as it was saved while it came
+    tab.ended("So far")
+    expect(tab.answers).to_contain_text("stopped by you")
+
+
+def test_what_the_server_has_no_room_for_is_asked_about(
+    opened: Opener, home: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in this browser, for its own key alone; logging out deletes it, once agreed to."""
+
+    def refuse(*_: object) -> None:
+        raise StorageFull("conversations cannot be kept on the server (no room)")
+
+    monkeypatch.setattr(home.store, "put", refuse)
+    tab = opened(may_fail={401, 404, 507})
+    log_in(tab, KEYS[0])
+    tab.ask("room?")
+    tab.ended("Hello, wörld 🙂!")
+    expect(tab.page.locator(".banners")).to_contain_text("(no room)")
+    # with another key it is not seen
+    tab.page.evaluate(f"() => sessionStorage.setItem('chatserve.key', '{KEYS[1]}')")
+    tab.open("/").page.reload()
+    expect(tab.page.get_by_text("No chats yet")).to_be_visible()
+    tab.page.evaluate(f"() => sessionStorage.setItem('chatserve.key', '{KEYS[0]}')")
+    tab.page.reload()
+    tab.saved("room?")
+    log_out(tab)
+    dialog = tab.page.get_by_role("dialog")
+    expect(dialog).to_contain_text("not kept all of 1 chat")
+    dialog.get_by_role("button", name="Cancel").click()
+    tab.saved("room?")
+    log_out(tab)
+    dialog.get_by_role("button", name="Log out").click()
+    log_in(tab, KEYS[0])
+    expect(tab.page.get_by_text("No chats yet")).to_be_visible()
 
 
 def test_who_closes_the_dialog_can_open_it_again(opened: Opener, home: House) -> None:

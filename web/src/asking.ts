@@ -39,6 +39,7 @@ export class Asking {
   readonly answerings = new Map<string, Answering>();
   /** why a question has no answer, by its id */
   readonly failures = new Map<string, ApiError>();
+  readonly #runs = new Set<Promise<void>>();
 
   constructor(private readonly listener: AskingListener) {}
 
@@ -111,14 +112,17 @@ export class Asking {
     for (const message of conversation.messages) this.answerings.get(message.id)?.stop();
   }
 
-  stopAll(): void {
+  /** Resolves when the last word of each is in its message. */
+  async stopAll(): Promise<void> {
     for (const answering of this.answerings.values()) answering.stop();
+    await Promise.all(this.#runs);
   }
 
   #ask(kept: Kept, side: number, parent: string | null, content: string, files: TextFile[]): void {
     const question = { role: "user" as const, content, ...(files.length > 0 ? { files } : {}) };
     const { id } = append(kept.conversation, side, parent, question);
-    kept.changed();
+    // who reloads the page right now finds it
+    kept.changed(0);
     this.answer(kept, side, id);
   }
 
@@ -146,10 +150,15 @@ export class Asking {
     this.answerings.set(answer.id, answering);
     this.listener.changed(kept);
     const temperature = CHAT_TEMPERATURE;
-    await answering.run({ temperature, ...conversation.sampling, model, ...body });
-    this.answerings.delete(answer.id);
-    touch(conversation);
-    this.#settle(kept, side, answer, failure);
+    const run = answering
+      .run({ temperature, ...conversation.sampling, model, ...body })
+      .then(() => {
+        this.answerings.delete(answer.id);
+        touch(conversation);
+        this.#settle(kept, side, answer, failure);
+      });
+    this.#runs.add(run);
+    await run.finally(() => this.#runs.delete(run));
   }
 
   #settle(kept: Kept, side: number, answer: Message, failure: ApiError | null): void {
@@ -164,7 +173,7 @@ export class Asking {
         });
       }
     }
-    kept.changed();
+    kept.changed(0);
     this.listener.ended(kept, answer, failure);
     this.listener.changed(kept);
   }

@@ -2,6 +2,7 @@
 
 import type { TextFile } from "./conversation";
 import { el, icon, iconButton } from "./dom";
+import type { Written } from "./drafts";
 import * as wording from "./wording";
 
 const MAX_FILE_BYTES = 256 * 1024;
@@ -10,7 +11,7 @@ const MAX_ALL_BYTES = 1024 * 1024;
 export interface ComposerActions {
   send(text: string, files: TextFile[]): void;
   stop(): void;
-  drafted(text: string): void;
+  drafted(written: Written): void;
   /** ArrowUp where nothing is written */
   editLast(): void;
 }
@@ -23,10 +24,14 @@ export class Composer {
   readonly #chips = el("ul", { class: "chips", "aria-label": "Attached files" });
   readonly #note = el("p", { class: "note", role: "alert" });
   readonly #context = el("div", { class: "context" });
+  readonly #wish = el("p", { class: "wish", role: "status" });
   readonly #picker: HTMLInputElement;
   #files: TextFile[] = [];
   #isBusy = false;
-  #canSend = true;
+  /** what a question has to wait for; null: nothing */
+  #hold: string | null = null;
+  /** it was sent, and goes out by itself as soon as it can */
+  #isWished = false;
 
   constructor(private readonly actions: ComposerActions) {
     this.#area = el("textarea", {
@@ -38,7 +43,7 @@ export class Composer {
       enterkeyhint: "send",
       oninput: () => {
         this.#fit();
-        this.actions.drafted(this.#area.value);
+        this.#changed();
       },
       onkeydown: (event: KeyboardEvent) => this.#key(event),
     });
@@ -93,7 +98,14 @@ export class Composer {
         this.#stop,
       ),
     );
-    this.element = el("div", { class: "composer-frame" }, this.#note, form, this.#context);
+    this.element = el(
+      "div",
+      { class: "composer-frame" },
+      this.#note,
+      this.#wish,
+      form,
+      this.#context,
+    );
     for (const type of ["dragover", "drop"]) {
       form.addEventListener(type, (event) => {
         const files = (event as DragEvent).dataTransfer?.files;
@@ -113,12 +125,20 @@ export class Composer {
     this.#area.focus();
   }
 
-  /** Show another draft. */
-  setText(text: string): void {
+  /** Show another draft. What was to be sent of the one before is not. */
+  show({ text, files }: Written): void {
+    this.takeBack();
     this.#area.value = text;
-    this.#files = [];
+    this.#files = files;
+    this.#note.textContent = "";
     this.#showFiles();
     this.#fit();
+  }
+
+  /** Write something else in the place of what is there. */
+  write(text: string): void {
+    this.show({ text, files: [] });
+    this.#changed();
   }
 
   setBusy(isBusy: boolean): void {
@@ -127,9 +147,21 @@ export class Composer {
     this.#stop.hidden = !isBusy;
   }
 
-  setCanSend(canSend: boolean): void {
-    this.#canSend = canSend;
-    this.#send.disabled = !canSend;
+  /** What a question has to wait for before it is sent; null: nothing any more. */
+  setHold(hold: string | null): void {
+    this.#hold = hold;
+    if (hold === null && this.#isWished) this.#submit();
+    else this.#showWish();
+  }
+
+  get isWished(): boolean {
+    return this.#isWished;
+  }
+
+  /** What waits to be sent stays to be written. */
+  takeBack(): void {
+    this.#isWished = false;
+    this.#showWish();
   }
 
   /** How much of the context is used; undefined where nobody knows. */
@@ -156,8 +188,11 @@ export class Composer {
 
   async attach(files: File[]): Promise<void> {
     const refused: string[] = [];
+    // whose they are: another chat may be shown before they are read
+    const mine = this.#files;
+    this.#changed();
     for (const file of files) {
-      const all = this.#files.reduce((sum, each) => sum + each.text.length, file.size);
+      const all = mine.reduce((sum, each) => sum + each.text.length, file.size);
       if (file.size > MAX_FILE_BYTES || all > MAX_ALL_BYTES) {
         const limit = file.size > MAX_FILE_BYTES ? MAX_FILE_BYTES : MAX_ALL_BYTES;
         refused.push(
@@ -168,11 +203,12 @@ export class Composer {
       try {
         const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
         if (text.includes("\0")) throw new Error("not a text");
-        this.#files.push({ name: file.name, text });
+        mine.push({ name: file.name, text });
       } catch {
         refused.push(`${file.name} is no text in UTF-8`);
       }
     }
+    if (mine !== this.#files) return;
     this.#note.textContent = refused.join("; ");
     this.#showFiles();
     this.focus();
@@ -189,6 +225,7 @@ export class Composer {
           file.name,
           iconButton("close", `Leave out ${file.name}`, () => {
             this.#files = this.#files.filter((each) => each !== file);
+            this.#changed();
             this.#showFiles();
             this.focus();
           }),
@@ -199,12 +236,31 @@ export class Composer {
 
   #submit(): void {
     const text = this.#area.value.trim();
-    if (this.#isBusy || !this.#canSend || (text === "" && this.#files.length === 0)) return;
+    if (this.#isBusy || (text === "" && this.#files.length === 0)) return;
+    if (this.#hold !== null) {
+      this.#isWished = true;
+      this.#showWish();
+      return;
+    }
     const files = this.#files;
-    this.setText("");
-    this.#note.textContent = "";
-    this.actions.drafted("");
+    this.write("");
     this.actions.send(text, files);
+  }
+
+  #changed(): void {
+    this.takeBack();
+    this.actions.drafted({ text: this.#area.value, files: this.#files });
+  }
+
+  #showWish(): void {
+    const isWaiting = this.#isWished && this.#hold !== null;
+    const text = isWaiting
+      ? `It is sent as soon as ${this.#hold}. Esc, or a change, takes it back.`
+      : "";
+    if (this.#wish.textContent !== text) this.#wish.textContent = text;
+    this.#send.classList.toggle("is-waiting", isWaiting);
+    this.#send.setAttribute("aria-label", isWaiting ? "Waiting to be sent" : "Send");
+    this.#send.title = isWaiting ? "Waiting to be sent (Esc)" : "Send (Enter)";
   }
 
   #key(event: KeyboardEvent): void {

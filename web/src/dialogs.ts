@@ -154,7 +154,7 @@ export function openSettings(
 const SHORTCUTS: [string, string][] = [
   ["Enter", "Send the question"],
   ["Shift+Enter", "A new line"],
-  ["Esc", "Stop the answer"],
+  ["Esc", "Stop the answer, or take back what waits to be sent"],
   ["↑ in an empty question", "Edit the last question"],
   ["/", "Write a question"],
   ["Ctrl+Shift+O", "New chat"],

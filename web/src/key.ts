@@ -37,6 +37,21 @@ export function forgetKey(): void {
   for (const storage of storages()) storage.removeItem(NAME);
 }
 
+/** The name of something that this browser keeps, apart for each key. */
+export function owned(name: string): string {
+  const value = key();
+  return value === "" ? name : `${name}-${mark(value)}`;
+}
+
+/** FNV-1a in 32 bits: enough to keep keys apart, and too little to tell one. */
+function mark(value: string): string {
+  let hash = 0x811c9dc5;
+  for (let at = 0; at < value.length; at++) {
+    hash = Math.imul(hash ^ value.charCodeAt(at), 0x01000193);
+  }
+  return (hash >>> 0).toString(16).padStart(8, "0");
+}
+
 /** What no header can hold is no key. */
 export function isKey(value: string): boolean {
   return /^[\x21-\x7e]+$/.test(value);

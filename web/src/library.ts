@@ -46,7 +46,7 @@ export interface LibraryListener {
 
 export class Library {
   summaries: Summary[] = [];
-  readonly #open = new Map<string, Kept>();
+  readonly #opened = new Map<string, Kept>();
   #tabs: BroadcastChannel | undefined;
   #search = "";
 
@@ -59,6 +59,11 @@ export class Library {
       this.#tabs = new BroadcastChannel(`chatserve.${place}`);
       this.#tabs.onmessage = (event: MessageEvent<Notice>) => void this.#hear(event.data);
     }
+  }
+
+  /** Those that are open. */
+  get openOnes(): Kept[] {
+    return [...this.#opened.values()];
   }
 
   close(): void {
@@ -80,20 +85,23 @@ export class Library {
     return this.#keep(newConversation(models, system, sampling));
   }
 
-  /** Go on with what another library had opened. */
-  adopt(conversation: Conversation): Kept {
-    conversation.revision = 0;
-    const kept = this.#keep(conversation);
-    if (conversation.messages.length > 0) kept.changed();
-    return kept;
+  /** Go on with what another library had opened: from now on it is kept here. */
+  adopt(kept: Kept): void {
+    kept.conversation.revision = 0;
+    this.#opened.set(kept.conversation.id, kept);
+    kept.moveTo(
+      this.store,
+      this.#listenerOf(() => kept),
+    );
+    if (kept.conversation.messages.length > 0) kept.changed(0);
   }
 
   /** null: there is none of this id. */
   async open(id: string): Promise<Kept | null> {
-    const open = this.#open.get(id);
+    const open = this.#opened.get(id);
     if (open) return open;
     const found = await this.store.get(id);
-    return found ? (this.#open.get(id) ?? this.#keep(found)) : null;
+    return found ? (this.#opened.get(id) ?? this.#keep(found)) : null;
   }
 
   /** Take in what came from a file. */
@@ -111,7 +119,7 @@ export class Library {
   }
 
   async remove(id: string): Promise<void> {
-    const kept = this.#open.get(id);
+    const kept = this.#opened.get(id);
     if (kept) kept.isRemoved = true;
     try {
       await this.store.remove(id);
@@ -128,36 +136,61 @@ export class Library {
   }
 
   forget(id: string): void {
-    this.#open.delete(id);
+    this.#opened.delete(id);
     this.summaries = this.summaries.filter((summary) => summary.id !== id);
     this.listener.listed();
   }
 
   /** Save at once what is not saved: the page is being left. */
   leave(): void {
-    for (const kept of this.#open.values()) if (kept.isDirty) void kept.save(true);
+    for (const kept of this.openOnes) kept.leave();
+  }
+
+  /** Wait for the saves that are due or under way; resolves with the ids of those that failed. */
+  async settle(): Promise<string[]> {
+    const open = this.openOnes;
+    await Promise.all(open.map((kept) => kept.settle()));
+    return open.filter((kept) => kept.isDirty).map((kept) => kept.conversation.id);
+  }
+
+  /** Save nothing any more. */
+  drop(): void {
+    for (const kept of this.openOnes) kept.isRemoved = true;
   }
 
   /** Try again what could not be saved. */
   retry(): void {
-    for (const kept of this.#open.values()) if (kept.isDirty) void kept.save();
+    for (const kept of this.openOnes) if (kept.isDirty) void kept.save();
   }
 
   #keep(conversation: Conversation): Kept {
-    const kept = new Kept(conversation, this.store, {
+    const kept: Kept = new Kept(
+      conversation,
+      this.store,
+      this.#listenerOf(() => kept),
+    );
+    this.#opened.set(conversation.id, kept);
+    return kept;
+  }
+
+  #listenerOf(kept: () => Kept): KeptListener {
+    return {
       saved: (summary) => {
         this.summaries = [summary, ...this.summaries.filter((each) => each.id !== summary.id)].sort(
           (a, b) => b.changed_at - a.changed_at,
         );
         this.listener.listed();
         const { id, revision } = summary;
-        this.#tell({ kind: "saved", id, revision, writing: this.listener.writing(conversation) });
+        this.#tell({
+          kind: "saved",
+          id,
+          revision,
+          writing: this.listener.writing(kept().conversation),
+        });
       },
-      merged: () => this.listener.merged(kept),
+      merged: () => this.listener.merged(kept()),
       failed: (reason) => this.listener.saveFailed(reason),
-    });
-    this.#open.set(conversation.id, kept);
-    return kept;
+    };
   }
 
   #tell(notice: Notice): void {
@@ -165,7 +198,7 @@ export class Library {
   }
 
   async #hear(notice: Notice): Promise<void> {
-    const kept = this.#open.get(notice.id);
+    const kept = this.#opened.get(notice.id);
     try {
       if (notice.kind === "removed") {
         if (kept) kept.isRemoved = true;
@@ -192,6 +225,7 @@ interface KeptListener {
 export class Kept {
   isDirty = false;
   isRemoved = false;
+  #isSaving = false;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #due = 0;
   #saving: Promise<void> = Promise.resolve();
@@ -199,9 +233,14 @@ export class Kept {
 
   constructor(
     readonly conversation: Conversation,
-    private readonly store: Store,
-    private readonly listener: KeptListener,
+    private store: Store,
+    private listener: KeptListener,
   ) {}
+
+  moveTo(store: Store, listener: KeptListener): void {
+    this.store = store;
+    this.listener = listener;
+  }
 
   /** It was changed: save it soon. An answer that is coming asks for longer pauses. */
   changed(afterMs = SAVE_AFTER_MS): void {
@@ -219,6 +258,19 @@ export class Kept {
     this.isDirty = true;
     this.#saving = this.#saving.then(() => this.#saveNow(isLeaving));
     await this.#saving;
+  }
+
+  /** The page is being left. */
+  leave(): void {
+    if (this.isRemoved) return;
+    if (this.#isSaving) {
+      // the save that is under way may be cut: nothing waits for it
+      void this.store.put(this.conversation, true).catch(() => undefined);
+    } else if (this.isDirty) void this.save(true);
+  }
+
+  async settle(): Promise<void> {
+    await (this.isDirty ? this.save() : this.#saving);
   }
 
   /** Join with what the store has. */
@@ -242,6 +294,7 @@ export class Kept {
   async #saveNow(isLeaving: boolean): Promise<void> {
     for (let tries = 0; this.isDirty && !this.isRemoved; tries++) {
       this.isDirty = false;
+      this.#isSaving = true;
       try {
         const summary = await this.store.put(this.conversation, isLeaving);
         this.conversation.revision = summary.revision;
@@ -265,6 +318,8 @@ export class Kept {
         this.changed(this.#retryMs);
         this.#retryMs = Math.min(this.#retryMs * 2, MAX_RETRY_MS);
         return;
+      } finally {
+        this.#isSaving = false;
       }
     }
   }

@@ -15,6 +15,7 @@ export class ModelPicker {
   readonly #state = el("span", { class: "model-state", role: "status" });
   #models: Model[] = [];
   #shown: Conversation | undefined;
+  #isBusy = false;
 
   constructor(private readonly onPick: (models: string[], isBlind: boolean) => void) {
     this.#beside = el(
@@ -42,11 +43,12 @@ export class ModelPicker {
 
   setModels(models: Model[]): void {
     this.#models = models.filter((model) => model.isForChat);
-    if (this.#shown) this.show(this.#shown, false);
+    if (this.#shown) this.show(this.#shown, this.#isBusy);
   }
 
   show(conversation: Conversation, isBusy: boolean): void {
     this.#shown = conversation;
+    this.#isBusy = isBusy;
     const isTwo = conversation.models.length > 1;
     // once something was said to two models that are hidden, they stay who they are
     const isHidden = isTwo && areNamesHidden(conversation) && conversation.messages.length > 0;

@@ -57,6 +57,21 @@ export function writeDraft(id: string, text: string): void {
   if (text.length <= MAX_DRAFT_CHARS) write(DRAFT + id, text);
 }
 
+export function forgetDrafts(): void {
+  try {
+    for (const name of Object.keys(localStorage)) {
+      if (name.startsWith(DRAFT)) localStorage.removeItem(name);
+    }
+  } catch {
+    // nothing is kept here
+  }
+}
+
+/** What tells of the one who was here; how the page looks stays. */
+export function forgetPersonal(): void {
+  writePreferences({ ...readPreferences(), models: [], system: "", sampling: {} });
+}
+
 function write(name: string, value: string): void {
   try {
     if (value === "") localStorage.removeItem(name);

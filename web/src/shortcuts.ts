@@ -16,7 +16,7 @@ export function listenForShortcuts(app: App): void {
 function actionOf(event: KeyboardEvent, app: App): (() => void) | undefined {
   const { key, code, altKey, shiftKey } = event;
   const isCommand = event.ctrlKey || event.metaKey;
-  if (key === "Escape" && app.isBusy) return () => app.stop();
+  if (key === "Escape" && (app.isBusy || app.isWaiting)) return () => app.stop();
   if (isCommand && shiftKey && code === "KeyO") return () => app.fresh();
   if (isCommand && !shiftKey && !altKey && code === "KeyK") return () => app.search();
   if (altKey && !isCommand && !shiftKey) {

@@ -4,13 +4,13 @@ import { type Conversation, type Summary, summaryOf } from "./conversation";
 import { readConversation } from "./reading";
 import { Conflict, hasText, type Store } from "./store";
 
-const DATABASE = "chatserve";
 const TABLE = "conversations";
 
 export class BrowserStore implements Store {
-  #database: Promise<IDBDatabase> | undefined;
+  readonly #databases = new Map<string, Promise<IDBDatabase>>();
 
-  constructor(private readonly name = DATABASE) {}
+  /** `name` is asked each time: who uses this browser may change. */
+  constructor(private readonly name: () => string) {}
 
   async list(search: string): Promise<Summary[]> {
     const all = await this.#run("readonly", (table) => table.getAll());
@@ -46,12 +46,18 @@ export class BrowserStore implements Store {
     await this.#run("readwrite", (table) => table.delete(id));
   }
 
+  async clear(): Promise<void> {
+    await this.#run("readwrite", (table) => table.clear());
+  }
+
   async #run<T>(
     mode: IDBTransactionMode,
     ask: (table: IDBObjectStore) => IDBRequest<T>,
   ): Promise<T> {
-    this.#database ??= open(this.name);
-    const database = await this.#database;
+    const name = this.name();
+    const opened = this.#databases.get(name) ?? open(name);
+    this.#databases.set(name, opened);
+    const database = await opened;
     return new Promise((resolve, reject) => {
       const transaction = database.transaction(TABLE, mode);
       const asked = ask(transaction.objectStore(TABLE));

@@ -184,3 +184,13 @@ test("half a surrogate pair does not stay in the text", async () => {
   await over();
   expect(path(conversation)[1]?.content).toBe("a\ufffdz \ufffd 😀");
 });
+
+test("stopping all resolves when what had come is in its message", async () => {
+  serve([delta("It"), "wait", delta("more")]);
+  const { conversation, kept, asking } = chat();
+  asking.send(kept, "what?", []);
+  await until(() => expect(path(conversation)[1]?.content).toBe("It"));
+  await asking.stopAll();
+  expect(asking.answerings.size).toBe(0);
+  expect(path(conversation)[1]).toMatchObject({ content: "It", finish_reason: "stopped" });
+});

@@ -1,7 +1,7 @@
 import { afterEach, expect, test, vi } from "vitest";
 import { until } from "./until";
 import { ApiError } from "../src/api";
-import { append, type Conversation, path } from "../src/conversation";
+import { append, type Conversation, path, type Summary } from "../src/conversation";
 import { type Kept, Library } from "../src/library";
 import type { Store } from "../src/store";
 import { FakeStore } from "./fake-store";
@@ -183,4 +183,56 @@ test("what is open in a library that was closed is still saved", async () => {
   await one.save();
   expect(listener.saveFailed).toHaveBeenLastCalledWith(null);
   expect(one.isDirty).toBe(false);
+});
+
+test("settling waits for saves that are due or under way, and names those that fail", async () => {
+  const store = new FakeStore();
+  const { library } = tab(store);
+  const [due, underWay] = [library.fresh(["a"]), library.fresh(["a"])];
+  say(due, "due");
+  due.changed();
+  say(underWay, "under way");
+  void underWay.save();
+  expect(await library.settle()).toEqual([]);
+  expect([...store.kept.keys()].sort()).toEqual(
+    [due.conversation.id, underWay.conversation.id].sort(),
+  );
+  store.fails = new ApiError("gone", "unreachable", 0);
+  say(due, "more");
+  due.changed();
+  expect(await library.settle()).toEqual([due.conversation.id]);
+  library.drop();
+  store.fails = null;
+  const { puts } = store;
+  library.retry();
+  library.leave();
+  await library.settle();
+  expect(store.puts).toBe(puts);
+});
+
+test("leaving the page does not wait for a save that is under way", async () => {
+  const store = new FakeStore();
+  const put = vi.fn((_: Conversation, __?: boolean) => new Promise<Summary>(() => undefined));
+  store.put = put;
+  const { library } = tab(store);
+  const kept = library.fresh(["a"]);
+  say(kept, "cut?");
+  void kept.save();
+  await until(() => expect(put).toHaveBeenCalledTimes(1));
+  library.leave();
+  expect(put.mock.lastCall?.[1]).toBe(true);
+  expect(put).toHaveBeenCalledTimes(2);
+});
+
+test("what another library had opened is kept here from now on", async () => {
+  const [server, browser] = [new FakeStore(), new FakeStore()];
+  const kept = tab(server).library.fresh(["a"]);
+  const { library, listener } = tab(browser);
+  library.adopt(kept);
+  // whoever writes an answer into it knows only this one
+  say(kept, "asked meanwhile");
+  await kept.save();
+  expect([server.kept.size, browser.kept.size]).toEqual([0, 1]);
+  expect(await library.open(kept.conversation.id)).toBe(kept);
+  expect(listener.listed).toHaveBeenCalled();
 });

@@ -6,7 +6,7 @@ import { ApiError } from "../api";
 import { askKey } from "../dialogs";
 import { keepKey } from "../key";
 import { applyTheme, readPreferences } from "../preferences";
-import { confirmed } from "./confirm";
+import { confirmed } from "../confirm";
 import { type Deed, order, readStatus } from "./status";
 import { View } from "./view";
 

@@ -1,6 +1,6 @@
 /** A question that has to be agreed to. Esc, or a click beside it, is a no. */
 
-import { el } from "../dom";
+import { el } from "./dom";
 
 export function confirmed(question: string, label: string): Promise<boolean> {
   return new Promise((resolve) => {
