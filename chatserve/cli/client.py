@@ -15,11 +15,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import httpx
-
 from chatserve.cli.address import is_loopback, keepalive, normalised, trust_of
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.foreign_ways import adapted, foreign_way
+from chatserve.cli.lean_httpx import httpx
 from chatserve.cli.server_json import (
     error_body,
     read_delta,
@@ -192,13 +191,15 @@ class ChatClient:
                 self._sleep(delay_s)
 
     def _connect(self) -> httpx.Client:
+        # no TLS, no authorities: reading them takes as long as a tenth of all until a first prompt
+        trust = self._trust if self.base_url.startswith("https:") else False
         return httpx.Client(
             headers=self._headers,
             timeout=httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # a proxy of the environment never stands between two processes of this machine
             trust_env=not is_loopback(self.base_url),
             verify=self._trust,
-            transport=httpx.HTTPTransport(verify=self._trust, socket_options=keepalive()),
+            transport=httpx.HTTPTransport(verify=trust, socket_options=keepalive()),
         )
 
     def _stream_adapted(self, body: dict[str, Any]) -> Generator[ChatDelta, None, None]:
