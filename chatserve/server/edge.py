@@ -38,6 +38,7 @@ from chatserve.protocol.operation import (
     ADMIN_PREFIX,
     DRAIN_WORKER_PATH,
     LOAD_MODEL_PATH,
+    MODELS_PATH,
     UNLOAD_MODEL_PATH,
 )
 from chatserve.server import cross_origin, request_id
@@ -55,7 +56,7 @@ KEYED_PATHS = frozenset(
     }
 )  # fmt: skip
 """They change what a server serves: open to nobody without a key, whatever else is open."""
-WATCHED_PATHS = frozenset({METRICS_PATH, STATUS_PATH})
+WATCHED_PATHS = frozenset({METRICS_PATH, STATUS_PATH, MODELS_PATH})
 """An operator looks there again and again, also while a server drains."""
 CONTROL_PREFIX = "/control/"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")

@@ -5,6 +5,7 @@ Who has a claim is told when the worker is lost. Knows no clock and no other wor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -71,7 +72,8 @@ class Worker:
     def lose(self, loss: ChatserveError) -> None:
         """Tell all that have a claim on it."""
         for lease in list(self.leases):
-            lease.lose(loss)
+            # what an error is raised through stays in it: each has its own
+            lease.lose(copy.copy(loss))
 
 
 def _cannot_move() -> bool:

@@ -86,6 +86,12 @@ class WorkerRegistry:
         self._expected[model] = is_awaited
         self._tell()
 
+    def unexpect(self, model: str) -> None:
+        """It is served here no more than any other name."""
+        self._expected.pop(model, None)
+        self._retired.discard(model)
+        self._tell()
+
     def retire(self, model: str, *, is_over: bool = False) -> None:
         """Nobody should wait for a worker of `model` any more; `is_over`: again they should."""
         if is_over:

@@ -247,7 +247,8 @@ def test_the_commands_find_the_server(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("CHATSERVE_HOME", str(served.home))
-    (tmp_path / "missing").mkdir()
+    for name in ("missing", "ok"):
+        (tmp_path / name).mkdir()
     assert cli.main(["load", "a"]) == 0
     assert capsys.readouterr().out.startswith("a is ready (")
     assert cli.main(["load", str(tmp_path / "missing"), "--name", "gone"]) == 3
@@ -260,6 +261,10 @@ def test_the_commands_find_the_server(
     rows = {row["name"]: row for row in told["models"]}
     assert told["url"] == served.url and rows["a"]["weights"] == "ok"
     assert rows["gone"]["error"]["exit_code"] == 3
+    # another path, and the same name
+    assert cli.main(["load", str(tmp_path / "ok"), "--name", "gone"]) == 0
+    assert cli.main(["unload", "gone"]) == 0
+    capsys.readouterr()
     assert cli.main(["unload", "a"]) == 0
     assert cli.main(["ps"]) == 0
     out = capsys.readouterr().out.splitlines()

@@ -78,22 +78,39 @@ class Repertoire:
 
     # ---- which there are
 
-    def declare(self, name: str, weights: str, *, is_first: bool = False) -> Model:
-        """A model that can be loaded. Raises `ModelConflict`, or `ShuttingDown`."""
+    def declare(
+        self, name: str, weights: str, *, is_first: bool = False, is_lasting: bool = True
+    ) -> Model:
+        """A model that can be loaded. Not `is_lasting`: one that could not gives its name away.
+
+        Raises `ModelConflict`, or `ShuttingDown`.
+        """
         if self._is_closed:
             raise _shutting_down()
         known = self._models.get(name)
+        if known is not None and known.may_be_forgotten and known.weights != weights:
+            self._forget(known)
+            known = None
         if known is not None and known.weights != weights:
             raise ModelConflict(
                 f"another model is called {name[:100]}; choose another name",
                 param="name",
             )
         if known is None and len(self._models) >= MAX_MODELS:
+            for vain in [each for each in self._models.values() if each.may_be_forgotten]:
+                self._forget(vain)
+        if known is None and len(self._models) >= MAX_MODELS:
             raise ModelConflict(f"there are {MAX_MODELS} models already; serve no more by this one")
         if known is None:
-            known = self._models[name] = Model(name, weights, is_first, used_at=self._clock())
+            known = self._models[name] = Model(
+                name, weights, is_first, is_lasting=is_lasting, used_at=self._clock()
+            )
             self._registry.expect(name, is_awaited=is_first)
         return known
+
+    def _forget(self, model: Model) -> None:
+        del self._models[model.name]
+        self._registry.unexpect(model.name)
 
     def models(self) -> list[Model]:
         return list(self._models.values())
@@ -125,9 +142,9 @@ class Repertoire:
                 self._load(model, is_measured=True)
             return
         for model in first:
-            loaded = self._load(model, may_evict=False)
+            self._load(model, may_evict=False)
             try:
-                await asyncio.shield(loaded)
+                await model.outcome()
             except ChatserveError as error:
                 if self._fatal.done():
                     return
@@ -136,12 +153,13 @@ class Repertoire:
                 self._registry.expect(model.name, is_awaited=False)
 
     def load(self, model: Model) -> asyncio.Future[None]:
-        """Done when it is ready; to be shielded: others may wait for the same.
+        """Done when it is ready; the caller's own, others may wait for the same.
 
         Fails with `CannotLoad` in the worker's own words, `NoRoomForModel`, or `ModelConflict` when
         somebody unloads it meanwhile.
         """
-        return self._load(model)
+        self._load(model)
+        return model.outcome()
 
     async def until_ready(self, model: Model) -> None:
         """For a request: raises what to tell its client."""
@@ -158,15 +176,16 @@ class Repertoire:
             failure = model.failure
             if failure is None or self._clock() - model.failed_at >= COOL_S:
                 try:
-                    await asyncio.shield(self.load(model))
+                    await self.load(model)
                     continue
                 except CannotLoad as error:
                     failure = error
+            reason = model.without_path(failure.message)
             if failure.exit_code == DoesNotFit.exit_code:
                 # the one that is kept would keep the frames of all who are told
-                raise CannotLoad(failure.message, exit_code=failure.exit_code)
+                raise CannotLoad(reason, exit_code=failure.exit_code)
             raise ModelNotLoaded(
-                f"{model.name} cannot be loaded: {failure.message}", retry_after_s=int(COOL_S)
+                f"{model.name} cannot be loaded: {reason}", retry_after_s=int(COOL_S)
             )
 
     @contextlib.contextmanager
@@ -241,11 +260,9 @@ class Repertoire:
 
     # ---- how
 
-    def _load(
-        self, model: Model, *, may_evict: bool = True, is_measured: bool = False
-    ) -> asyncio.Future[None]:
+    def _load(self, model: Model, *, may_evict: bool = True, is_measured: bool = False) -> None:
         if model.loaded is not None and (model.is_loading or model.phase == "ready"):
-            return model.loaded  # whoever has begun it
+            return  # whoever has begun it
         if self._is_closed:
             raise _shutting_down()
         model.loaded = asyncio.get_running_loop().create_future()
@@ -255,7 +272,6 @@ class Repertoire:
             self._start_worker(model)
         model.bringing = asyncio.create_task(self._bring(model, may_evict))
         self._on_change()
-        return model.loaded
 
     async def _bring(self, model: Model, may_evict: bool) -> None:
         try:

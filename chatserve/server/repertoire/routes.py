@@ -81,8 +81,7 @@ class RepertoireRoutes:
         repertoire = self._own_repertoire()
         asked = parse(LoadModel, await request.body())
         model = await self._named(repertoire, asked, is_operator=bool(request.scope.get(OPERATOR)))
-        loading = asyncio.shield(repertoire.load(model))
-        return await self._answer(request, model, loading, asked.wait)
+        return await self._answer(request, model, repertoire.load(model), asked.wait)
 
     async def unload(self, request: Request) -> Response:
         """Let a model's answers end, and give its memory back."""
@@ -133,7 +132,7 @@ class RepertoireRoutes:
             check_source, weights, is_operator=is_operator,
             revision=self._options.revision, offline=self._options.offline,
         )  # fmt: skip
-        return repertoire.declare(name_for(asked, weights), weights)
+        return repertoire.declare(name_for(asked, weights), weights, is_lasting=False)
 
     async def _answer(
         self, request: Request, model: Model, work: asyncio.Future[None], is_wanted: bool

@@ -7,7 +7,7 @@ from typing import Any
 
 from chatserve.server.leases import Worker
 from chatserve.server.registry import ModelReadiness, WorkerRegistry
-from chatserve.server.repertoire.model import Model
+from chatserve.server.repertoire.model import Model, without_path
 from chatserve.server.repertoire.models import Repertoire
 
 
@@ -130,7 +130,10 @@ class ModelRows:
         return None
 
     def _brief(self, model: Model) -> Mapping[str, Any]:
-        return {"state": self.state_of(model), "bytes": self._bytes(model)}
+        brief: dict[str, Any] = {"state": self.state_of(model), "bytes": self._bytes(model)}
+        if model.failure is not None:
+            brief["error"] = model.without_path(model.failure.message)
+        return brief
 
     def _bytes(self, model: Model) -> int | None:
         return model.num_bytes or self.progress(model)[1] or None
@@ -161,5 +164,5 @@ def as_seen_by(row: dict[str, Any], *, is_operator: bool) -> dict[str, Any]:
         return row
     error, weights = row["error"], row["weights"]
     if error and weights:
-        error = {**error, "message": error["message"].replace(weights, row["name"])}
+        error = {**error, "message": without_path(error["message"], weights, row["name"])}
     return {**row, "weights": None, "error": error}

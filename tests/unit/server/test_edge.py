@@ -246,7 +246,9 @@ def test_draining_refuses_requests_and_answers_health() -> None:
     answer = get(app)
     assert (answer.status, answer.error["code"]) == (503, "server_shutting_down")
     assert int(answer.headers["retry-after"]) >= 1
-    assert get(app, "/health/ready").status == 200
+    for path in ("/health/ready", "/metrics", "/admin/status", "/admin/models"):
+        assert get(app, path).status == 200
+    assert get(app, "/admin/models/load").status != 200
     assert get(app, "/control/leave", ("authorization", "Bearer t")).status == 200
 
 
@@ -281,7 +283,9 @@ def test_requests_under_way_are_counted() -> None:
         raise KeyError
 
     outer = Edge(app, AccessPolicy())
-    for path, expected in (("/v1/models", 1), ("/health/live", 0), ("/control/x", 0)):
+    for path, expected in (
+        ("/v1/models", 1), ("/health/live", 0), ("/admin/models", 0), ("/control/x", 0),
+    ):  # fmt: skip
         headers = [HOST, ("authorization", "Bearer t")]
         if path == "/control/x":
             outer = Edge(app, AccessPolicy.build("127.0.0.1", control_token="t"))

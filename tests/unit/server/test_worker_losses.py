@@ -36,6 +36,15 @@ def given(
     return lease
 
 
+def test_each_loses_a_worker_by_an_error_of_its_own() -> None:
+    registry = WorkerRegistry(FakeClock())
+    registry.register("a", "http://a", status())
+    leases = [registry.pick("m") for _ in range(3)]
+    registry.remove("a")
+    assert len({id(lease.loss) for lease in leases} - {id(None)}) == 3
+    assert len({str(lease.loss) for lease in leases}) == 1
+
+
 def test_who_waits_for_a_worker_that_is_gone_is_told() -> None:
     clock = FakeClock()
     registry = WorkerRegistry(clock, expiry_s=10)

@@ -24,9 +24,11 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.measured import Measured
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire import models
 from chatserve.server.repertoire.measure import Estimate
 from chatserve.server.repertoire.model import Model
 from chatserve.server.repertoire.models import COOL_S, LoadingPolicy, Repertoire
+from chatserve.server.repertoire.rows import ModelRows
 from tests.fakes import FakeClock
 
 GB = 10**9
@@ -251,6 +253,74 @@ def test_a_failure_that_is_told_to_many_keeps_nothing_of_them() -> None:
             with pytest.raises(CannotLoad) as caught:
                 await house.repertoire.until_ready(b)
             assert caught.value is not b.failure
+
+    run(test())
+
+
+def test_wrong_weights_are_told_and_mended_without_a_restart() -> None:
+    async def test() -> None:
+        house = House(AUTO)
+        repertoire = house.repertoire
+        lasting = repertoire.declare("a", "/home/me/a")
+        asked = repertoire.declare("b", "/home/me/b", is_lasting=False)
+        for model in (lasting, asked):
+            asking = asyncio.create_task(repertoire.until_ready(model))
+            await house.until(lambda: model.started is not None)  # noqa: B023  # awaited here
+            house.workers[-1].fail(ModelLoadError(f"no such folder: {model.weights}"))
+            with pytest.raises(ModelNotLoaded, match=f"no such folder: {model.name}$"):
+                await asking
+        rows = ModelRows(house.registry, repertoire)
+        for card in rows.cards():
+            assert card["chatserve"]["state"] == "failed"
+            assert card["chatserve"]["error"] == f"no such folder: {card['id']}"
+        # whoever has mended the path does not wait until it is tried again
+        await house.up(lasting)
+        assert "error" not in rows.cards()[0]["chatserve"]
+        # a path that was none does not keep its name
+        with pytest.raises(ModelConflict):
+            repertoire.declare("a", "/home/me/c", is_lasting=False)
+        mended = repertoire.declare("b", "/home/me/c", is_lasting=False)
+        assert mended is repertoire.find("b") is not asked
+        await house.up(mended)
+
+    run(test())
+
+
+def test_names_that_were_none_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "MAX_MODELS", 2)
+
+    async def test() -> None:
+        house = House(AUTO)
+        house.declare("a")
+        for name in ("b", "c"):
+            model = house.repertoire.declare(name, name, is_lasting=False)
+            with pytest.raises(ModelConflict, match="2 models already"):
+                house.declare("d")
+            asking = house.repertoire.load(model)
+            await house.until(lambda: model.started is not None)  # noqa: B023  # awaited here
+            house.workers[-1].fail(ModelLoadError("no such model"))
+            with pytest.raises(CannotLoad):
+                await asking
+        assert [each.name for each in house.repertoire.models()] == ["a", "c"]
+        assert [each.name for each in house.registry.readiness()] == ["a", "c"]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "error", [DoesNotFit("too big"), ModelConflict("was unloaded"), NoRoomForModel("busy")]
+)
+def test_each_who_waits_for_a_load_has_an_error_of_its_own(error: ChatserveError) -> None:
+    async def test() -> None:
+        house = House(AUTO, a=3)
+        [a] = house.declare("a")
+        asking = [asyncio.create_task(house.repertoire.until_ready(a)) for _ in range(2)]
+        loading = [house.repertoire.load(a) for _ in range(2)]
+        await house.until(lambda: bool(house.workers))
+        house.workers[0].fail(error)
+        told = await asyncio.gather(*asking, *loading, return_exceptions=True)
+        assert len({id(each) for each in told} - {id(error), id(a.failure)}) == 4
+        assert [str(each) for each in told] == [str(error)] * 4
 
     run(test())
 
