@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from chatserve.errors import (
     CannotLoad,
@@ -23,9 +22,10 @@ from chatserve.errors import (
 )
 from chatserve.server.leases import Worker
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.repertoire.measure import Estimate, Measure
+from chatserve.server.repertoire.measure import Measure
 from chatserve.server.repertoire.model import Model, Start
-from chatserve.server.repertoire.policy import Holding, Shortage, expired, make_room
+from chatserve.server.repertoire.policy import LoadingPolicy, expired
+from chatserve.server.repertoire.room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +35,6 @@ KILL_AFTER_S = 5.0
 """More than the drain may take."""
 LOOK_S = 1.0
 MAX_MODELS = 256
-
-
-@dataclass(frozen=True)
-class LoadingPolicy:
-    """`auto_load`: who asks for a model loads it, and others make room. `max_bytes`: of all models
-    together; None: what is free. `keep_alive_s`: how long a model stays that nobody uses; None: for
-    ever. `load_timeout_s`: how long who cannot be told of progress waits for a load."""
-
-    auto_load: bool = False
-    max_bytes: int | None = None
-    keep_alive_s: float | None = None
-    load_timeout_s: float = 300.0
-    drain_s: float = 30.0
 
 
 class Repertoire:
@@ -67,6 +54,7 @@ class Repertoire:
         self._registry = registry
         self._start = start
         self._measure = measure
+        self._room = Room(policy, measure, self.worker_of, self.is_busy)
         self._clock = clock
         self._on_change = on_change
         self._models: dict[str, Model] = {}
@@ -388,92 +376,18 @@ class Repertoire:
             model.started.forget()
         model.started = model.running = None
 
-    # ---- room
-
     async def _make_room(self, model: Model, may_evict: bool) -> None:
         """Raises `NoRoomForModel`, or `CannotLoad` where there can be none."""
-        if not self.policy.auto_load and self.policy.max_bytes is None:
-            return  # the worker itself says whether it fits
-        while True:
-            estimate = await self._measure(model.weights)
-            if estimate is None:
-                return
-            model.num_bytes = estimate.num_bytes
-            others = [each for each in self._models.values() if each.started and each is not model]
-            free_bytes = self._free_bytes(estimate, others)
-            found = make_room(estimate.num_bytes, free_bytes, map(self._holding, others))
-            if isinstance(found, Shortage):
-                leaving = [each.going for each in others if each.going is not None]
-                if not leaving:
-                    raise self._no_room(model, estimate, found)
-                await asyncio.wait(leaving, return_when=asyncio.FIRST_COMPLETED)
-                continue
-            if found and not (may_evict and self.policy.auto_load):
-                names = ", ".join(found)
-                raise NoRoomForModel(
-                    f"{model.name} needs {_gb(estimate.num_bytes)} and "
-                    f"{_gb(max(0, free_bytes))} are free; unload {names} first",
-                    retry_after_s=5,
-                )
-            if not found:
-                return
-            logger.info("%s makes room for %s", ", ".join(found), model.name)
+
+        def others() -> list[Model]:
+            return [each for each in self._models.values() if each.started and each is not model]
+
+        while going := await self._room.look(model, others, may_evict):
+            logger.info("%s makes room for %s", ", ".join(going), model.name)
             # all at once: who waited for its turn would get requests meanwhile
-            await asyncio.wait([self._send_away(self._models[name]) for name in found])
+            await asyncio.wait([self._send_away(self._models[name]) for name in going])
             if self.policy.max_bytes is None:
                 return  # memory that has just come back may be counted late; the worker looks again
-
-    def _free_bytes(self, estimate: Estimate, others: Sequence[Model]) -> int:
-        if self.policy.max_bytes is not None:
-            return self.policy.max_bytes - sum(self._bytes_of(each) for each in others)
-        not_yet = 0
-        for each in others:
-            if each.phase == "loading":
-                worker = self.worker_of(each)
-                taken = worker.status.loaded_bytes if worker else 0
-                not_yet += max(0, self._bytes_of(each) - taken)
-        return estimate.free_bytes - not_yet
-
-    def _holding(self, model: Model) -> Holding:
-        is_busy = model.phase != "ready" or self.is_busy(model)
-        return Holding(model.name, self._gives_back(model), model.used_at, is_busy)
-
-    def _gives_back(self, model: Model) -> int:
-        """What is free when it is gone. Its plan counts one sequence; of what is free, which has
-        been measured, its worker may hold more than that."""
-        worker = self.worker_of(model)
-        metrics = worker.status.metrics if worker else None
-        if self.policy.max_bytes is not None or metrics is None:
-            return self._bytes_of(model)
-        # of a card the bytes are everybody's: when too little comes back the next worker says so
-        held = metrics.rss_bytes if metrics.device == "cpu" else metrics.device_used_bytes
-        return max(self._bytes_of(model), held)
-
-    def _bytes_of(self, model: Model) -> int:
-        if model.num_bytes is not None:
-            return model.num_bytes
-        worker = self.worker_of(model)
-        return worker.status.total_bytes if worker else 0
-
-    def _no_room(self, model: Model, estimate: Estimate, lack: Shortage) -> ChatserveError:
-        need = f"{model.name} needs {_gb(estimate.num_bytes)}"
-        limit = self.policy.max_bytes
-        if lack.is_for_good:
-            there = (
-                f"--max-loaded-bytes allows {_gb(limit)}"
-                if limit is not None
-                else f"there are {_gb(lack.free_bytes + lack.idle_bytes + lack.busy_bytes)}, "
-                "with all other models unloaded"
-            )
-            return CannotLoad(
-                f"{need}, {there}; use a smaller model or form, or a shorter --context-length",
-                exit_code=DoesNotFit.exit_code,
-            )
-        return NoRoomForModel(
-            f"{need} and {_gb(lack.free_bytes + lack.idle_bytes)} can be had; "
-            f"{', '.join(lack.busy)} is busy in {_gb(lack.busy_bytes)}; try again when it is idle",
-            retry_after_s=5,
-        )
 
     # ---- looking after
 
@@ -489,7 +403,7 @@ class Repertoire:
                     model.used_at = now
             if keep_alive_s is None:
                 continue
-            for name in expired(map(self._holding, ready), now, keep_alive_s):
+            for name in expired(map(self._room.holding, ready), now, keep_alive_s):
                 logger.info("%s was not used for %g s and is unloaded", name, keep_alive_s)
                 # its answers have ended: it does not take long, and does not keep others waiting
                 self._send_away(self._models[name])
@@ -502,13 +416,6 @@ class Repertoire:
                 if estimate is not None and model.num_bytes is None:
                     model.num_bytes = estimate.num_bytes
                     self._on_change()
-
-
-def _gb(num_bytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def _shutting_down() -> ShuttingDown:

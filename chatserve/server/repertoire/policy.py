@@ -1,9 +1,25 @@
-"""Who makes room for a model, and whose time is over. Knows numbers: no process, no clock."""
+"""Who makes room for a model, whose time is over, and what an operator says to that.
+
+Knows numbers: no process, no clock.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoadingPolicy:
+    """`auto_load`: who asks for a model loads it, and others make room. `max_bytes`: of all models
+    together; None: what is free. `keep_alive_s`: how long a model stays that nobody uses; None: for
+    ever. `load_timeout_s`: how long who cannot be told of progress waits for a load."""
+
+    auto_load: bool = False
+    max_bytes: int | None = None
+    keep_alive_s: float | None = None
+    load_timeout_s: float = 300.0
+    drain_s: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from chatserve.config import ServeConfig, served_names
 from chatserve.errors import UsageError
-from chatserve.server.repertoire.models import LoadingPolicy
+from chatserve.server.repertoire.policy import LoadingPolicy
 
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(s|m|h|d)?", re.IGNORECASE | re.ASCII)
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

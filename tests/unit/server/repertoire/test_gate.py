@@ -16,7 +16,7 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, Edge
 from chatserve.server.repertoire import gate
-from chatserve.server.repertoire.models import LoadingPolicy
+from chatserve.server.repertoire.policy import LoadingPolicy
 from tests.asgi import Answer, RunningApp, running
 from tests.unit.server.repertoire.test_models import House
 

@@ -27,7 +27,8 @@ from chatserve.server.registry import WorkerRegistry
 from chatserve.server.repertoire import models
 from chatserve.server.repertoire.measure import Estimate
 from chatserve.server.repertoire.model import Model
-from chatserve.server.repertoire.models import COOL_S, LoadingPolicy, Repertoire
+from chatserve.server.repertoire.models import COOL_S, Repertoire
+from chatserve.server.repertoire.policy import LoadingPolicy
 from chatserve.server.repertoire.rows import ModelRows
 from tests.fakes import FakeClock
 
