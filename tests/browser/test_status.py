@@ -12,7 +12,7 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.measured import HistogramCounts, Measured, RecentError
 from tests.browser.conftest import Opener
 from tests.browser.house import TOKEN, House, house
-from tests.browser.tab import tab
+from tests.browser.tab import Tab, tab
 from tests.browser.test_accessibility import findings
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -65,11 +65,17 @@ def test_axe_finds_nothing_serious(scheme: str, opened: Opener, home: House) -> 
     assert findings(tab.page) == []
 
 
+def look(tab: Tab) -> None:
+    """Now, not at the next turn."""
+    tab.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+
+
 def test_it_follows_and_says_when_the_server_is_gone(opened: Opener, home: House) -> None:
     tab = opened("/status")
     cards = tab.page.get_by_role("article")
     expect(cards).to_have_count(2)
     home.registry.remove("beta")
+    look(tab)
     expect(cards).to_have_count(1)
     tab.may_be_unreachable = True
     home.stop()

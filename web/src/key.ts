@@ -22,14 +22,17 @@ export function key(): string {
 }
 
 export function keepKey(value: string, isRemembered: boolean): void {
-  forgetKey();
   inMemory = value;
   const [session, local] = storages();
+  const [wanted, other] = isRemembered ? [local, session] : [session, local];
   try {
-    (isRemembered ? local : session)?.setItem(NAME, value);
+    // first: other tabs that share it are never without one
+    wanted?.setItem(NAME, value);
   } catch {
     // full or forbidden: it lasts as long as the page
+    wanted?.removeItem(NAME);
   }
+  other?.removeItem(NAME);
 }
 
 export function forgetKey(): void {

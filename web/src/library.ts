@@ -20,6 +20,7 @@ import { Conflict, type Store } from "./store";
 
 const SAVE_AFTER_MS = 400;
 const MAX_RETRY_MS = 15_000;
+const PATIENCE_MS = 10_000;
 
 /** What tabs tell each other. */
 interface Notice {
@@ -146,11 +147,15 @@ export class Library {
     for (const kept of this.openOnes) kept.leave();
   }
 
-  /** Wait for the saves that are due or under way; resolves with the ids of those that failed. */
-  async settle(): Promise<string[]> {
+  /**
+   * Wait for the saves that are due or under way, but not for ever; resolves with the ids of those
+   * that failed or are not over.
+   */
+  async settle(patienceMs = PATIENCE_MS): Promise<string[]> {
     const open = this.openOnes;
-    await Promise.all(open.map((kept) => kept.settle()));
-    return open.filter((kept) => kept.isDirty).map((kept) => kept.conversation.id);
+    const patience = new Promise((resolve) => setTimeout(resolve, patienceMs));
+    await Promise.race([Promise.all(open.map((kept) => kept.settle())), patience]);
+    return open.filter((kept) => !kept.isSaved).map((kept) => kept.conversation.id);
   }
 
   /** Save nothing any more. */
@@ -240,6 +245,10 @@ export class Kept {
   moveTo(store: Store, listener: KeptListener): void {
     this.store = store;
     this.listener = listener;
+  }
+
+  get isSaved(): boolean {
+    return !this.isDirty && !this.#isSaving;
   }
 
   /** It was changed: save it soon. An answer that is coming asks for longer pauses. */

@@ -64,6 +64,19 @@ export class QuestionView {
     const { message } = state;
     if (this.#text.textContent !== message.content) this.#text.textContent = message.content;
     this.#text.hidden = message.content === "";
+    this.#showFiles(message);
+    this.#tools.replaceChildren(
+      ...[
+        versionButtons(state, this.actions),
+        iconButton("edit", "Edit the question", () => this.edit(), { disabled: state.isBusy }),
+        copyButton("Copy the question", () => message.content),
+      ].filter((each) => each !== null),
+    );
+  }
+
+  #showFiles(message: Message): void {
+    // one that was opened stays open: files of a question are never others
+    if (this.#files.childElementCount === (message.files ?? []).length) return;
     this.#files.replaceChildren(
       ...(message.files ?? []).map((file) =>
         el(
@@ -79,13 +92,6 @@ export class QuestionView {
           el("pre", { dir: "auto", tabindex: 0 }, file.text),
         ),
       ),
-    );
-    this.#tools.replaceChildren(
-      ...[
-        versionButtons(state, this.actions),
-        iconButton("edit", "Edit the question", () => this.edit(), { disabled: state.isBusy }),
-        copyButton("Copy the question", () => message.content),
-      ].filter((each) => each !== null),
     );
   }
 

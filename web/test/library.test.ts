@@ -222,6 +222,8 @@ test("leaving the page does not wait for a save that is under way", async () => 
   library.leave();
   expect(put.mock.lastCall?.[1]).toBe(true);
   expect(put).toHaveBeenCalledTimes(2);
+  // nor does anybody wait for ever
+  expect(await library.settle(10)).toEqual([kept.conversation.id]);
 });
 
 test("what another library had opened is kept here from now on", async () => {
