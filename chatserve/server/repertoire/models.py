@@ -22,6 +22,7 @@ from chatserve.errors import (
 )
 from chatserve.server.leases import Worker
 from chatserve.server.registry import WorkerRegistry
+from chatserve.server.repertoire.catalogue import Catalogue
 from chatserve.server.repertoire.measure import Measure
 from chatserve.server.repertoire.model import Model, Start
 from chatserve.server.repertoire.policy import LoadingPolicy, expired
@@ -34,7 +35,6 @@ COOL_S = 5.0
 KILL_AFTER_S = 5.0
 """More than the drain may take."""
 LOOK_S = 1.0
-MAX_MODELS = 256
 
 
 class Repertoire:
@@ -57,11 +57,10 @@ class Repertoire:
         self._room = Room(policy, measure, self.worker_of, self.is_busy)
         self._clock = clock
         self._on_change = on_change
-        self._models: dict[str, Model] = {}
+        self._catalogue = Catalogue(registry, clock)
         # who looks for room must not be misled by another one who does
         self._deciding = asyncio.Lock()
         self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._hurried: asyncio.Event | None = None
         self._is_closed = False
 
     # ---- which there are
@@ -75,37 +74,14 @@ class Repertoire:
         """
         if self._is_closed:
             raise _shutting_down()
-        known = self._models.get(name)
-        if known is not None and known.may_be_forgotten and known.weights != weights:
-            self._forget(known)
-            known = None
-        if known is not None and known.weights != weights:
-            raise ModelConflict(
-                f"another model is called {name[:100]}; choose another name",
-                param="name",
-            )
-        if known is None and len(self._models) >= MAX_MODELS:
-            for vain in [each for each in self._models.values() if each.may_be_forgotten]:
-                self._forget(vain)
-        if known is None and len(self._models) >= MAX_MODELS:
-            raise ModelConflict(f"there are {MAX_MODELS} models already; serve no more by this one")
-        if known is None:
-            known = self._models[name] = Model(
-                name, weights, is_first, is_lasting=is_lasting, used_at=self._clock()
-            )
-            self._registry.expect(name, is_awaited=is_first)
-        return known
-
-    def _forget(self, model: Model) -> None:
-        del self._models[model.name]
-        self._registry.unexpect(model.name)
+        return self._catalogue.declare(name, weights, is_first=is_first, is_lasting=is_lasting)
 
     def models(self) -> list[Model]:
-        return list(self._models.values())
+        return self._catalogue.models()
 
     def find(self, name: str) -> Model | None:
         """The model of that name; with an adapter, its base."""
-        return self._models.get(name) or self._models.get(name.rpartition(":")[0])
+        return self._catalogue.find(name)
 
     def worker_of(self, model: Model) -> Worker | None:
         return None if model.started is None else self._registry.find(model.started.worker_id)
@@ -124,7 +100,7 @@ class Repertoire:
     async def _bring_first(self) -> None:
         """Load the models that the server was started with; where others can make room later, only
         those for which there is some."""
-        first = [model for model in self._models.values() if model.is_first]
+        first = [model for model in self.models() if model.is_first]
         if not self.policy.auto_load or (len(first) == 1 and self.policy.max_bytes is None):
             for model in first:
                 self._load(model, is_measured=True)
@@ -229,18 +205,18 @@ class Repertoire:
 
     def hurry(self) -> None:
         """Let answers end now, with an error each."""
-        for model in self._models.values():
+        for model in self.models():
             if model.started is not None:
                 model.started.supervisor.hurry()
 
     async def stop(self, *, kill_after_s: float, hurry: asyncio.Event) -> None:
-        started = [each.started for each in self._models.values() if each.started is not None]
+        started = [each.started for each in self.models() if each.started is not None]
         await asyncio.gather(
             *(each.supervisor.stop(kill_after_s=kill_after_s, hurry=hurry) for each in started)
         )
         tasks = [
             task
-            for each in self._models.values()
+            for each in self.models()
             for task in (each.running, each.going)
             if task is not None
         ]
@@ -296,7 +272,7 @@ class Repertoire:
         assert error is not None
         # where others make room, too little of it is no reason to end
         may_wait = self.policy.auto_load and isinstance(error, DoesNotFit)
-        is_alone = not any(each.phase == "ready" for each in self._models.values())
+        is_alone = not any(each.phase == "ready" for each in self.models())
         if model.is_first and not self._fatal.done() and (is_alone or not may_wait):
             self._fatal.set_exception(error)
             self._fatal.exception()
@@ -380,12 +356,12 @@ class Repertoire:
         """Raises `NoRoomForModel`, or `CannotLoad` where there can be none."""
 
         def others() -> list[Model]:
-            return [each for each in self._models.values() if each.started and each is not model]
+            return [each for each in self.models() if each.started and each is not model]
 
         while going := await self._room.look(model, others, may_evict):
             logger.info("%s makes room for %s", ", ".join(going), model.name)
             # all at once: who waited for its turn would get requests meanwhile
-            await asyncio.wait([self._send_away(self._models[name]) for name in going])
+            await asyncio.wait([self._send_away(self._catalogue[name]) for name in going])
             if self.policy.max_bytes is None:
                 return  # memory that has just come back may be counted late; the worker looks again
 
@@ -397,7 +373,7 @@ class Repertoire:
         while True:
             await asyncio.sleep(look_s)
             now = self._clock()
-            ready = [each for each in self._models.values() if each.phase == "ready"]
+            ready = [each for each in self.models() if each.phase == "ready"]
             for model in ready:
                 if self.is_busy(model):
                     model.used_at = now
@@ -406,11 +382,11 @@ class Repertoire:
             for name in expired(map(self._room.holding, ready), now, keep_alive_s):
                 logger.info("%s was not used for %g s and is unloaded", name, keep_alive_s)
                 # its answers have ended: it does not take long, and does not keep others waiting
-                self._send_away(self._models[name])
+                self._send_away(self._catalogue[name])
 
     async def _measure_declared(self) -> None:
         """So that the list of models can say what each would take."""
-        for model in list(self._models.values()):
+        for model in self.models():
             if model.num_bytes is None and model.started is None:
                 estimate = await self._measure(model.weights)
                 if estimate is not None and model.num_bytes is None:

@@ -24,7 +24,7 @@ from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.protocol.measured import Measured
 from chatserve.server.moves import Moves, ResumePolicy
 from chatserve.server.registry import WorkerRegistry
-from chatserve.server.repertoire import models
+from chatserve.server.repertoire import catalogue
 from chatserve.server.repertoire.measure import Estimate
 from chatserve.server.repertoire.model import Model
 from chatserve.server.repertoire.models import COOL_S, Repertoire
@@ -288,7 +288,7 @@ def test_wrong_weights_are_told_and_mended_without_a_restart() -> None:
 
 
 def test_names_that_were_none_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "MAX_MODELS", 2)
+    monkeypatch.setattr(catalogue, "MAX_MODELS", 2)
 
     async def test() -> None:
         house = House(AUTO)
