@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -21,6 +21,9 @@ _FORCED_LINES = 6 * MAX_LINES
 _EDGE_LEN = 6
 _MARKUP = r"[*_`~\[\]]*"
 FIRST_ROW = "\u2063"  # in the first row of a table that is to be seen; takes no column
+STUB = "\u2064"  # all that is left of an item's begin; its line is not to be seen
+_MARKER = re.compile(r" {0,3}(?:[-+*]|\d{1,9}[.)]) +")
+_QUOTE_BAR = "▌"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Rest:
 
     is_begun: lines before these are on the screen. first_number: of an ordered list that was cut.
     has_hidden_rows: only what comes from `FIRST_ROW` on is to be seen; the rows before it keep the
-    columns as wide as they are.
+    columns as wide as they are. has_stub: nor is what comes until the line with `STUB`, which
+    stands for what an item began with.
     """
 
     tail: str = ""
@@ -37,6 +41,7 @@ class Rest:
     is_begun: bool = False
     first_number: int | None = None
     has_hidden_rows: bool = False
+    has_stub: bool = False
 
     @property
     def source(self) -> str:
@@ -62,7 +67,7 @@ class Cutter:
         """
         if len(lines) < self._least:
             return None
-        tokens = [token for token in self._parser.parse(block.source) if token.level <= 1]
+        tokens = self._parser.parse(block.source)
         kind = tokens[0].type if tokens else ""
         best = None
         for rest in _places(kind, tokens, block, lines, num_final):
@@ -81,6 +86,7 @@ def _places(
 ) -> Iterator[Rest]:
     if kind.endswith("_list_open"):
         yield from _items(block, tokens)
+        yield from _inside_item(block, tokens, lines)
     elif kind == "table_open":
         yield from _rows(block, num_final)
     elif kind == "fence":
@@ -93,6 +99,9 @@ def _places(
             places = [*places, *_line_ends(block.source, lines)]
         for place in places:
             yield Rest(block.source[place:], is_begun=True)
+        if kind == "blockquote_open":
+            for place in _line_ends(block.source, lines):
+                yield Rest(block.source[place:], "> ", is_begun=True)
 
 
 def _line_starts(source: str, first: int) -> list[int]:
@@ -104,7 +113,7 @@ def _line_starts(source: str, first: int) -> list[int]:
 
 def _line_ends(source: str, lines: Sequence[str]) -> Iterator[int]:
     """Where, in a paragraph, lines end as they are drawn."""
-    texts = [strip_escapes(line).strip() for line in lines]
+    texts = [strip_escapes(line).lstrip(_QUOTE_BAR + " ").rstrip() for line in lines]
     for row in range(len(texts) - _KEPT_LINES, max(len(texts) - _KEPT_LINES - _MAX_TRIES, 1), -1):
         before, after = texts[row - 1][-_EDGE_LEN:], texts[row][:_EDGE_LEN]
         edge = re.escape(before) + rf"({_MARKUP}\s*){_MARKUP}" + re.escape(after)
@@ -116,11 +125,7 @@ def _line_ends(source: str, lines: Sequence[str]) -> Iterator[int]:
 
 def _items(block: Rest, tokens: list[Token]) -> Iterator[Rest]:
     """Behind an item of a list, but not behind the last ones."""
-    starts = [t.map[0] for t in tokens if t.type == "list_item_open" and t.level == 1 and t.map]
-    number = None
-    if tokens[0].type == "ordered_list_open":
-        number = block.first_number
-        number = int(tokens[0].attrs.get("start", 1)) if number is None else number
+    starts = _item_starts(tokens)
     source_lines = block.source.split("\n")
     num_tried = 0
     for index in range(len(starts) - 2, 0, -1):
@@ -129,11 +134,57 @@ def _items(block: Rest, tokens: list[Token]) -> Iterator[Rest]:
         yield Rest(
             "\n".join(source_lines[starts[index] :]),
             is_begun=True,
-            first_number=None if number is None else number + index,
+            first_number=_number(block, tokens, index),
         )
         num_tried += 1
         if num_tried == _MAX_TRIES:
             return
+
+
+def _inside_item(block: Rest, tokens: list[Token], lines: Sequence[str]) -> Iterator[Rest]:
+    """Between the lines of the last item, where those that are left can be drawn below a stub."""
+    if sum(token.level == 0 and token.nesting != -1 for token in tokens) > 1:
+        return  # an unfinished line at the end will begin another block
+    starts = _item_starts(tokens)
+    begin = len("".join(line + "\n" for line in block.source.split("\n")[: starts[-1]]))
+    marker = _MARKER.match(block.source, begin)
+    if marker is None:
+        return
+    stub = f"{marker[0]}{STUB}\n"
+    fences = [token for token in tokens if token.type == "fence" and token.map]
+    opening = ""
+    if fences and fences[-1].map and _is_last(fences[-1], tokens):
+        opening = block.source.split("\n")[fences[-1].map[0]] + "\n"
+        begin = block.source.rfind(opening)
+    rest = Rest(is_begun=True, has_stub=True, first_number=_number(block, tokens, len(starts) - 1))
+    for place in _line_starts(block.source, max(begin, len(block.head))):
+        is_new = block.source[:place].endswith("\n\n") or bool(opening)
+        yield replace(
+            rest, head=stub + ("\n" if is_new else "") + opening, tail=block.source[place:]
+        )
+    if not opening:
+        for place in _line_ends(block.source, lines):
+            indent = " " * len(marker[0])
+            yield replace(rest, head=stub + indent, tail=block.source[place:])
+
+
+def _item_starts(tokens: list[Token]) -> list[int]:
+    """The lines at which the items of a list begin."""
+    return [t.map[0] for t in tokens if t.type == "list_item_open" and t.level == 1 and t.map]
+
+
+def _number(block: Rest, tokens: list[Token], index: int) -> int | None:
+    """That of the item `index` in an ordered list."""
+    if tokens[0].type != "ordered_list_open":
+        return None
+    first = block.first_number
+    return (int(tokens[0].attrs.get("start", 1)) if first is None else first) + index
+
+
+def _is_last(fence: Token, tokens: list[Token]) -> bool:
+    """Whether nothing but the ends of what it is in comes behind it."""
+    behind = tokens[next(n for n, token in enumerate(tokens) if token is fence) + 1 :]
+    return all(token.nesting == -1 for token in behind)
 
 
 def _rows(block: Rest, num_final: int) -> Iterator[Rest]:

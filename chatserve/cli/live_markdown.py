@@ -30,7 +30,7 @@ from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.theme import Theme as RichTheme
 
-from chatserve.cli.block_cuts import FIRST_ROW, Cutter, Rest
+from chatserve.cli.block_cuts import FIRST_ROW, STUB, Cutter, Rest
 from chatserve.cli.escapes import strip_escapes
 from chatserve.cli.theme import Theme, theme_of
 from chatserve.cli.word_wrap import cut_to
@@ -38,6 +38,7 @@ from chatserve.cli.word_wrap import cut_to
 _ERASE_TO_LINE_END = "\x1b[K"
 _ERASE_BELOW = "\x1b[J"
 _MIN_LIVE_LINES = 3
+_DECIDED_LEN = 200
 _BEGIN_FRAME, _END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _PADDING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$")
@@ -125,8 +126,11 @@ class LiveMarkdown:
         return "\r\n"
 
     def _blocks(self, text: str) -> list[str]:
-        """Cut before each top-level block; an unfinished line belongs to the block before it."""
+        """Cut before each top-level block; an unfinished line belongs to the block before it,
+        until it is so long that nothing can make another beginning of it."""
         whole_lines = text[: text.rfind("\n") + 1]
+        if len(text) - len(whole_lines) > _DECIDED_LEN:
+            whole_lines = text
         starts = sorted(
             {t.map[0] for t in self._parser.parse(whole_lines) if t.level == 0 and t.map}
         )
@@ -181,6 +185,8 @@ class LiveMarkdown:
         if block.has_hidden_rows:
             first = next((n for n, line in enumerate(lines) if FIRST_ROW in line), 0)
             lines = [line.replace(FIRST_ROW, "", 1) for line in lines[first:]]
+        if block.has_stub:
+            lines = lines[next((n for n, line in enumerate(lines) if STUB in line), -1) + 1 :]
         while lines and not strip_escapes(lines[-1]).strip():
             lines.pop()
         while lines and not strip_escapes(lines[0]).strip():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyte
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatserve.cli.block_cuts import Rest
 from chatserve.cli.escapes import strip_escapes
 from chatserve.cli.live_markdown import LiveMarkdown
 
@@ -192,10 +195,36 @@ LONG = {
     "numbers": "".join(f"{n}. {WORDS}\n" for n in range(10, 90)),
     "ones": f"10. of several\n\n    {WORDS}\n" * 60,
     "quote": "".join(f"> {n} {WORDS}\n" for n in range(60)),
+    "item": "- " + " ".join([WORDS] * 60),
+    "last item": "8. one\n9. two\n10. " + " ".join([WORDS] * 60),
+    "paragraphs of an item": "- " + f"{WORDS} {WORDS}\n\n  " * 40,
+    "lines of an item": "- " + f"{WORDS}\n  " * 60,
+    "code of an item": "1. look:\n\n   ```python\n"
+    + "".join(f"   def f{n}(x):\n       return {n}\n\n" for n in range(100)),
+    "items of an item": "- all of\n" + "".join(f"  - {n} {WORDS}\n" for n in range(60)),
+    "items of items": "- all of\n"
+    + "".join(f"  - {n} {WORDS}\n    1. {WORDS}\n    2. or not\n" for n in range(30)),
+    "another list": "- look:\n\n  ```python\n  f()\n  ```\n\n* " + " ".join([WORDS] * 60),
+    "item behind a paragraph": "Look:\n\n- " + " ".join([WORDS] * 60),
+    "line of a quote": "> " + " ".join([WORDS] * 60),
     "table": "| a | b |\n|---|---|\n"
     + "| `x` | wide enough |\n| longer | no |\n"
     + "| some | **rows** |\n" * 150,
 }
+
+
+def count_drawn(markdown: LiveMarkdown) -> Callable[[], int]:
+    """How many lines it has drawn since now, also of places where it has not been cut."""
+    num_drawn, draw = 0, markdown._drawn
+
+    def counted(block: Rest) -> list[str]:
+        nonlocal num_drawn
+        lines = draw(block)
+        num_drawn += len(lines)
+        return lines
+
+    markdown._drawn = markdown._cutter._draw = counted  # type: ignore[method-assign]
+    return lambda: num_drawn
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -205,11 +234,17 @@ def test_a_long_block_is_cut_unseen(name: str) -> None:
     blank = "" if name == "chinese" else " "
     player = Player(rows=12)
     most = 0
+    num_drawn = count_drawn(player.markdown)
+    costs = []
     for start in range(0, len(tokens), 16):
         end = "" if start + 16 >= len(tokens) else blank
         player.feed(blank.join(tokens[start : start + 16]) + end)
         most = max(most, len(player.markdown._last.source))
+        costs.append(num_drawn())
     assert most < 2500 < len(text)
+    # lines drawn, also in vain: the end of an answer costs no more than its begin, but for steps
+    third = len(costs) // 3
+    assert costs[-1] - costs[-third] < 1.6 * (costs[2 * third] - costs[third])
     whole = "".join(line + "\n" for line in Player().markdown.lines_of(text, COLUMNS))
     assert player.finish().split("\n") == [
         line.rstrip() for line in strip_escapes(whole).split("\n")
