@@ -27,7 +27,7 @@ from chatserve.meter import Meter
 from tests.fakes import FakeStats
 
 if TYPE_CHECKING:
-    from chatserve.engine.sequence import Begun
+    from chatserve.engine.sequence import Begun, FinishReason
 
 STEP_S = 0.005
 Then = Literal["stop", "hang", "hang in secret", "crash", "exit", "die", "block", "error"]
@@ -181,10 +181,15 @@ class ScriptedEngine:
             stream.is_running = True
             count = 0
             tokens = script.pieces(choice, max_tokens)
-            for unit in begun.units if begun is not None else ():
+            units = begun.units if begun is not None else ()
+            for number, unit in enumerate(units, 1):
                 text = "".join(text for text, _ in itertools.islice(tokens, len(unit)))
                 count += len(unit)
-                yield TokenEvent(text=text, token_ids=unit, num_generated_tokens=count, **told)
+                event = TokenEvent(text=text, token_ids=unit, num_generated_tokens=count, **told)
+                if begun is not None and begun.has_ended and number == len(units):
+                    yield dataclasses.replace(event, finish_reason=_reason(count, max_tokens))
+                    return
+                yield event
             for text, token_id in tokens:
                 await self._step(script.step_s)
                 count += 1
@@ -194,8 +199,7 @@ class ScriptedEngine:
                     )
             if script.lie == "count":
                 count += 1
-            is_cut = count >= max_tokens
-            async for event in self._end(script, is_cut, count, told):
+            async for event in self._end(script, _reason(count, max_tokens), count, told):
                 yield event
 
     async def _step(self, step_s: float) -> None:
@@ -206,7 +210,7 @@ class ScriptedEngine:
         self._last_at = time.monotonic()
 
     async def _end(
-        self, script: Script, is_cut: bool, count: int, told: dict[str, Any]
+        self, script: Script, reason: FinishReason, count: int, told: dict[str, Any]
     ) -> AsyncIterator[TokenEvent]:
         if script.then == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -226,13 +230,16 @@ class ScriptedEngine:
                 error=GenerationFailed("as the script says"), num_generated_tokens=count, **told
             )
             return
-        reason: Any = "length" if is_cut else "stop"
         yield TokenEvent(num_generated_tokens=count, finish_reason=reason, **told)
 
     def forget(self, stream: _Stream) -> None:
         self._streams.discard(stream)
         self._num_running -= stream.is_running
         stream.is_running = False
+
+
+def _reason(count: int, max_tokens: int) -> FinishReason:
+    return "length" if count >= max_tokens else "stop"
 
 
 def _times(script: Script, count: int) -> int:

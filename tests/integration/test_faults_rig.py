@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from chatserve.engine.sequence import Begun, SamplingParams
 from tests.faults import invariants
 from tests.faults.client import LoadClient, Record, Request
-from tests.faults.engine import Script
+from tests.faults.engine import Script, ScriptedEngine
 from tests.faults.history import Malformed, Reply
 from tests.faults.loop_lag import STALL_S, watched
 from tests.faults.proxy import (
@@ -207,6 +208,24 @@ def test_a_script_is_found_in_a_prompt_and_its_text_is_known() -> None:
     assert script.text() == "r7.0 r7.1 r7.2 " and script.text(most=1) == "r7.0 "
     garbage = Script("g", say=400, is_garbage=True)
     assert garbage.text() != garbage.text(choice=1) and len(garbage.text().encode()) > 300
+
+
+def test_a_script_goes_on_behind_any_of_its_events_also_the_last() -> None:
+    asyncio.run(_from_every_cut(Script("r7", say=3, step_s=0), SamplingParams(max_tokens=9)))
+    asyncio.run(_from_every_cut(Script("r7", say=9, step_s=0), SamplingParams(max_tokens=3)))
+
+
+async def _from_every_cut(script: Script, params: SamplingParams) -> None:
+    async def said(begun: Begun | None = None) -> list[tuple[str, tuple[int, ...], str | None]]:
+        stream = ScriptedEngine().submit("r", list(script.prompt.encode()), params, begun=begun)
+        return [(each.text, each.token_ids, each.finish_reason) async for each in stream]
+
+    whole = await said()
+    assert [reason for _, _, reason in whole[:-1]] == [None] * 3 and whole[-1][2] is not None
+    for cut in range(len(whole) + 1):
+        units = tuple(ids for _, ids, _ in whole[:cut])
+        begun = Begun(units, ((),) * cut, has_ended=cut == len(whole))
+        assert await said(begun) == whole, cut
 
 
 # What the invariants see ------------------------------------------------------------------------
