@@ -48,11 +48,18 @@ def installed_on(name: str, python: str, platform: str, machine: str) -> dict[st
 
 def asked_for(*, dev: bool) -> list[Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
     named = list(project["project"]["dependencies"])
     if dev:
-        named += project["project"]["optional-dependencies"]["dev"]
+        named += extras["dev"]
     named += project["build-system"]["requires"]
-    return [each for each in map(Requirement, named) if each.name not in NOT_LOCKED]
+    found = []
+    for requirement in map(Requirement, named):
+        if requirement.name == project["project"]["name"]:
+            found += [Requirement(each) for extra in requirement.extras for each in extras[extra]]
+        elif requirement.name not in NOT_LOCKED:
+            found.append(requirement)
+    return found
 
 
 @pytest.mark.parametrize("name", LOCKS)
