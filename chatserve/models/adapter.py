@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatserve.errors import ModelLoadError
-from chatserve.models.adapter_config import ADAPTER_CONFIG, AdapterConfig, is_adapter, is_value_head
+from chatserve.models.adapter_config import (
+    ADAPTER_CONFIG,
+    AdapterConfig,
+    is_adapter,
+    is_score_head,
+    is_value_head,
+)
 from chatserve.models.adapter_places import Place, adapter_places
 from chatserve.models.config import ModelConfig
 from chatserve.models.safetensors_file import SafetensorsFile
@@ -67,15 +73,17 @@ def load_adapter(
     *,
     name: str | None = None,
     admit: Callable[[int], None] = lambda num_values: None,
+    is_reward: bool = False,
 ) -> Adapter:
     """The adapter in the folder `path`, called `name` or as the folder, for a base of `config`.
 
-    `admit` is asked, before they are read, whether there is room for so many numbers. Raises
-    `ModelLoadError` when it is damaged, not LoRA alone, or does not fit the base.
+    is_reward: it is a reward model's, whose score head `load_score_head` reads. `admit` is asked,
+    before they are read, whether there is room for so many numbers. Raises `ModelLoadError` when it
+    is damaged, not LoRA alone, or does not fit the base.
     """
-    settings = AdapterConfig.read(_folder(path))
-    with closing(_open_weights(path)) as weights:
-        parts = _Parts(path, settings, weights.tensors())
+    settings = AdapterConfig.read(adapter_folder(path), is_reward=is_reward)
+    with closing(open_adapter_weights(path)) as weights:
+        parts = _Parts(path, settings, weights.tensors(), is_reward)
         parts.check(adapter_places(config), config)
         admit(parts.num_values)
         pairs = {
@@ -90,19 +98,20 @@ def load_adapter(
     return Adapter(name, path, _fingerprint(pairs), pairs, settings.base)
 
 
-def count_values(path: Path, config: ModelConfig) -> int:
+def count_values(path: Path, config: ModelConfig, *, is_reward: bool = False) -> int:
     """How many numbers the adapter in the folder `path` has, by its headers alone.
 
     Raises `ModelLoadError` as `load_adapter` does.
     """
-    settings = AdapterConfig.read(_folder(path))
-    with closing(_open_weights(path)) as weights:
-        parts = _Parts(path, settings, weights.tensors())
+    settings = AdapterConfig.read(adapter_folder(path), is_reward=is_reward)
+    with closing(open_adapter_weights(path)) as weights:
+        parts = _Parts(path, settings, weights.tensors(), is_reward)
         parts.check(adapter_places(config), config)
         return parts.num_values
 
 
-def _folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
+    """`path`, which holds an adapter. Raises `ModelLoadError` that says what it holds instead."""
     if not path.exists():
         raise ModelLoadError(
             f"{path}: no such folder; an adapter is a folder with {ADAPTER_CONFIG} on this "
@@ -123,7 +132,8 @@ def _folder(path: Path) -> Path:
     )
 
 
-def _open_weights(path: Path) -> WeightSource:
+def open_adapter_weights(path: Path) -> WeightSource:
+    """The tensors beside an adapter's config; the caller closes them. Raises `ModelLoadError`."""
     for file, reader in _READERS.items():
         if os.path.lexists(path / file):
             return reader(member(path, file))
@@ -137,13 +147,17 @@ class _Parts:
     """The tensors of an adapter's file, paired by the module that they belong to."""
 
     def __init__(
-        self, path: Path, settings: AdapterConfig, infos: Mapping[str, TensorInfo]
+        self,
+        path: Path,
+        settings: AdapterConfig,
+        infos: Mapping[str, TensorInfo],
+        is_reward: bool,
     ) -> None:
         """Raises `ModelLoadError` for tensors that belong to no pair."""
         self._path, self._settings, self._infos = path, settings, infos
         self.by_module: dict[str, dict[str, str]] = {}
         for name in infos:
-            if is_value_head(name):
+            if is_value_head(name) or (is_reward and is_score_head(name)):
                 continue
             match = _PAIR.fullmatch(name)
             if match is None:

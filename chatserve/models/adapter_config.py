@@ -49,6 +49,11 @@ _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LITERAL = re.compile(r"(\^?)((?:\w|\\?\.)+)\$?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
+# PEFT's prefix; and what raw state dicts put around a module that is trained as a whole.
+_SCORE_HEAD = re.compile(
+    r"(?:base_model\.model\.)?(?:score|classifier)(?:\.modules_to_save\.\w+)?\.weight"
+)
+
 Value = TypeVar("Value")
 
 
@@ -72,10 +77,13 @@ class AdapterConfig:
     base: str | None
 
     @staticmethod
-    def read(folder: Path) -> AdapterConfig:
-        """Raises `ModelLoadError` naming the key that is wrong, or that asks for more than LoRA."""
+    def read(folder: Path, *, is_reward: bool = False) -> AdapterConfig:
+        """`is_reward`: of a reward model, whose score head lies beside the pairs; else of text.
+
+        Raises `ModelLoadError` naming the key that is wrong, or that asks for more than LoRA.
+        """
         table = read_json(folder, ADAPTER_CONFIG, max_bytes=_MAX_CONFIG_BYTES)
-        return _Reader(folder / ADAPTER_CONFIG, table).read()
+        return _Reader(folder / ADAPTER_CONFIG, table, is_reward).read()
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
@@ -111,6 +119,11 @@ def merged_adapters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [record for record in records if isinstance(record, Mapping)]
 
 
+def is_score_head(name: str) -> bool:
+    """Whether a tensor is what makes a reward model's number of a hidden state."""
+    return _SCORE_HEAD.fullmatch(name) is not None
+
+
 def is_value_head(name: str) -> bool:
     """Whether a tensor belongs to what TRL trains beside a policy; serving does not need it."""
     return name.startswith("v_head.") or ".v_head." in name
@@ -122,6 +135,11 @@ def serve_command(folder: Path, base: object) -> str:
     parts = UNPUBLISHED_BASES.get(name.rpartition("/")[2], (name,))
     adapters = [*parts[1:], shlex.quote(str(folder))]
     return " ".join(["chatserve serve", parts[0], *(f"--adapter {path}" for path in adapters)])
+
+
+def _are_score_heads(value: object) -> bool:
+    """PEFT lists both names that transformers has for such a head, whichever a network uses."""
+    return isinstance(value, list) and all(name in ("score", "classifier") for name in value)
 
 
 def _matching(table: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -147,9 +165,10 @@ def _layer_of(module: str) -> int | None:
 class _Reader:
     """One file's content, with messages that name it and the key."""
 
-    def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, table: Mapping[str, Any], is_reward: bool) -> None:
         self._path = path
         self._table = table
+        self._is_reward = is_reward
 
     def read(self) -> AdapterConfig:
         self._refuse_other_methods()
@@ -177,11 +196,17 @@ class _Reader:
         if method != "LORA":
             self._refuse("peft_type", method, f"only LORA is read; {_MERGED_BY_PEFT}")
         task = self._table.get("task_type")
-        if task not in (None, "CAUSAL_LM"):
+        if self._is_reward:
+            if task != "SEQ_CLS":
+                self._refuse("task_type", task, "a reward model's is 'SEQ_CLS'; take another")
+        elif task not in (None, "CAUSAL_LM"):
             what = "a reward model or classifier" if task == "SEQ_CLS" else "another kind of model"
             self._refuse("task_type", task, f"it makes {what}, which writes no text; take another")
         for key, meaning in _OTHER_MATHEMATICS.items():
-            if value := self._table.get(key):
+            value = self._table.get(key)
+            if self._is_reward and key == "modules_to_save" and _are_score_heads(value):
+                continue
+            if value:
                 self._refuse(key, value, f"{meaning}; {_MERGED_BY_PEFT}")
         start = self._table.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGED_BASES):
