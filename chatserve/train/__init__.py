@@ -1,0 +1,1 @@
+"""The recipe of StackLLaMA: supervised fine-tuning, a reward model, reinforcement learning."""

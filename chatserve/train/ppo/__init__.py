@@ -1,0 +1,1 @@
+"""Reinforcement learning against a reward model: proximal policy optimisation, written here."""
