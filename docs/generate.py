@@ -11,9 +11,10 @@ from pathlib import Path
 import api_page
 import man_page
 
+from chatserve.cli.commands.train import STEPS
 from chatserve.cli.main import COMMANDS
 
-SUBCOMMANDS = {"template": ("check",)}
+SUBCOMMANDS = {"template": ("check",), "train": tuple(STEPS)}
 FOLDER = Path(__file__).parent / "reference"
 
 

@@ -58,6 +58,7 @@ COMMANDS = {
     "repair": CommandEntry(
         "chatserve.cli.commands.repair", "find what a conversion spoilt, and put it right"
     ),
+    "train": CommandEntry("chatserve.cli.commands.train", "teach a model from answers with votes"),
     "template": CommandEntry("chatserve.cli.commands.template", "show how prompts are rendered"),
     "replay": CommandEntry("chatserve.cli.commands.replay", "repeat a logged answer, and compare"),
     "doctor": CommandEntry("chatserve.cli.commands.doctor", "look at this machine and a model"),

@@ -1,1 +1,1 @@
-"""The recipe of StackLLaMA: supervised fine-tuning, a reward model, reinforcement learning."""
+"""The recipe of StackLLaMA: answers with votes, fine-tuning, a reward model, reinforcement."""

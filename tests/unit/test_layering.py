@@ -28,6 +28,7 @@ ARROWS = {
     "cli": {"protocol"},
     "quality": {"engine", "models", "kernels"},
     "doctor": {"server", "engine", "models", "kernels", "hub", "cache"},
+    "train": {"models", "engine", "kernels", "hub"},
 }
 LIGHT = {"cli", "protocol", "flags"} | SHARED
 # the composition root starts everything, lazily
@@ -75,6 +76,16 @@ def test_no_wrong_arrow() -> None:
 def test_a_wrong_arrow_is_found() -> None:
     tree = ast.parse("def f():\n    from chatserve.server import relay")
     assert list(imports(tree)) == ["chatserve.server"]
+
+
+def test_only_its_own_commands_import_training() -> None:
+    importers = {
+        file
+        for file, tree in sources()
+        if not file.startswith("train/") and any(n.split(".")[1] == "train" for n in imports(tree))
+    }
+    strangers = {file for file in importers if not file.startswith("cli/commands/train")}
+    assert not strangers
 
 
 def test_only_environment_reads_the_environment() -> None:
@@ -137,6 +148,11 @@ def test_help_and_version_load_next_to_nothing() -> None:
         "with contextlib.suppress(SystemExit): m.main(['--version'])"
     )
     assert not loaded & {"torch", "httpx", "prompt_toolkit", "rich", "pydantic", "fastapi"}
+
+
+def test_parsers_of_training_load_none_of_its_libraries() -> None:
+    loaded = modules_after("from chatserve.cli.commands.completion import script; script('bash')")
+    assert not loaded & {"torch", "trl", "peft", "datasets", "pyarrow", "markdownify", "numpy"}
 
 
 def test_engine_and_models_import_without_web_packages() -> None:
