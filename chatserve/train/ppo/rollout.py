@@ -256,7 +256,7 @@ def _plain(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The numbers of a parameter; those of LLM.int8 are codes / 127 times their row's maximum."""
     if parameter.dtype != torch.int8:
         return parameter.detach()
-    maxima = parameter.SCB
+    maxima = getattr(parameter, "SCB", None)
     assert isinstance(maxima, torch.Tensor), "bitsandbytes has moved its scales: build it before"
     return parameter.detach().float() * (maxima[:, None] / 127)
 
