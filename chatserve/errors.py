@@ -53,7 +53,8 @@
        ├─ RegistrationFailed       6
        ├─ CrashLoop                7
        ├─ HubError                 1
-       └─ CannotWrite              1
+       ├─ CannotWrite              1
+       └─ TrainingDiverged         8
 
 Every message is one sentence a user can act on: it names the value, the limit and the way out.
 """
@@ -412,3 +413,9 @@ class CannotWrite(StartupError):
     """Weights cannot be written: disk full, read-only, no right to."""
 
     exit_code = 1
+
+
+class TrainingDiverged(StartupError):
+    """A loss, gradient or reward became no number; the last good checkpoint is kept."""
+
+    exit_code = 8
