@@ -117,7 +117,7 @@ class Health:
             "repetition",
             f"answers repeat themselves: {now:.0%} of their characters are in runs said before "
             f"({before:.0%} at first), and the reward likes it ({self._rewards()}); hold them "
-            "nearer to the reference (a higher --kl-coefficient, a lower --kl-target), show the "
+            "nearer to the reference (a higher --init-kl, a lower --target-kl), show the "
             "reward model such answers as rejected ones, or go back to an earlier checkpoint",
         )
 
@@ -129,7 +129,7 @@ class Health:
             "code-fences",
             f"answers have {now:.1f} code fences each ({before:.1f} at first), and the reward "
             f"likes it ({self._rewards()}): the reward model takes fences for good answers; hold "
-            "them nearer to the reference (a higher --kl-coefficient, a lower --kl-target), or "
+            "them nearer to the reference (a higher --init-kl, a lower --target-kl), or "
             "train the reward model on more pairs in which both sides have code",
         )
 

@@ -18,8 +18,9 @@ from chatserve.train.ppo.value_head import ValueHead
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER = "policy"
-"""The adapter's name in the PEFT model."""
+ADAPTER = "default"
+"""The name of the policy's adapter in the PEFT model: the one that is saved without a folder of its
+own, and that TRL trains."""
 
 
 @dataclass(frozen=True)

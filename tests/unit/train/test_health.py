@@ -62,7 +62,7 @@ def test_a_reward_that_likes_empty_form_is_told(kind: str) -> None:
     (finding,) = run(*before, *after)
     assert finding.kind == kind
     assert "0.00 at first" in finding.message
-    assert "--kl-coefficient" in finding.message
+    assert "--init-kl" in finding.message
 
 
 @pytest.mark.parametrize("kind", HACKED)

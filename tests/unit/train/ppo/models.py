@@ -10,7 +10,7 @@ import torch
 from chatserve.train.ppo.policy import ADAPTER, Policy
 from tests.tiny import build_hf_model
 
-MODULES = ["q_proj", "v_proj", "up_proj"]
+MODULES = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def build_policy(**changes: Any) -> Policy:
