@@ -1,4 +1,4 @@
-"""A conversation for others to read: Markdown, or the messages of an OpenAI request as JSON.
+"""A conversation for others to read: Markdown, a page, or the messages of an OpenAI request.
 
 Knows transcripts and text; the files are written by whoever asks.
 """
@@ -32,8 +32,15 @@ def as_openai(transcript: Transcript, title: str, model: str) -> str:
     return json.dumps(table, ensure_ascii=False, indent=1) + "\n"
 
 
+def as_page(transcript: Transcript, title: str, model: str) -> str:
+    from chatserve.cli.html_page import page_of  # late: a chat begins without Markdown's parser
+
+    return page_of(transcript, title, model)
+
+
 FORMATS: Mapping[str, Callable[[Transcript, str, str], str]] = {
     ".md": as_markdown,
+    ".html": as_page,
     ".json": as_openai,
 }
 
@@ -47,8 +54,8 @@ def export(transcript: Transcript, file: str, model: str) -> tuple[Path, bool]:
     form = FORMATS.get(path.suffix.lower())
     if form is None:
         raise UsageError(
-            f"cannot export to {file}: the name must end in .md (Markdown) or .json (an OpenAI "
-            "request); /save writes FastChat's form"
+            f"cannot export to {file}: the name must end in .md (Markdown), .html (a page) or "
+            ".json (an OpenAI request); /save writes FastChat's form"
         )
     return write_file(path, form(transcript, title_of(transcript), model), "export")
 

@@ -53,7 +53,9 @@ COMMANDS = (
     CommandHelp("stats", "", "tokens, times, and how full the context is"),
     CommandHelp("attach", "[FILE …]", "text files for the next question; none takes them back"),
     CommandHelp("copy", "[WHAT]", "copy the last answer; N: that number; code: only its code"),
-    CommandHelp("export", "FILE", "write Markdown (.md) or an OpenAI request (.json)"),
+    CommandHelp(
+        "export", "FILE", "write Markdown (.md), a page (.html) or an OpenAI request (.json)"
+    ),
     CommandHelp("save", "FILE", "write the conversation to FILE.json, as FastChat does"),
     CommandHelp("load", "FILE", "go on with a saved conversation"),
     CommandHelp("name", "[NAME]", "call this chat NAME, for --resume; without NAME: show it"),

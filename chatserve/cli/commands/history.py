@@ -29,8 +29,8 @@ class HistoryConfig:
 
     show: str | None = setting(None, "print a chat as Markdown", metavar="CHAT")
     output: str | None = setting(
-        None, "with --show: write FILE.md (Markdown) or FILE.json (an OpenAI request) instead",
-        metavar="FILE",
+        None, "with --show: write FILE.md (Markdown), FILE.html (a page) or FILE.json (an OpenAI "
+        "request) instead", metavar="FILE",
     )  # fmt: skip
     delete: str | None = setting(None, "delete a chat, for good", metavar="CHAT")
     most: int = setting(20, "how many chats are listed", metavar="N", ge=1)

@@ -47,7 +47,7 @@ def _load(chat: Chat, file: str) -> None:
 
 def _export(chat: Chat, file: str) -> None:
     if not file:
-        chat.display.error("/export needs a file name that ends in .md or .json")
+        chat.display.error("/export needs a file name that ends in .md, .html or .json")
         return
     try:
         model = chat.server.model().name if chat.server.progress() is None else ""

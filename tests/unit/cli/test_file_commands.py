@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -276,9 +277,90 @@ def test_an_export_is_markdown_or_a_request(folder: Path) -> None:
 def test_an_export_that_cannot_be_is_told(folder: Path) -> None:
     session = Session(ScriptedServer(["1"]))
     screen = session.type("a", "/export", "/export a.pdf", "/export none/a.md")
-    assert "error: /export needs a file name that ends in .md or .json" in screen
+    assert "error: /export needs a file name that ends in .md, .html or .json" in screen
     assert "error: cannot export to a.pdf: the name must end in .md (Markdown)" in screen
     assert "error: cannot export to none/a.md: No such file or directory" in screen
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its text, and each tag with its attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def exported_page(folder: Path, question: str, answer: str) -> Page:
+    session = Session(ScriptedServer([answer]))
+    assert "exported to a.html\n" in session.type(question, "/export a.html")
+    return Page((folder / "a.html").read_text("utf-8"))
+
+
+def test_an_export_is_a_page(folder: Path) -> None:
+    answer = "**Hi** you:\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nif a < b:\n```\n"
+    page = exported_page(folder, "a < b?\n\n\n  * really *", answer)
+    assert "a < b?\n\n\n  * really *" in page.text  # what was asked is as it was typed
+    assert "fake-1b" in page.text and "if a < b:\n" in page.text
+    names = [name for name, _ in page.tags]
+    assert {"strong", "table", "code", "title"} <= set(names)
+    assert (
+        names.count("section") == 2 and {"name": "viewport"}.items() <= page.of("meta")[2].items()
+    )
+
+
+HOSTILE = """\
+<script>alert(1)</script> <img src=x onerror=alert(1)> <b onclick="alert(1)">b</b>
+
+<iframe src="https://there.example"></iframe>
+
+![seen](https://there.example/seen.png) ![d](data:image/png;base64,AAAA "t")
+[a](javascript:alert(1)) [b](<JaVaScRiPt:alert(1)>) [c](vbscript:x) [d](data:text/html,x)
+[e](https://there.example/"onmouseover="alert(1)) <javascript:alert(1)> <https://there.example>
+[f]: https://there.example/f "x\" onload=\"alert(1)"
+[f] [g](/etc/passwd) [h](file:///etc/passwd) [\x00] \x1b]0;owned\x07 \u202egnp.exe
+
+```"><script>alert(1)</script>
+</code></pre><script>alert(1)</script>
+```
+</main></body></html><!-- <style>*{background:url(https://there.example)}</style>
+"""
+
+
+@pytest.mark.parametrize("from_model", [True, False])
+def test_nothing_in_a_page_runs_or_asks_another_host(folder: Path, from_model: bool) -> None:
+    words = " " + HOSTILE  # the blank: it is no command
+    page = exported_page(folder, *(("q", words) if from_model else (words, "a")))
+    known = (
+        "html head meta title style body main header h1 p section h2 div pre code a strong em br"
+    )
+    assert {name for name, _ in page.tags} <= set(known.split())
+    policy = page.of("meta")[1]
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert str(policy["content"]).startswith("default-src 'none'; ")
+    attributes = {name for _, each in page.tags for name in each}
+    assert attributes <= {
+        "charset", "http-equiv", "content", "name", "lang", "dir", "class", "href", "title", "rel",
+    }  # fmt: skip
+    assert all(str(a["href"]).startswith("https://there.example") for a in page.of("a"))
+    assert all(a["rel"] == "noopener noreferrer nofollow" for a in page.of("a"))
+    assert not set("\x00\x1b\x07\u202e") & set((folder / "a.html").read_text("utf-8"))
+    assert len(page.of("style")) == 1
+
+
+@pytest.mark.parametrize("nesting", ["> ", "- ", "*a "])
+def test_no_nesting_is_too_deep_for_a_page(folder: Path, nesting: str) -> None:
+    assert "the end" in exported_page(folder, "q", f"{nesting * 300}the end{' b*' * 300}").text
 
 
 def test_what_was_loaded_is_exported_whole(folder: Path) -> None:

@@ -90,6 +90,9 @@ def test_a_chat_is_exported_in_the_form_that_the_name_says(
     assert output(capsys, "--show", "trip", "--output", str(file)) == f"exported to {file}\n"
     assert json.loads(file.read_text())["messages"][0] == {"role": "system", "content": "be brief"}
     assert output(capsys, "--show", "trip", "--output", str(file)) == f"replaced {file}\n"
+    page = tmp_path / "trip.html"
+    assert output(capsys, "--show", "trip", "--output", str(page)) == f"exported to {page}\n"
+    assert "<p>To <em>Madeira</em>.</p>" in page.read_text()
     with pytest.raises(UsageError, match=r"must end in \.md"):
         main(["--show", "trip", "--output", str(tmp_path / "trip.pdf")])
 
