@@ -117,9 +117,11 @@ def stream_answer(
                 display.note(delta.note)
                 continue
             answer.take(delta, clock())
-            if not answer.text and delta.reasoning:
-                display.thinking(len(answer.reasoning))
-            else:
+            if delta.reasoning:
+                num_chars, has_begun = len(answer.reasoning), bool(answer.text)
+                display.thinking(delta.reasoning, num_chars, has_begun=has_begun)
+            # nothing is drawn beside the line that counts thoughts
+            if delta.text or not delta.reasoning:
                 draw(delta.text)
 
 

@@ -50,6 +50,11 @@ class JsonAnswer:
         if text and self._has_pieces:
             self._print({"delta": text})
 
+    def think(self, text: str) -> None:
+        """What the model thinks apart of its answer."""
+        if self._has_pieces:
+            self._print({"reasoning_delta": text})
+
     def end(self) -> None:
         """The object comes when it is known how all has ended."""
 

@@ -233,9 +233,11 @@ class Display:
         has_color: bool = True,
         columns: Callable[[], int | None] = lambda: None,
         columns_drawer: ColumnsDrawer | None = None,
+        take_thought: Callable[[str], None] | None = None,
     ) -> None:
         """`columns` returns the width of `err`, or None when lines there have no end.
-        `columns_drawer` is for several answers at the same time, where that can be.
+        `columns_drawer` is for several answers at the same time, where that can be. `take_thought`
+        is told each piece of what the model thinks; without it a line counts them.
 
         `has_free_line`: nothing stands where an answer is about to begin.
         """
@@ -249,6 +251,7 @@ class Display:
         self._has_progress = False
         self._thought_at = float("-inf")
         self._columns_drawer = columns_drawer
+        self._take_thought = take_thought
 
     @property
     def has_columns(self) -> bool:
@@ -330,9 +333,15 @@ class Display:
         if self._is_terminal and self._has_free_line:
             self._redraw(progress_text(progress))
 
-    def thinking(self, num_chars: int) -> None:
-        """The same for a model that thinks before it answers, so many characters until now."""
-        if not (self._is_terminal and self._has_free_line):
+    def thinking(self, piece: str, num_chars: int, *, has_begun: bool = False) -> None:
+        """The same for a model that thinks before it answers, so many characters until now.
+
+        `has_begun`: the answer stands there already, and no line.
+        """
+        if self._take_thought is not None:
+            self._take_thought(piece)
+            return
+        if has_begun or not (self._is_terminal and self._has_free_line):
             return
         now = time.perf_counter()
         if now - self._thought_at >= _MIN_FRAME_S:

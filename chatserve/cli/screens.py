@@ -24,14 +24,17 @@ def person_display(config: ChatConfig) -> Display:
 
 
 def display_of(
-    drawer: AnswerDrawer, config: ChatConfig, columns_drawer: ColumnsDrawer | None = None
+    drawer: AnswerDrawer,
+    config: ChatConfig,
+    columns_drawer: ColumnsDrawer | None = None,
+    take_thought: Callable[[str], None] | None = None,
 ) -> Display:
     is_terminal = sys.stderr.isatty() and environment.is_color_wanted()
     return Display(
         drawer, sys.stderr, is_raw=config.raw, is_terminal=is_terminal,
         has_free_line=config.style != "programmatic",
         columns=lambda: columns_of(sys.stderr), columns_drawer=columns_drawer,
-        has_color=chosen_theme(config).has_color,
+        has_color=chosen_theme(config).has_color, take_thought=take_thought,
     )  # fmt: skip
 
 

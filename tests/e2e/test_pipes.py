@@ -21,7 +21,7 @@ CHAT = (sys.executable, "-m", "chatserve", "chat", "--base-url")
 @pytest.fixture(scope="module")
 def server() -> Iterator[FakeOpenAI]:
     with FakeOpenAI() as server:
-        server.scripts |= {"steady": steady, "think": think}
+        server.scripts |= {"steady": steady, "think": think, "ponder": ponder}
         yield server
 
 
@@ -42,6 +42,14 @@ def think(stream: Stream) -> None:
     stream.event({"choices": [{"delta": {"reasoning_content": "So what?"}}]})
     stream.text("Forty", "-two.")
     stream.end()
+
+
+def ponder(stream: Stream) -> None:
+    """Thinks, and says nothing more until the client leaves."""
+    stream.event({"choices": [{"delta": {"reasoning_content": "Well. "}}]})
+    stream.text("So")
+    stream.event({"choices": [{"delta": {"reasoning_content": "Hm."}}]})
+    stream.wait_for_disconnect()
 
 
 def chat(
@@ -78,26 +86,43 @@ def test_what_a_model_thinks_is_in_the_object_and_nowhere_else(server: FakeOpenA
     *pieces, last = map(
         json.loads, chat(server, "-p", "think", "--stream-json").stdout.splitlines()
     )
-    assert pieces == [{"delta": "Forty"}, {"delta": "-two."}]
+    assert pieces == [
+        {"reasoning_delta": "The user asks. "}, {"reasoning_delta": "So what?"},
+        {"delta": "Forty"}, {"delta": "-two."},
+    ]  # fmt: skip
     assert (last["text"], last["reasoning"]) == ("Forty-two.", "The user asks. So what?")
 
 
-def test_pieces_come_a_line_each_as_soon_as_they_are_there(server: FakeOpenAI) -> None:
+@pytest.mark.parametrize(
+    ("question", "pieces", "text"),
+    [
+        ("endless", [("delta", "one "), ("delta", "two "), ("delta", "three")], "one two three"),
+        (
+            "ponder",
+            [("reasoning_delta", "Well. "), ("delta", "So"), ("reasoning_delta", "Hm.")],
+            "So",
+        ),
+    ],
+)
+def test_pieces_come_a_line_each_as_soon_as_they_are_there(
+    question: str, pieces: list[tuple[str, str]], text: str, server: FakeOpenAI
+) -> None:
     process = subprocess.Popen(
-        [*CHAT, server.url, "-p", "endless", "--stream-json"], stdin=subprocess.DEVNULL,
+        [*CHAT, server.url, "-p", question, "--stream-json"], stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(CHATSERVE_HOME=""),
     )  # fmt: skip
     try:
         # the answer has not ended: who buffers would leave this waiting
-        pieces = [json.loads(process.stdout.readline()) for _ in range(3)]
-        assert pieces == [{"delta": "one "}, {"delta": "two "}, {"delta": "three"}]
+        assert [json.loads(process.stdout.readline()) for _ in pieces] == [
+            {name: piece} for name, piece in pieces
+        ]
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
         process.communicate()
     last = json.loads(rest)
-    assert (last["text"], last["error"]["code"]) == ("one two three", "interrupted")
+    assert (last["text"], last["error"]["code"]) == (text, "interrupted")
     assert process.returncode == 130
 
 

@@ -173,7 +173,8 @@ def _answer_once(config: ChatConfig, server_command: ServerCommand) -> None:
             options = dataclasses.replace(options, sampling={**options.sampling, "stream": False})
         if is_json:
             # JSON escapes whatever needs it
-            display = display_of(report, dataclasses.replace(config, raw=True))
+            as_is = dataclasses.replace(config, raw=True)
+            display = display_of(report, as_is, take_thought=report.think)
         else:
             display = display_of(script_drawer(config), config)
         is_watched = sys.stdout.isatty() and sys.stderr.isatty() and not is_json

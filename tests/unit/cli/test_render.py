@@ -271,10 +271,10 @@ def test_a_model_that_thinks_is_a_dim_line_that_goes_when_the_answer_begins() ->
     screen, out = pyte.Screen(40, 3), io.StringIO()
     display = Display(PlainDrawer(out), out, is_terminal=True)
     with display.answer() as draw:
-        display.thinking(1234)
+        display.thinking("m", 1234)
         assert "\x1b[2mthinking … 1,234 characters\x1b[0m" in out.getvalue()
         for num_chars in range(1235, 2000):
-            display.thinking(num_chars)
+            display.thinking("m", num_chars)
         assert out.getvalue().count("thinking") < 700  # a line for each is no use to anybody
         draw("Hello")
     pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))
@@ -286,7 +286,7 @@ def test_a_place_in_the_queue_is_not_for_pipes_and_programs(options: dict[str, b
     err = io.StringIO()
     display = Display(PlainDrawer(io.StringIO()), err, **options)
     display.place(2)
-    display.thinking(2)
+    display.thinking("Hm", 2)
     assert err.getvalue() == ""
 
 
