@@ -36,6 +36,10 @@ class Columns:
         """Take more text of one column."""
         self._columns[index].text += text.replace("\t", "    ")
 
+    def wait(self, index: int, text: str) -> None:
+        """Show one line of what this column waits for, until its text begins."""
+        self._columns[index].waits_for = text
+
     def end(self, index: int) -> None:
         """No more text of this column comes."""
         self._columns[index].is_over = True
@@ -84,6 +88,8 @@ class _Column:
         self.text = ""
         self.lines: deque[str] = deque()
         self.is_over = False
+        self.waits_for = ""
+        self._has_begun = False
         self._tail = ""
         self._width = 0
 
@@ -92,6 +98,7 @@ class _Column:
             self.lines = deque(part for line in self.lines for part in _wrapped(line, width))
         self._width = width
         if self.text:
+            self._has_begun = True
             *whole, last = (self._tail + self.text).split("\n")
             self.text = ""
             for paragraph in whole:
@@ -103,6 +110,8 @@ class _Column:
             self._tail = ""
 
     def unfinished(self) -> list[str]:
+        if not (self._has_begun or self.is_over):
+            return [self.waits_for] if self.waits_for else []
         return [*self.lines, self._tail] if self._tail else list(self.lines)
 
 

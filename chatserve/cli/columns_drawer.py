@@ -38,6 +38,11 @@ class ColumnsDrawer:
     def draw(self, index: int, text: str) -> None:
         self._drawing.feed(index, text)
 
+    def wait(self, index: int, text: str) -> None:
+        """Show one line of what an answer waits for, where there are columns, until it begins."""
+        if isinstance(self._drawing, Columns):
+            self._drawing.wait(index, text)
+
     def end(self, index: int) -> None:
         """One of the answers is over."""
         self._drawing.end(index)

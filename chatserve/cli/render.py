@@ -209,6 +209,10 @@ class SeveralAnswers:
     def draw(self, index: int, text: str) -> None:
         self._drawer.draw(index, self._filters[index].feed(text))
 
+    def wait(self, index: int, text: str) -> None:
+        """What the answer waits for, in words that go when it begins."""
+        self._drawer.wait(index, one_line(text))
+
     def end(self, index: int) -> None:
         self._drawer.end(index)
 
@@ -346,7 +350,7 @@ class Display:
         now = time.perf_counter()
         if now - self._thought_at >= _MIN_FRAME_S:
             self._thought_at = now
-            self._redraw(f"{_DIM}thinking … {num_chars:,} characters{_RESET}")
+            self._redraw(f"{_DIM}{thinking_text(num_chars)}{_RESET}")
 
     def _redraw(self, line: str | None) -> None:
         if line is not None:
@@ -376,6 +380,11 @@ def place_text(place: int) -> str:
     is_teen = place % 100 in (11, 12, 13)
     ending = "th" if is_teen else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
     return f"{place:,}{ending} in the queue"
+
+
+def thinking_text(num_chars: int) -> str:
+    """How much a model has thought that has not begun to answer."""
+    return f"thinking … {num_chars:,} characters"
 
 
 def progress_text(progress: Progress) -> str:

@@ -10,6 +10,7 @@ from chatserve.cli.answer import Answer, ChatDelta, ModelInfo
 from chatserve.cli.asking import Rival, ask, wait_until_ready
 from chatserve.cli.contest import Contest
 from chatserve.cli.escapes import one_line
+from chatserve.cli.render import place_text, progress_text, thinking_text
 from chatserve.cli.slash.settings import served_models
 from chatserve.cli.stats import answer_text
 from chatserve.errors import ChatserveError
@@ -100,6 +101,8 @@ def _stream(chat: Chat, pair: Pair, answers: tuple[Answer, Answer], is_whole: li
                 if event.delta is not None:
                     answers[event.index].take(event.delta, event.at)
                     drawn.draw(event.index, event.delta.text)
+                    if text := _wait_text(event.delta, answers[event.index]):
+                        drawn.wait(event.index, text)
                 else:
                     drawn.end(event.index)
                     is_whole[event.index] = event.failure is None
@@ -108,6 +111,17 @@ def _stream(chat: Chat, pair: Pair, answers: tuple[Answer, Answer], is_whole: li
             drawn.show()
     for index, failure in failures:
         chat.display.error(f"{titles[index]}: {failure.message}")
+
+
+def _wait_text(delta: ChatDelta, answer: Answer) -> str:
+    """What an answer waits for that has not begun, if the server has just told."""
+    if answer.text:
+        return ""
+    if delta.place is not None:
+        return place_text(delta.place)
+    if delta.loading is not None:
+        return progress_text(delta.loading)
+    return delta.note or (thinking_text(len(answer.reasoning)) if delta.reasoning else "")
 
 
 def _choice(chat: Chat, pair: Pair, answers: tuple[Answer, Answer]) -> int | None:

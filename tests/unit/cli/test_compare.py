@@ -10,8 +10,9 @@ from typing import Any
 import pyte
 import pytest
 
-from chatserve.cli.answer import ChatDelta
+from chatserve.cli.answer import ChatDelta, Progress
 from chatserve.cli.columns import MIN_COLUMNS, Columns
+from chatserve.cli.columns_drawer import ColumnsDrawer
 from chatserve.cli.contest import Contest
 from chatserve.errors import NoWorkerAvailable, StartupError
 from tests.unit.cli.test_chat import (
@@ -62,6 +63,42 @@ def test_two_models_answer_and_the_chosen_answer_goes_on() -> None:
     )
     assert first.is_closed and second.is_closed
     assert session.chat.stats.num_answers == 5
+
+
+def test_what_an_answer_waits_for_is_told_until_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = [
+        ChatDelta(place=2), ChatDelta(loading=Progress("sql\x1b[2J", "loading", 1, 4)),
+        ChatDelta(note="asking\x1b[2J again"), ChatDelta(reasoning="Hm"),
+        ChatDelta(reasoning="m. "), "So: ", ChatDelta(reasoning="Hm."), "right",
+    ]  # fmt: skip
+    drawn: list[tuple[int, str]] = []
+    monkeypatch.setattr(ColumnsDrawer, "wait", lambda _, index, text: drawn.append((index, text)))
+    session = Session(rivals(ScriptedRival(["left"]), ScriptedRival(waits)), columns=WIDE)
+    session.type(ON, "q", "2")
+    assert [text for _, text in drawn] == [
+        "2nd in the queue", "loading sql █████░░░░░░░░░░░░░░░  25%  0 / 0 MB", "asking again",
+        "thinking … 2 characters", "thinking … 5 characters",
+    ]  # fmt: skip
+    assert {index for index, _ in drawn} == {1}
+    assert session.transcript.turns[-1].content == "So: right"
+
+
+def test_what_a_column_waits_for_goes_when_its_answer_begins_or_ends() -> None:
+    columns = Columns(["a", "b"])
+    columns.wait(0, "thinking … 12 characters, and this is wider than a column")
+    columns.wait(1, "next in the queue")
+    out = columns.frame(80, 24) + drawn(columns, 80, (1, "yes"))
+    assert columns.frame(80, 24) == ""
+    before = screen_of(out, 80)
+    assert before[2] == "thinking … 12 characters, and this is  │ yes"
+    columns.wait(1, "too late")
+    columns.end(0)
+    out += columns.frame(80, 24)
+    columns.end(1)
+    out += columns.frame(80, 24)
+    assert "\n".join(screen_of(out, 80)).rstrip().split("\n")[2:] == [" " * 38 + " │ yes"]
 
 
 def test_on_a_narrow_terminal_one_comes_after_the_other() -> None:
