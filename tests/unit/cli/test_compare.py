@@ -78,7 +78,7 @@ def test_what_an_answer_waits_for_is_told_until_it_begins(
     session = Session(rivals(ScriptedRival(["left"]), ScriptedRival(waits)), columns=WIDE)
     session.type(ON, "q", "2")
     assert [text for _, text in drawn] == [
-        "2nd in the queue", "loading sql █████░░░░░░░░░░░░░░░  25% 0 / 0 MB", "asking again",
+        "2nd in the queue", "loading sql █████░░░░░░░░░░░░░░░ 25% 0 / 0 MB", "asking again",
         "thinking … 2 characters", "thinking … 5 characters",
     ]  # fmt: skip
     assert {index for index, _ in drawn} == {1}
