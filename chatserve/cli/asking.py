@@ -185,13 +185,17 @@ def answer_once(
         display.note(status_text(server.model(), answer))
 
 
-def length_text(answer: Answer, options: ChatOptions, model: ModelInfo) -> str:
-    """Why an answer ended before its end."""
+def length_text(
+    answer: Answer, options: ChatOptions, model: ModelInfo, *, has_set: bool = False
+) -> str:
+    """Why an answer ended before its end. `has_set`: whoever reads it can type `/set`."""
     limit = answer.max_tokens
     if limit is not None and (answer.num_tokens is None or answer.num_tokens >= limit):
         if "max_tokens" in options.sampling:
-            return f"the answer stopped at --max-new-tokens {limit}"
-        return f"the answer stopped at {limit} tokens; --max-new-tokens raises the limit"
+            setting = "max_tokens" if has_set else "--max-new-tokens"
+            return f"the answer stopped at {setting} {limit}"
+        way = "/set max_tokens N" if has_set else "--max-new-tokens"
+        return f"the answer stopped at {limit} tokens; {way} raises the limit"
     size = f" of {model.context_length} tokens" if model.context_length else ""
     return f"the answer stopped where the model's context{size} ends"
 

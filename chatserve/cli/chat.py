@@ -251,8 +251,9 @@ class Chat:
             self.display.note(only_thought_text(answer))
         if answer.finish_reason != "length":
             return
-        text = length_text(answer, self.options, self.server.model())
-        has_room = answer.max_tokens is not None and self.options.is_typed
+        is_typed = self.options.is_typed
+        text = length_text(answer, self.options, self.server.model(), has_set=is_typed)
+        has_room = answer.max_tokens is not None and is_typed
         self.display.note(f"{text}; /continue goes on" if has_room else text)
 
     def tell_failure(self, error: ChatserveError) -> None:

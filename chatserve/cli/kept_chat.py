@@ -197,4 +197,7 @@ def found_rows(
 def row(info: SessionInfo) -> str:
     """`NAME  DATE  how its first question begins`."""
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.changed_at))
-    return f"{one_line(info.name or info.id)}  {day}  {one_line(info.title or '')[:_MAX_TITLE_LEN]}"
+    title = one_line(info.title or "")
+    if len(title) > _MAX_TITLE_LEN:
+        title = title[: _MAX_TITLE_LEN - 1] + "…"
+    return f"{one_line(info.name or info.id)}  {day}  {title}"

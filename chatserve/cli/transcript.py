@@ -121,8 +121,12 @@ class Transcript:
             path = path.with_name(path.name + ".json")
         try:
             table = json.loads(_read(path).decode("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise UsageError(f"cannot load {path}: {_reason(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"cannot load {path}: it is no JSON that /save or FastChat wrote ({error})"
+            ) from error
         return cls._from_json(table, path)
 
     def _sendable(self) -> Iterator[int]:

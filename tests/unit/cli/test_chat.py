@@ -296,7 +296,7 @@ def test_the_end_of_the_server_ends_the_chat() -> None:
 def test_an_answer_cut_by_its_limit_says_so() -> None:
     cut = ["As I was", ChatDelta("", "length", 16)]
     session = Session(ScriptedServer(cut, cut), sampling={"max_tokens": 16})
-    assert "\nthe answer stopped at --max-new-tokens 16; /continue goes on\n" in session.type("q")
+    assert "\nthe answer stopped at max_tokens 16; /continue goes on\n" in session.type("q")
     session = Session(ScriptedServer(cut))
     assert "\nthe answer stopped where the model's context of 2048 tokens ends\n" in session.type(
         "q"
@@ -521,7 +521,8 @@ def test_the_default_limit_is_sent_and_named() -> None:
     cut = ["As I was", ChatDelta("", "length", 512)]
     session = Session(ScriptedServer(cut, cut), wished_max_tokens=512)
     note = (
-        "\nthe answer stopped at 512 tokens; --max-new-tokens raises the limit; /continue goes on\n"
+        "\nthe answer stopped at 512 tokens; /set max_tokens N raises the limit; "
+        "/continue goes on\n"
     )
     assert note in session.type("q")
     assert session.server.sampling == [{"max_tokens": 512}]

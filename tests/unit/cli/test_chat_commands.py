@@ -193,8 +193,8 @@ def test_an_answer_that_was_stopped_goes_on_where_it_was() -> None:
 def test_an_answer_that_its_limit_cut_goes_on_piece_by_piece() -> None:
     session = Session(ScriptedServer(["a ", CUT], ["b ", CUT], ["c"]), sampling={"max_tokens": 4})
     assert session.type("q", "/continue", "/continue") == (
-        "> q\na \nthe answer stopped at --max-new-tokens 4; /continue goes on\n"
-        "> /continue\nb \nthe answer stopped at --max-new-tokens 4; /continue goes on\n"
+        "> q\na \nthe answer stopped at max_tokens 4; /continue goes on\n"
+        "> /continue\nb \nthe answer stopped at max_tokens 4; /continue goes on\n"
         "> /continue\nc\n> ^D\n"
     )
     assert session.transcript.turns[1].content == "a b c"

@@ -181,7 +181,7 @@ def test_the_chosen_answer_says_what_cut_it_and_what_had_no_room() -> None:
     assert screen.endswith(
         "> 1\nthe oldest 2 turns are no longer in the context of 2,048 tokens; "
         "/history draws the line\n"
-        "the answer stopped at --max-new-tokens 4; /continue goes on\n> ^D\n"
+        "the answer stopped at max_tokens 4; /continue goes on\n> ^D\n"
     )
     assert session.chat.num_outside == 2
 

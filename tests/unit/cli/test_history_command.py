@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from chatserve.cli.commands.history import main
-from chatserve.cli.session_store import Session, SessionStore
+from chatserve.cli.kept_chat import row
+from chatserve.cli.session_store import Session, SessionInfo, SessionStore
 from chatserve.cli.transcript import Transcript, Turn
 from chatserve.errors import UsageError
 
@@ -142,3 +143,11 @@ def test_a_file_that_cannot_be_read_is_named(store: SessionStore) -> None:
     store.path.chmod(0o644)
     with pytest.raises(UsageError, match=r"cannot read .*chats\.db .*others than its owner"):
         main([])
+
+
+@pytest.mark.parametrize(
+    ("title", "shown"), [("a" * 40, "a" * 40), ("a" * 41, "a" * 39 + "…"), ("a\x1b[2J\nb", "a b")]
+)
+def test_a_title_that_is_cut_says_so(title: str, shown: str) -> None:
+    line = row(SessionInfo("c0de", "trip", title, 0.0, 2))
+    assert line.startswith("trip  ") and line.endswith(f"  {shown}")

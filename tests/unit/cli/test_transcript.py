@@ -149,7 +149,7 @@ def test_missing_binary_and_huge_files_are_refused(
     with pytest.raises(UsageError, match="No such file"):
         Transcript.load(str(tmp_path / "none"))
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match=r"cannot load .*: it is no JSON that /save or FastChat"):
         Transcript.load(str(tmp_path / "binary.json"))
     monkeypatch.setattr("chatserve.cli.transcript.MAX_FILE_BYTES", 2)
     with pytest.raises(UsageError, match="over 2 bytes"):
