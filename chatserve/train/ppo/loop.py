@@ -7,7 +7,6 @@ checkpoint takes the same steps. Knows no files and no command line.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from chatserve.train.ppo.advantages import (
     token_rewards,
     whiten,
 )
+from chatserve.train.ppo.deck import Deck, Query, seed_for
 from chatserve.train.ppo.loss import (
     AdaptiveKLPenalty,
     FixedKLPenalty,
@@ -40,14 +40,6 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _TOO_FAR = 1.5  # times the target: then a step's updates end early
-
-
-@dataclass(frozen=True)
-class Query:
-    """A question as the policy is asked it, and its tokens."""
-
-    text: str
-    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ class Ppo:
         self.optimizer = torch.optim.Adam(policy.trained_parameters(), lr=settings.learning_rate)
         self._wrapped = accelerator.prepare_model(policy, device_placement=False)
         self._drawer, self._reward, self._decode = drawer, reward, decode
-        self._queries = queries
+        self._deck = Deck(queries, settings.seed)
         self._settings = settings
         self._accelerator = accelerator
 
@@ -166,7 +158,7 @@ class Ppo:
             for query, answer, each in zip(queries, answers, drawn, strict=True)
         ]
         rewards = torch.tensor(list(self._reward(scored)), device=self.policy.device)
-        if not bool(rewards.isfinite().all()):
+        if not math.isfinite(self._mean(rewards.sum())):  # of any process: all of them stop
             raise NotFinite(f"step {number}: a reward is no number")
         samples = [
             Sample(query.ids, each.token_ids) for query, each in zip(queries, drawn, strict=True)
@@ -208,13 +200,7 @@ class Ppo:
         """This process's queries for a step: the data in one order after the other."""
         size = self._settings.batch_size
         first = ((number - 1) * self._accelerator.num_processes + self._place) * size
-        picked = []
-        for place in range(first, first + size):
-            epoch, index = divmod(place, len(self._queries))
-            order = list(range(len(self._queries)))
-            random.Random(self._seed(epoch, "order")).shuffle(order)
-            picked.append(self._queries[order[index]])
-        return picked
+        return [self._deck.at(place) for place in range(first, first + size)]
 
     def _draw(self, number: int, queries: Sequence[Query]) -> list[Drawn]:
         settings = self._settings
@@ -333,9 +319,7 @@ class Ppo:
         return float(reduced)
 
     def _seed(self, number: int, purpose: str) -> int:
-        """63 bits for one purpose at one step."""
-        text = f"{self._settings.seed} {number} {purpose}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return seed_for(self._settings.seed, number, purpose)
 
 
 def _answer_mask(samples: Sequence[Sample], device: torch.device) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from chatserve.train.ppo.loop import Ppo, PpoSettings, Query, Reward, Scored
+from chatserve.train.ppo.deck import Query
+from chatserve.train.ppo.loop import Ppo, PpoSettings, Reward, Scored
 from chatserve.train.ppo.rollout import EngineRollout, Sampling
 from tests.tiny import EOS_ID
 from tests.unit.train.ppo.models import build_policy
