@@ -20,6 +20,7 @@ from chatserve.options import (
     ListenOptions,
     LoadingOptions,
     ModelOptions,
+    RankingOptions,
     TimeLimits,
 )
 from chatserve.settings import read_toml, resolve, setting
@@ -35,8 +36,9 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class WorkerConfig(
-    ModelOptions, EngineConfig, TimeLimits, DrainOptions, ApiOptions, KeepingOptions, ListenOptions
-):
+    ModelOptions, RankingOptions, EngineConfig, TimeLimits, DrainOptions, ApiOptions,
+    KeepingOptions, ListenOptions,
+):  # fmt: skip
     """One worker process: one model, one engine."""
 
     weights: str = setting(DEFAULT_WEIGHTS, "folder, .gguf file, alias or hub id", flag=False)
@@ -115,8 +117,9 @@ class ControllerConfig(KeepingOptions, DrainOptions, ListenOptions):
 
 @dataclass(frozen=True)
 class ServeConfig(
-    ControllerConfig, ModelOptions, EngineConfig, TimeLimits, ApiOptions, LoadingOptions
-):
+    ControllerConfig, ModelOptions, RankingOptions, EngineConfig, TimeLimits, ApiOptions,
+    LoadingOptions,
+):  # fmt: skip
     """`chatserve serve`: a controller and one supervised worker per loaded model."""
 
     model_names: tuple[str, ...] = setting(
@@ -251,27 +254,45 @@ def split_adapters(values: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
 
     A path with `=` in its first part is written with `./` before it. Raises `UsageError`.
     """
-    merged: list[Path] = []
+    merged = [Path(value).expanduser() for value in values if not _is_named(value)]
     named: dict[str, Path] = {}
+    for value in filter(_is_named, values):
+        _add_named("--adapter", value, named)
+    return merged, named
+
+
+def reward_adapters(values: Sequence[str], named: Mapping[str, Path]) -> dict[str, Path]:
+    """`--reward-adapter`: folders by name, beside those `named` by `--adapter`.
+
+    Raises `UsageError`.
+    """
+    together = dict(named)
     for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name or os.sep in name:
-            merged.append(Path(value).expanduser())
-            continue
-        if not ADAPTER_NAME.fullmatch(name) or not path:
-            raise UsageError(
-                f"--adapter {value[:100]}: NAME=PATH wants a name of up to 64 letters, digits, "
-                "'.', '_' and '-', and a folder; write ./ before a path that has = in it"
-            )
-        if name in named:
-            raise UsageError(f"--adapter: two adapters would be called {name}; name one otherwise")
-        named[name] = Path(path).expanduser()
-    if len(named) > MAX_ADAPTERS:
+        _add_named("--reward-adapter", value, together)
+    return {name: path for name, path in together.items() if name not in named}
+
+
+def _is_named(value: str) -> bool:
+    name, equals, _ = value.partition("=")
+    return bool(equals) and "/" not in name and os.sep not in name
+
+
+def _add_named(flag: str, value: str, named: dict[str, Path]) -> None:
+    name, equals, path = value.partition("=")
+    if not equals or not ADAPTER_NAME.fullmatch(name) or not path:
+        way_out = "; write ./ before a path that has = in it" if flag == "--adapter" else ""
         raise UsageError(
-            f"--adapter: {len(named)} adapters have a name, the limit is {MAX_ADAPTERS}; merge "
+            f"{flag} {value[:100]}: NAME=PATH wants a name of up to 64 letters, digits, '.', '_' "
+            f"and '-', and a folder{way_out}"
+        )
+    if name in named:
+        raise UsageError(f"{flag}: two adapters would be called {name}; name one otherwise")
+    if len(named) >= MAX_ADAPTERS:
+        raise UsageError(
+            f"{flag}: {len(named) + 1} adapters have a name, the limit is {MAX_ADAPTERS}; merge "
             "some, or serve them by another worker"
         )
-    return merged, named
+    named[name] = Path(path).expanduser()
 
 
 def adapted_name(base: str, adapter: str) -> str:

@@ -87,6 +87,17 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class RankingOptions:
+    """Which reward models stand beside the base."""
+
+    reward_adapter: tuple[str, ...] = setting(
+        (), "folder of a reward model's LoRA adapter, with its score head: it ranks answers "
+        '(rank_by: "NAME") and scores texts at /v1/score, as BASE:NAME',
+        group="model", metavar="NAME=PATH", repeated=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Limits of the scheduler."""
 

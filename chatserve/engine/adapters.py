@@ -6,14 +6,17 @@ itself, so what is taken away lives until its last sequence ends.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import reprlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from chatserve.config import ADAPTER_NAME, MAX_ADAPTERS, MAX_CARDS, MAX_NAME_LEN
+from chatserve.engine.reward import DEFAULT_TEMPLATE, Reward, check_template
 from chatserve.engine.sequence import LoadedAdapter
 from chatserve.errors import (
     AdapterConflict,
@@ -28,8 +31,10 @@ from chatserve.models.batch import NetworkAdapter
 from chatserve.models.checkpoint import Checkpoint
 from chatserve.models.config import ModelConfig
 from chatserve.models.device import DevicePolicy
+from chatserve.models.fingerprint import weights_fingerprint
 from chatserve.models.memory import available_bytes, in_gb
 from chatserve.models.merge import check_base
+from chatserve.models.score_head import TRAINING_RECORD, load_score_head, training_record
 
 logger = logging.getLogger(__name__)
 
@@ -198,13 +203,64 @@ class Adapters:
             return
         self._place.check(name, len(self._loaded) + 1)
 
+    def load_reward(self, name: str, path: Path, special_ids: Mapping[str, int]) -> LoadedAdapter:
+        """`load` for a reward model; `special_ids` of the tokenizer, for what ends its texts."""
+        with self._lock:
+            self._check_place(name, replace=False)
+            loaded = self._read_reward(name, path, special_ids)
+            self._loaded = {**self._loaded, name: loaded}
+        logger.info("reward model %s loaded from %s (%s)", name, path, loaded.fingerprint)
+        return loaded
+
+    def _read_reward(self, name: str, path: Path, special_ids: Mapping[str, int]) -> LoadedAdapter:
+        network = self._adaptable(path)
+        # the head first: it is the smaller part, and what most folders lack
+        head = load_score_head(path, network.config)
+        adapter = load_adapter(
+            path, network.config, name=name, admit=self._admitting(path, network), is_reward=True
+        )
+        check_base(adapter, self._checkpoint, merged_adapters(self._checkpoint.config))
+        self._check_trained_on(path, head.base_fingerprint)
+        reward = Reward(
+            head.weight.double().numpy(),
+            check_template(head.template or DEFAULT_TEMPLATE, f"{path}/{TRAINING_RECORD}"),
+            _end_ids(path, special_ids),
+        )
+        return LoadedAdapter(
+            name, _fingerprint(adapter, head.fingerprint, reward), network.build_adapter(adapter),
+            adapter.base, reward,
+        )  # fmt: skip
+
+    def _check_trained_on(self, path: Path, trained_on: str | None) -> None:
+        """Raises `ModelLoadError` where the record names other weights than the base's."""
+        own = weights_fingerprint(self._checkpoint) if trained_on is not None else None
+        if trained_on != own:
+            raise ModelLoadError(
+                f"{path}: was trained on the weights {trained_on}, this base's are {own}; serve it "
+                "with its own base and the adapters that were merged into that, or, if these are "
+                f"the same weights in another form, take base_fingerprint out of {TRAINING_RECORD}"
+            )
+
     def _read(self, name: str, path: Path) -> LoadedAdapter:
-        network = self._network
-        if network is None:
+        network = self._adaptable(path)
+        adapter = load_adapter(
+            path, network.config, name=name, admit=self._admitting(path, network)
+        )
+        check_base(adapter, self._checkpoint, merged_adapters(self._checkpoint.config))
+        return LoadedAdapter(
+            name, adapter.fingerprint, network.build_adapter(adapter), adapter.base
+        )
+
+    def _adaptable(self, path: Path) -> AdaptableNetwork:
+        if self._network is None:
             raise ModelLoadError(
                 f"{path}: adapters are served beside networks of the Llama family; this model runs "
                 "through transformers: merge it with peft's merge_and_unload, and serve the result"
             )
+        return self._network
+
+    def _admitting(self, path: Path, network: AdaptableNetwork) -> Callable[[int], None]:
+        """Raises `DoesNotFit` where there is no room for so many numbers."""
 
         def admit(num_values: int) -> None:
             needed = num_values * (_FILE_BYTES + network.policy.dtype.itemsize)
@@ -215,8 +271,25 @@ class Adapters:
                     f"{in_gb(free)} free; unload another one, or train it with a smaller rank"
                 )
 
-        adapter = load_adapter(path, network.config, name=name, admit=admit)
-        check_base(adapter, self._checkpoint, merged_adapters(self._checkpoint.config))
-        return LoadedAdapter(
-            name, adapter.fingerprint, network.build_adapter(adapter), adapter.base
+        return admit
+
+
+def _end_ids(path: Path, special_ids: Mapping[str, int]) -> tuple[int, ...]:
+    """What the record beside an adapter says that its texts ended with."""
+    text = training_record(path).get("ends_with")
+    if text is None:
+        return ()
+    if not isinstance(text, str) or text not in special_ids:
+        known = ", ".join(list(special_ids)[:8]) or "none"
+        raise ModelLoadError(
+            f"{path}/{TRAINING_RECORD}: ends_with is {reprlib.repr(text)}, which is no special "
+            f"token of this base; it has {known}; correct it, or take it out where texts ended "
+            "without one"
         )
+    return (special_ids[text],)
+
+
+def _fingerprint(adapter: Adapter, head: str, reward: Reward) -> str:
+    """Of all that a score depends on beside the base."""
+    parts = (adapter.fingerprint, head, reward.template, *map(str, reward.end_ids))
+    return f"rm_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 # flags that change what an encoder does not have
 _REFUSED = (
     "load_8bit", "load_4bit", "quant_group", "num_gpus", "max_gpu_memory", "cpu_offloading",
-    "adapter", "adapter_root", "conv_template", "conv_system_msg", "use_generation_config",
+    "adapter", "adapter_root", "reward_adapter", "conv_template", "conv_system_msg",
+    "use_generation_config",
 )  # fmt: skip
 _MAX_TRIED = 512  # tokens: a longer text takes its time
 

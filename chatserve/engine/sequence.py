@@ -17,6 +17,7 @@ from chatserve.engine.waiting_line import Priority
 from chatserve.errors import ChatserveError
 
 if TYPE_CHECKING:
+    from chatserve.engine.reward import Reward
     from chatserve.models.batch import NetworkAdapter
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -35,13 +36,14 @@ class LoadedAdapter:
     """A LoRA adapter beside the base, ready for the network; it lives as long as who uses it.
 
     fingerprint: of its numbers. network: the form that the model has built. base: the model that it
-    was trained on, in its author's words.
+    was trained on, in its author's words. reward: of one that rates texts and writes none.
     """
 
     name: str
     fingerprint: str
     network: NetworkAdapter
     base: str | None = None
+    reward: Reward | None = None
 
 
 @dataclass(frozen=True)

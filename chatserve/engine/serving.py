@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chatserve import environment
-from chatserve.config import WorkerConfig, served_names, split_adapters
+from chatserve.config import WorkerConfig, reward_adapters, served_names, split_adapters
 from chatserve.engine import determinism
 from chatserve.engine.adapters import AdaptableNetwork, AdapterPlace, Adapters
 from chatserve.engine.async_engine import AsyncEngine
@@ -98,7 +98,8 @@ def load(
     start = time.perf_counter()
     names = served_names(config.weights, config.model_names)
     merged, named = split_adapters(config.adapter)
-    place = _adapter_place(names, named)
+    rewards = reward_adapters(config.reward_adapter, named)
+    place = _adapter_place(names, {**named, **rewards})
     adapter_root = _adapter_root(config)
     path = resolve_weights(config.weights, revision=config.revision, offline=config.offline)
     gpu_options = GPUOptions(
@@ -177,6 +178,8 @@ def load(
         adapters = Adapters(checkpoint, _adaptable(model), adapter_root, place)
         for name, folder in named.items():
             adapters.load(name, folder)
+        for name, folder in rewards.items():
+            adapters.load_reward(name, folder, tokenizer.special_ids)
     prompts: PromptBuilder | NoAnswers
     if choice is None:
         logger.info("%s has no head: it is served for embeddings only", names[0])

@@ -10,6 +10,10 @@ from chatserve.errors import InvalidRequest
 from chatserve.models.templates.tools import ToolDefinitions
 from chatserve.models.tokenizer import Tokenizer
 
+MAX_BYTES_PER_TOKEN = 16
+"""Of a text that may fit: looking at that is cheaper than the tokenizer, whose time grows with the
+text."""
+
 
 class Tokenization:
     """The tokens of one model. `vocab_size`: rows of its embedding, which may have padding.

@@ -306,6 +306,13 @@ def read_chat(payload: dict[str, Any]) -> ChatRequest:
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     check_choice(request.tool_choice, request.tools)
+    request.check_choice_among_answers()
+    if request.rank_by is not None and request.offers_tools:
+        raise UnsupportedParameter(
+            "rank_by rates texts, and answers that call tools are none; leave tools out, or make "
+            'tool_choice "none"',
+            param="rank_by",
+        )
     if request.is_open and request.messages[-1].tool_calls:
         raise InvalidRequest(
             "continue_final_message needs a last message without tool_calls; leave it out",

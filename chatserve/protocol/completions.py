@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from chatserve.errors import InvalidRequest, UnsupportedParameter
+from chatserve.errors import InvalidRequest
 from chatserve.protocol.fields import ID_SCHEMA, INT64, read_object, validate
 from chatserve.protocol.replay import REPLAY_SCHEMA, Replay, read_replay
 from chatserve.protocol.response_format import GrammarSpec, only_one
 from chatserve.protocol.sampling_request import (
-    MAX_CHOICES,
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
     SamplingRequest,
@@ -67,7 +66,6 @@ class CompletionRequest(SamplingRequest):
     ]
     # 0 only reads the prompt, to score it
     max_tokens: int | None = Field(None, ge=0, lt=INT64)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     replay: Annotated[
@@ -79,26 +77,16 @@ class CompletionRequest(SamplingRequest):
         logged = None if self.replay is None else self.replay.grammar
         return only_one((super().grammar, logged))
 
-    @property
-    def num_tries(self) -> int:
-        """How many answers to each prompt are generated; `num_choices` of them are returned."""
-        return self.best_of or self.num_choices
-
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Read a text completion request. Raises as `parse_chat` does."""
     request = validate(CompletionRequest, read_object(body), COMPLETION_NO_OPS)
     request.check_streaming()
-    if request.num_tries < request.num_choices:
+    request.check_choice_among_answers()
+    if request.rank_by is not None and request.max_tokens == 0:
         raise InvalidRequest(
-            f"best_of is {request.best_of}, less than n, which is {request.num_choices}; raise it",
-            param="best_of",
-        )
-    if request.num_tries > request.num_choices and request.is_stream:
-        raise UnsupportedParameter(
-            f"best_of {request.best_of} cannot be streamed: the best is known at the end; "
-            "make it n or leave stream out",
-            param="best_of",
+            "rank_by ranks answers, and max_tokens is 0; raise it, or score texts at /v1/score",
+            param="rank_by",
         )
     num_sequences = len(request.prompt) * request.num_tries
     if num_sequences > MAX_SEQUENCES:

@@ -126,10 +126,15 @@ class EmbeddingRequest(PooledRequest):
 
 
 class ScoreRequest(PooledRequest):
-    """`POST /v1/score`: `text_1` against each of `text_2`, or each against its fellow."""
+    """`POST /v1/score`: `text_1` against each of `text_2`, or each against its fellow.
+
+    Of a reward model `text_1` are questions, `text_2` answers; `use_activation`: the scores go
+    through a sigmoid.
+    """
 
     text_1: Annotated[list[str], _texts("text_1"), WithJsonSchema(TEXTS_SCHEMA)]
     text_2: Annotated[list[str], _texts("text_2"), WithJsonSchema(TEXTS_SCHEMA)]
+    use_activation: bool | None = None
 
 
 def parse_embeddings(body: bytes) -> EmbeddingRequest:

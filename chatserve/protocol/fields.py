@@ -43,6 +43,15 @@ def model_of(body: bytes, default: str | None = None) -> str:
     return model
 
 
+def reward_of(body: bytes) -> str | None:
+    """The reward model that is to rank a request's answers, if that is what it asks for; nothing
+    else of it is looked at."""
+    if b"rank_by" not in body:
+        return None
+    name = read_object(body).get("rank_by")
+    return name if isinstance(name, str) else None
+
+
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object that a body is. Raises `InvalidRequest` for any other."""
     try:

@@ -54,7 +54,8 @@ class ModelDetails(TypedDict):
     """Beyond OpenAI. While a model is loading there is only `context_length`, which is null then.
 
     Of each: `context_length` in tokens and `fingerprint`. Of an adapter: `adapter`, the fingerprint
-    of its own numbers, and `trained_on`, the base that its files name. Of a base: `reasons` for its
+    of its own numbers, and `trained_on`, the base that its files name; of a reward model, which
+    writes nothing, `reward_model`, too. Of a base: `reasons` for its
     device and form, the names of `adapters` that are merged into it, whether it is `native` or run
     by transformers, whether the `kernels` compute it and at which level, whether its answers are
     `deterministic` whatever else is asked for. Of an encoder: `pooling`.
@@ -75,6 +76,7 @@ class ModelDetails(TypedDict):
     reasons: NotRequired[list[str]]
     template: NotRequired[str | None]
     embeddings_only: NotRequired[bool]
+    reward_model: NotRequired[bool]
     adapters: NotRequired[list[str | None]]
     native: NotRequired[bool]
     device_map: NotRequired[str | None]
@@ -120,6 +122,8 @@ class PromptTokensDetails(TypedDict):
 class Usage(TypedDict):
     """Tokens; a prompt counts once, however many choices continue it.
 
+    With `rank_by`: how many tokens the reward model has read, beside those.
+
     With `truncation`: by how many tokens the prompt became shorter, and the places of the messages
     that were dropped.
     """
@@ -128,6 +132,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    ranking_tokens: NotRequired[int]
     prompt_tokens_dropped: NotRequired[int]
     messages_dropped: NotRequired[list[int]]
 
@@ -206,10 +211,13 @@ class AnswerMessage(TypedDict):
 
 
 class ChatChoice(TypedDict):
+    """`score`: what the reward model of `rank_by` says; the best choice comes first."""
+
     index: int
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
+    score: NotRequired[float]
     token_ids: NotRequired[list[int]]
 
 
@@ -279,10 +287,13 @@ class TextLogprobs(TypedDict):
 
 
 class TextChoice(TypedDict):
+    """`score` as in a chat."""
+
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    score: NotRequired[float]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
 

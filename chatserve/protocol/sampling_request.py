@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from chatserve.errors import InvalidRequest
+from chatserve.errors import InvalidRequest, UnsupportedParameter
 from chatserve.protocol.fields import (
     INT64,
     Priority,
@@ -33,6 +33,7 @@ from chatserve.protocol.response_format import (
 MAX_CHOICES = 8
 # of one request: more could never be in the queue together
 MAX_SEQUENCES = 64
+MAX_ADAPTER_NAME_LEN = 300
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
@@ -150,6 +151,8 @@ class SamplingRequest(BaseModel):
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_stream_options)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    rank_by: str | None = Field(None, min_length=1, max_length=MAX_ADAPTER_NAME_LEN)
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
     min_tokens: int | None = Field(None, ge=0, lt=INT64)
     ignore_eos: bool | None = None
@@ -200,6 +203,11 @@ class SamplingRequest(BaseModel):
         return self.n or 1
 
     @property
+    def num_tries(self) -> int:
+        """How many answers to each prompt are generated; `num_choices` of them are returned."""
+        return self.best_of or self.num_choices
+
+    @property
     def grammar(self) -> GrammarSpec | None:
         """What the answer must match. Raises `InvalidRequest` where that is said twice."""
         return only_one(
@@ -219,4 +227,33 @@ class SamplingRequest(BaseModel):
             raise InvalidRequest(
                 "stream_options.continuous_usage_stats needs include_usage: true",
                 param="stream_options.continuous_usage_stats",
+            )
+
+    def check_choice_among_answers(self) -> None:
+        """Raises `InvalidRequest` where `best_of` or `rank_by` have nothing to choose from, and
+        `UnsupportedParameter` where the answers would have to go out before the best is known."""
+        if self.num_tries < self.num_choices:
+            raise InvalidRequest(
+                f"best_of is {self.best_of}, less than n, which is {self.num_choices}; raise it",
+                param="best_of",
+            )
+        if self.num_tries > self.num_choices and self.is_stream:
+            raise UnsupportedParameter(
+                f"best_of {self.best_of} cannot be streamed: the best is known at the end; "
+                "make it n or leave stream out",
+                param="best_of",
+            )
+        if self.rank_by is None:
+            return
+        if self.num_tries == 1:
+            raise InvalidRequest(
+                f"rank_by ranks several answers, and this asks for one; ask for 2 to {MAX_CHOICES} "
+                "with n, or with best_of where fewer are to be returned",
+                param="rank_by",
+            )
+        if self.is_stream:
+            raise UnsupportedParameter(
+                "rank_by cannot be streamed: which answer is the best is known at the end; leave "
+                "stream out, or leave rank_by out and score the answers at /v1/score",
+                param="rank_by",
             )

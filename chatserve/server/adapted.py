@@ -6,7 +6,7 @@ import hashlib
 
 from chatserve.config import adapted_name
 from chatserve.engine.sequence import LoadedAdapter
-from chatserve.errors import ModelNotFound
+from chatserve.errors import ModelNotFound, UnsupportedParameter
 from chatserve.server.contract import ServedModel
 
 
@@ -28,6 +28,20 @@ def find_adapter(model: ServedModel, name: str) -> LoadedAdapter | None:
             param="model",
         )
     return loaded[adapter]
+
+
+def find_writer(model: ServedModel, name: str) -> LoadedAdapter | None:
+    """The same for who wants an answer written. Raises `UnsupportedParameter` for what rates
+    answers only."""
+    adapter = find_adapter(model, name)
+    if adapter is not None and adapter.reward is not None:
+        base = name.rpartition(":")[0]
+        raise UnsupportedParameter(
+            f"{name[:100]} is a reward model, which writes no answers: ask {base} with rank_by: "
+            f'"{adapter.name}" for the best of several, or send texts to /v1/score',
+            param="model",
+        )
+    return adapter
 
 
 def adapter_name(model_names: tuple[str, ...], lora_name: str) -> str:

@@ -18,6 +18,7 @@ from chatserve.config import (
     ServeConfig,
     WorkerConfig,
     build,
+    reward_adapters,
     split_adapters,
 )
 from chatserve.errors import StartupError, UsageError
@@ -52,13 +53,19 @@ def serve(
         from chatserve.server.supervisor import RestartPolicy
 
         num_models = len(weights) + len(config.models)
-        if config.adapter and num_models > 1:
+        if (config.adapter or config.reward_adapter) and num_models > 1:
+            flag, or_else = (
+                ("--adapter", ", or write the merge with `chatserve merge-adapter`")
+                if config.adapter
+                else ("--reward-adapter", "")
+            )
             raise UsageError(
-                f"--adapter is for one WEIGHTS, not for {num_models}; serve the others by "
-                "`chatserve worker`, or write the merge with `chatserve merge-adapter`"
+                f"{flag} is for one WEIGHTS, not for {num_models}; serve the others by "
+                f"`chatserve worker`{or_else}"
             )
         merged, named = split_adapters(config.adapter)
-        for folder in (*merged, *named.values()):
+        rewards = reward_adapters(config.reward_adapter, named)
+        for folder in (*merged, *named.values(), *rewards.values()):
             hub.check_path(str(folder))
         if worker_command is None:
             # what another command calls WEIGHTS need not be a path

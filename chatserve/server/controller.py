@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from chatserve.config import adapted_name
 from chatserve.errors import (
     InvalidRequest,
     ModelNotFound,
@@ -46,7 +47,7 @@ from chatserve.protocol.control import (
     proof_of,
 )
 from chatserve.protocol.embeddings import EMBEDDINGS_PATH, SCORE_PATH
-from chatserve.protocol.fields import model_of
+from chatserve.protocol.fields import model_of, reward_of
 from chatserve.protocol.tokens import DETOKENIZE_PATH, TOKENIZE_PATH
 from chatserve.server.adapter_dispatch import AdapterDispatch
 from chatserve.server.controller_door import ControllerDoor
@@ -205,12 +206,21 @@ class ControllerRoutes:
         try:
             body = await request.body()
             if len(body) <= MAX_INLINE_BODY_BYTES:
-                model = model_of(body, default_model)
+                names = _names(body, default_model)
             else:
-                model = await asyncio.to_thread(model_of, body, default_model)
-            return await self._to_worker(request, model, body)
+                names = await asyncio.to_thread(_names, body, default_model)
+            return await self._to_worker(request, self._place_of(*names), body)
         except ClientDisconnect:
             return nobody_listens(request)
+
+    def _place_of(self, model: str, reward: str | None) -> str:
+        """By which name to look for a worker: not every one of a base need have the reward model
+        that is to rank its answers."""
+        if reward is None:
+            return model
+        ranked = reward if reward.startswith(f"{model}:") else adapted_name(model, reward)
+        is_served = any(card.name == ranked for card in self._registry.cards())
+        return ranked if is_served else model
 
     async def respond(self, request: Request, body: bytes, model: object) -> Response:
         """A response, in whose body an earlier one is expanded already."""
@@ -349,6 +359,11 @@ class ControllerRoutes:
             raise RegistrationRefused(
                 f"whoever listens at {base_url} does not know the control token; check --port"
             )
+
+
+def _names(body: bytes, default_model: str | None) -> tuple[str, str | None]:
+    """Of the model that a request asks for, and of the reward model that is to rank its answers."""
+    return model_of(body, default_model), reward_of(body)
 
 
 def _caller_at(request: Request, port: int | None) -> str:

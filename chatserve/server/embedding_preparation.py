@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+from chatserve.engine.reward import Reward
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
+from chatserve.engine.tokenization import MAX_BYTES_PER_TOKEN
 from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
-from chatserve.protocol.embeddings import PooledRequest, parse_embeddings, parse_score
+from chatserve.protocol.embeddings import (
+    PooledRequest,
+    ScoreRequest,
+    parse_embeddings,
+    parse_score,
+)
 from chatserve.protocol.fields import Priority
 from chatserve.server.adapted import find_adapter
 from chatserve.server.contract import ServedModel
-from chatserve.server.preparation import MAX_BYTES_PER_TOKEN
+from chatserve.server.embedding_replies import Vector, cosine
+from chatserve.server.rating import RATING, check_length, check_text, rated_ids, sigmoid
 
 Input = TypeVar("Input", str, str | list[int])
 
@@ -56,6 +64,28 @@ class PreparedScore:
 
     pooled: Pooled
     pairs: Sequence[tuple[int, int]]
+    shares_beginning: ClassVar[bool] = False
+
+    def scores(self, vectors: Sequence[Vector]) -> list[float]:
+        """The cosines of the pairs."""
+        return [cosine(vectors[a], vectors[b]) for a, b in self.pairs]
+
+
+@dataclass(frozen=True)
+class PreparedRating:
+    """Pairs for a reward model: `places` of each among the prompts. `is_activated`: a score is to
+    be from 0 to 1. `shares_beginning`: all answer one question."""
+
+    pooled: Pooled
+    places: Sequence[int]
+    reward: Reward
+    is_activated: bool
+    shares_beginning: bool
+
+    def scores(self, vectors: Sequence[Vector]) -> list[float]:
+        """What the reward model says of the pairs."""
+        scores = [self.reward.score(vectors[place]) for place in self.places]
+        return list(map(sigmoid, scores)) if self.is_activated else scores
 
 
 def prepare_embeddings(body: bytes, model: ServedModel) -> PreparedEmbeddings:
@@ -72,19 +102,58 @@ def prepare_embeddings(body: bytes, model: ServedModel) -> PreparedEmbeddings:
     return PreparedEmbeddings(pooled, request.dimensions, request.encoding_format == "base64")
 
 
-def prepare_score(body: bytes, model: ServedModel) -> PreparedScore:
+def prepare_score(body: bytes, model: ServedModel) -> PreparedScore | PreparedRating:
     """Raises as `prepare_embeddings` does."""
     request = parse_score(body)
     adapter = find_adapter(model, request.model)
+    if adapter is not None and adapter.reward is not None:
+        return _rated(request, model, adapter, adapter.reward)
+    if request.use_activation:
+        raise UnsupportedParameter(
+            f"use_activation is for reward models; the scores of {request.model} are cosines, from "
+            "-1 to 1: leave it out",
+            param="use_activation",
+        )
     texts: dict[str, str] = {}
     for name, each in (("text_1", request.text_1), ("text_2", request.text_2)):
         for where, text in _named(name, each).items():
             texts.setdefault(text, where)
     places = {text: index for index, text in enumerate(texts)}
-    left = request.text_1 * (len(request.text_2) if len(request.text_1) == 1 else 1)
-    pairs = [(places[a], places[b]) for a, b in zip(left, request.text_2, strict=True)]
+    pairs = [(places[a], places[b]) for a, b in _pairs(request)]
     named = {where: text for text, where in texts.items()}
     return PreparedScore(_pooled(request, model, adapter, named), pairs)
+
+
+def _pairs(request: ScoreRequest) -> list[tuple[str, str]]:
+    left = request.text_1 * (len(request.text_2) if len(request.text_1) == 1 else 1)
+    return list(zip(left, request.text_2, strict=True))
+
+
+def _rated(
+    request: ScoreRequest, model: ServedModel, adapter: LoadedAdapter, reward: Reward
+) -> PreparedRating:
+    """Questions with their answers; what stands there twice is computed once."""
+    for name in ("truncate_prompt_tokens", "pooling"):
+        if getattr(request, name) is not None:
+            raise UnsupportedParameter(
+                f"{name} is for embeddings; {request.model} is a reward model, which rates whole "
+                "texts by their last token: leave it out",
+                param=name,
+            )
+    prompts: dict[tuple[int, ...], int] = {}
+    places = []
+    for where, pair in zip(_named("text_2", request.text_2), _pairs(request), strict=True):
+        text, what = reward.text(*pair), f"{where} with its question"
+        check_text(text, model, what, "text_2")
+        ids = rated_ids(model, reward, text)
+        check_length(ids, model, what, "text_2")
+        places.append(prompts.setdefault(ids, len(prompts)))
+    pooled = Pooled(
+        request.model, tuple(prompts), RATING, adapter, None, request.priority or "interactive"
+    )
+    return PreparedRating(
+        pooled, places, reward, bool(request.use_activation), len(request.text_1) == 1
+    )
 
 
 def _named(name: str, inputs: Sequence[Input]) -> dict[str, Input]:

@@ -59,21 +59,13 @@ def embeddings_reply(
 
 
 def score_reply(
-    vectors: Sequence[Vector],
-    pairs: Sequence[tuple[int, int]],
-    *,
-    reply_id: str,
-    created: int,
-    model: str,
-    usage: Mapping[str, int],
+    scores: Sequence[float], *, reply_id: str, created: int, model: str, usage: Mapping[str, int]
 ) -> bytes:
-    """JSON; a score is the cosine of two of `vectors`."""
+    """JSON, in the order of the pairs."""
     return _reply(
         (
-            orjson.dumps(
-                {"index": index, "object": "score", "score": cosine(vectors[a], vectors[b])}
-            )
-            for index, (a, b) in enumerate(pairs)
+            orjson.dumps({"index": index, "object": "score", "score": score})
+            for index, score in enumerate(scores)
         ),
         {"id": reply_id, "object": "list", "created": created, "model": model, "usage": usage},
     )

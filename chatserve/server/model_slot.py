@@ -103,14 +103,14 @@ class ModelSlot:
         model = self._served[1]
 
         def card(name: str, parent: str | None, adapter: LoadedAdapter | None) -> ModelCard:
-            description = (
-                dict(model.description)
-                if adapter is None
-                else {
+            description = dict(model.description)
+            if adapter is not None:
+                description = {
                     "trained_on": (adapter.base or "")[:200],
                     ADAPTER_KEY: adapter.fingerprint,
                 }
-            )
+                if adapter.reward is not None:  # it writes nothing
+                    description |= {"reward_model": True, "embeddings_only": True}
             return ModelCard(
                 name=name,
                 created=self.created,

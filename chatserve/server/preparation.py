@@ -15,18 +15,19 @@ import orjson
 from chatserve.engine.grammar import Grammar, GrammarSpec
 from chatserve.engine.rolling import Rolled
 from chatserve.engine.sequence import LoadedAdapter, SamplingParams
+from chatserve.engine.tokenization import MAX_BYTES_PER_TOKEN
 from chatserve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from chatserve.models.tool_format import ToolFormat
 from chatserve.protocol.chat import ChatMessage, ChatRequest, parse_chat
 from chatserve.protocol.completions import CompletionRequest, parse_completion
 from chatserve.protocol.fields import Priority
 from chatserve.protocol.sampling_request import SamplingRequest
-from chatserve.server.adapted import find_adapter
+from chatserve.server.adapted import find_writer
 from chatserve.server.contract import ServedModel
+from chatserve.server.ranking import Ranking, chat_ranking, completion_ranking
 from chatserve.server.tagged_arguments import Kinds, argument_kinds
 from chatserve.server.tool_grammar import tool_grammar
 
-MAX_BYTES_PER_TOKEN = 16
 COMPLETION_MAX_TOKENS = 16
 MAX_SCORES = 1 << 20
 """Numbers that the scored prompts of one request may take in its answer: some 100 MB of memory."""
@@ -54,7 +55,8 @@ class Prompt:
 class Prepared:
     """A request that can be submitted. Choice k of prompt p has index p * num_choices + k.
 
-    `num_dropped` of a prompt's choices, those that are the least likely, are not returned.
+    `num_dropped` of a prompt's choices are not returned: those that `ranking` rates lowest, or,
+    without one, the least likely.
     `rolled` says what gave way to the prompt, where that was asked for.
     `compile_grammar` gives what its answers must match, `tool_format` says how they call tools,
     `argument_kinds` how they write arguments that are no JSON.
@@ -80,6 +82,7 @@ class Prepared:
     priority: Priority = "interactive"
     argument_kinds: Kinds = field(default_factory=dict)
     is_replay: bool = False
+    ranking: Ranking | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -115,8 +118,12 @@ def prepare_chat_request(
     # what would begin another turn in text may stand in JSON
     ends_turns = () if _is_all_form(request) else model.stop
     params = _sampling_params(
-        request, model, max_tokens, stop=(*request.stop, *ends_turns), logprobs=request.num_top
-    )
+        request, model, max_tokens, stop=(*request.stop, *ends_turns),
+        logprobs=_chosen_by(request, request.num_top),
+    )  # fmt: skip
+    ranking = chat_ranking(request, model, rolled.messages_dropped)
+    if ranking is not None:
+        params = ranking.with_room(0, params, request.asked_tokens, model, "messages")
     if request.offers_tools and (marks := model.prompts.tool_marks):
         params = replace(params, shown={token_id: mark for mark, token_id in marks.items()})
     return _prepared(
@@ -124,7 +131,7 @@ def prepare_chat_request(
         [Prompt(tuple(rolled.ids), params)],
         adapter,
         rolled=rolled if request.truncation == "rolling" else None,
-        num_choices=request.num_choices,
+        ranking=ranking,
         is_chat=True,
         strip_leading_space=model.strip_leading_space and not request.is_open,
         shows_logprobs=request.num_top is not None,
@@ -200,16 +207,26 @@ def prepare_completion(body: bytes, model: ServedModel) -> Prepared:
     request = parse_completion(body)
     adapter = _check_common(request, model)
     prompts = [_completion_prompt(prompt, request, model) for prompt in request.prompt]
+    ranking = completion_ranking(request.rank_by, request.prompt, model)
+    if ranking is not None:
+        prompts = [
+            replace(
+                prompt,
+                params=ranking.with_room(
+                    place, prompt.params, request.asked_tokens, model, "prompt"
+                ),
+            )
+            for place, prompt in enumerate(prompts)
+        ]
     _check_num_scores(prompts, request)
     return _prepared(
         request,
         prompts,
         adapter,
-        num_choices=request.num_tries,
+        ranking=ranking,
         is_chat=False,
         strip_leading_space=False,
         shows_logprobs=request.logprobs is not None,
-        num_dropped=request.num_tries - request.num_choices,
         is_echo=bool(request.echo),
         compile_grammar=_compiling(
             request.grammar, model, after_space=bool(request.replay and request.replay.after_space)
@@ -241,21 +258,24 @@ def _completion_prompt(
     max_tokens = model.prompts.max_tokens(len(ids), request.asked_tokens)
     if request.asked_tokens is None:
         max_tokens = min(max_tokens, COMPLETION_MAX_TOKENS)
-    logprobs = request.logprobs
-    if logprobs is None and request.num_tries > request.num_choices:
-        logprobs = 0  # to choose by
     params = _sampling_params(
         request,
         model,
         max_tokens,
         stop=request.stop,
-        logprobs=logprobs,
+        logprobs=_chosen_by(request, request.logprobs),
         prompt_logprobs=request.logprobs if request.echo else None,
     )
     if not request.echo:
         return Prompt(tuple(ids), params)
     text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids)
     return Prompt(tuple(ids), params, text)
+
+
+def _chosen_by(request: SamplingRequest, logprobs: int | None) -> int | None:
+    """`logprobs` as they were asked for, or as they are needed to choose among answers."""
+    is_choosing = request.num_tries > request.num_choices and request.rank_by is None
+    return 0 if logprobs is None and is_choosing else logprobs
 
 
 def _compiling(
@@ -283,13 +303,15 @@ def _prepared(
         returns_token_ids=bool(request.return_token_ids),
         priority=request.priority or "interactive",
         adapter=adapter,
+        num_choices=request.num_tries,
+        num_dropped=request.num_tries - request.num_choices,
         **shape,
     )
 
 
 def _check_common(request: SamplingRequest, model: ServedModel) -> LoadedAdapter | None:
     """What all requests must obey; the adapter that this one names."""
-    adapter = find_adapter(model, request.model)
+    adapter = find_writer(model, request.model)
     for token_id in request.logit_bias:
         if token_id >= model.vocab_size:
             raise InvalidRequest(

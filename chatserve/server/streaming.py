@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -51,6 +51,14 @@ class ReplyHead:
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+
+
+class Ranker(Protocol):
+    """`chatserve.server.ranker.Ranker`, as `fold` uses it. `num_tokens`: what it has read."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    async def scores(self, texts: Sequence[str]) -> list[float]: ...
 
 
 UsageNow = Callable[[], dict[str, Any]]
@@ -219,9 +227,12 @@ def _text_frame(encoder: ChunkEncoder, index: int, event: TokenEvent) -> bytes:
 
 
 async def fold(
-    generation: Generation, head: ReplyHead, choices: Sequence[Choice] = ()
+    generation: Generation,
+    head: ReplyHead,
+    choices: Sequence[Choice] = (),
+    ranker: Ranker | None = None,
 ) -> dict[str, Any]:
-    """The whole answer: the same events, their pieces joined.
+    """The whole answer: the same events, their pieces joined; in the order of `ranker`'s scores.
 
     Raises the error of the first sequence that fails.
     """
@@ -231,6 +242,12 @@ async def fold(
         async for index, event in events:
             answers[index].add(choices[index].feed(event), event)
     prepared = generation.prepared
+    if ranker is not None:
+        prompts = [prompt for prompt in prepared.prompts for _ in range(prepared.num_choices)]
+        echoed = [len(prompt.text) if prepared.is_echo else 0 for prompt in prompts]
+        texts = [answer.text[start:] for answer, start in zip(answers, echoed, strict=True)]
+        for answer, score in zip(answers, await ranker.scores(texts), strict=True):
+            answer.score = score
     num_kept = prepared.num_choices - prepared.num_dropped
     chosen = [
         answer
@@ -241,7 +258,10 @@ async def fold(
     answered = [
         answer.to_choice(head, index, may_call=may_call) for index, answer in enumerate(chosen)
     ]
-    reply = {**head.to_dict(is_chunk=False), "choices": answered, "usage": usage_of(generation)}
+    usage = usage_of(generation)
+    if ranker is not None:
+        usage["ranking_tokens"] = ranker.num_tokens
+    reply = {**head.to_dict(is_chunk=False), "choices": answered, "usage": usage}
     if prepared.returns_token_ids:
         # vLLM's places: a chat has one prompt, a completion may have several
         for choice in [reply] if head.is_chat else answered:
@@ -261,6 +281,7 @@ class _Answer:
     token_ids: list[int] | None = None
     sum_logprobs: float = 0.0
     num_tokens: int = 0
+    score: float | None = None
 
     def add(self, piece: Piece, event: TokenEvent) -> None:
         self.texts.append(piece.text)
@@ -285,11 +306,16 @@ class _Answer:
                 self.logprobs[name] += values
 
     @property
-    def mean_logprob(self) -> float:
-        return self.sum_logprobs / max(1, self.num_tokens)
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def rank(self) -> float:
+        """Higher is better: what a reward model says, else the tokens' mean logprob."""
+        return self.sum_logprobs / max(1, self.num_tokens) if self.score is None else self.score
 
     def to_choice(self, head: ReplyHead, index: int, *, may_call: bool) -> dict[str, Any]:
-        text = "".join(self.texts)
+        text = self.text
         content: dict[str, Any] = {"text": text}
         if head.is_chat:
             said = text or None if may_call else text
@@ -298,7 +324,7 @@ class _Answer:
             content["message"]["tool_calls"] = self._whole_calls()
         return {
             "index": index, **content, "logprobs": self.logprobs, "finish_reason": self.reason,
-            **_token_ids(self.token_ids),
+            **_token_ids(self.token_ids), **({} if self.score is None else {"score": self.score}),
         }  # fmt: skip
 
     def _whole_calls(self) -> list[dict[str, Any]]:
@@ -316,10 +342,10 @@ class _Answer:
 
 
 def _best(answers: Sequence[_Answer], count: int) -> Sequence[_Answer]:
-    """The `count` whose tokens were the likeliest on average, best first, if there are more."""
-    if count >= len(answers):
+    """The `count` best, the best first, where there are more or a reward model has ranked them."""
+    if count >= len(answers) and answers[0].score is None:
         return answers
-    return sorted(answers, key=lambda answer: -answer.mean_logprob)[:count]
+    return sorted(answers, key=lambda answer: -answer.rank)[:count]
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from chatserve.server.opening import open_answer
 from chatserve.server.page import Page
 from chatserve.server.preparation import Prepared, prepare_chat, prepare_completion
 from chatserve.server.preparation_pool import PreparationPool
+from chatserve.server.ranker import Ranker
 from chatserve.server.response_door import ResponseDoor
 from chatserve.server.response_routes import ResponseRoutes
 from chatserve.server.response_store import ResponseStore
@@ -273,7 +274,12 @@ class WorkerRoutes:
             stream.headers.update(headers)
             return stream
         try:
-            answer = fold(generation, head, choices)
+            ranker = None
+            if prepared.ranking is not None:
+                ranker = Ranker(
+                    engine, model, self._pool, prepared, prepared.ranking, opening.request_id, salt
+                )
+            answer = fold(generation, head, choices, ranker)
             response = json_response(await until_disconnect(request.receive, answer))
             response.headers.update(headers)
             return response

@@ -47,7 +47,7 @@ class House:
     def __init__(self, stack: ExitStack, expected: str) -> None:
         self._stack = stack
         self.beats: dict[str, Callable[[], None]] = {}
-        self.registry = WorkerRegistry(time.monotonic, expected=[expected])
+        self.registry = WorkerRegistry(time.monotonic, expected=[expected], expiry_s=3600)
         policy = AccessPolicy.build("127.0.0.1", api_keys=[KEY], control_token=TOKEN)
         self.controller: RunningServer = stack.enter_context(
             serving(

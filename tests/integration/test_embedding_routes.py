@@ -27,7 +27,7 @@ from chatserve.errors import GenerationFailed, Overloaded
 from chatserve.protocol.control import ModelCard, WorkerStatus
 from chatserve.server.controller import create_controller_app
 from chatserve.server.edge import AccessPolicy, Edge
-from chatserve.server.embedding_routes import MAX_IN_FLIGHT
+from chatserve.server.pooled_batch import MAX_IN_FLIGHT
 from chatserve.server.registry import WorkerRegistry
 from chatserve.server.worker import create_worker_app
 from tests import tiny
@@ -56,7 +56,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         max_num_batched_tokens=64,
     )  # fmt: skip
     engine, model = load(config)
-    registry = WorkerRegistry(time.monotonic)
+    registry = WorkerRegistry(time.monotonic, expiry_s=3600)  # nothing beats here
 
     def build() -> Edge:
         engine.start()

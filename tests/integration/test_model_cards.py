@@ -16,7 +16,7 @@ from chatserve.models.receipt import MeasuredForm, Measurement, Receipt, Text
 from chatserve.protocol.control import ModelCard
 from chatserve.server.model_slot import ModelSlot
 from chatserve.server.openapi.document import document
-from tests import adapters, tiny
+from tests import adapters, rewards, tiny
 from tests.encoders import save_encoder
 
 DOCUMENT = document()
@@ -68,10 +68,11 @@ def test_they_are_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     poet = f"poet={adapters.write(tmp_path / 'poet')}"
     loading = [card.to_openai() for card in ModelSlot(("tiny",)).cards()]
     whole = cards_of(base, dtype="float32")
-    packed = cards_of(base, load_4bit=True, adapter=(poet,))
+    rm = f"rm={rewards.write(tmp_path / 'rm')}"
+    packed = cards_of(base, load_4bit=True, adapter=(poet,), reward_adapter=(rm,))
     monkeypatch.setattr(serving, "read_receipt", lambda *_: RECEIPT)
     measured = cards_of(base, load_8bit=True)
-    assert [card["parent"] for card in packed] == [None, "tiny"]
+    assert [card["parent"] for card in packed] == [None, "tiny", "tiny"]
     assert loading[0]["chatserve"] == {"context_length": None}
     assert measured[0]["chatserve"]["quality"]["top1_agreement"] == 0.98
     shown = {"state", "bytes"}  # a controller's own: tests/integration/test_repertoire.py

@@ -34,8 +34,10 @@ OPERATIONS = (
         errors=ERRORS,
     ),
     Operation(
-        "post", SCORE_PATH, "score", "Embeddings", "How alike two texts are", ScoreReply,
-        about="The cosine of their embeddings; one text against each of many, or pair by pair.",
+        "post", SCORE_PATH, "score", "Embeddings", "How alike two texts are, or how good an answer",
+        ScoreReply,
+        about="The cosine of their embeddings; of a reward model (`MODEL:NAME`), its own number "
+        "for an answer. One text against each of many, or pair by pair.",
         body=Body(
             ScoreRequest,
             {"model": "smollm2-135m", "text_1": "A cat.", "text_2": ["A dog.", "Rain."]},

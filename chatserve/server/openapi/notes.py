@@ -18,7 +18,10 @@ NOTES: Mapping[str, str] = {
     "stream_options": "`include_usage`: a last chunk with the token counts; "
     "`continuous_usage_stats`: counts in every chunk",
     "n": "how many answers",
-    "best_of": "how many answers are made, of which the `n` likeliest are given",
+    "best_of": "how many answers are made, of which the `n` best are given, best first: those that "
+    "`rank_by` rates highest, else the likeliest; default `n`",
+    "rank_by": "a reward model beside the base, NAME or MODEL:NAME: the answers come in the order "
+    "of its scores, each with its `score`; for 2 or more answers, not for streams or tools",
     "max_tokens": "the longest answer, in tokens; default: what the context has room for, 16 for a "
     "text completion",
     "max_completion_tokens": "the newer name of `max_tokens`",
@@ -77,8 +80,10 @@ NOTES: Mapping[str, str] = {
     "model holds; `usage` says how many were dropped; default: refuse with the numbers",
     "pooling": "the mean of all hidden states, the last token's or, of encoders only, the first's; "
     "default: as the model's files say, else the mean",
-    "text_1": "a text, or as many as `text_2` has",
-    "text_2": "a text, or several",
+    "text_1": "a text, or as many as `text_2` has; of a reward model: questions",
+    "text_2": "a text, or several; of a reward model: answers",
+    "use_activation": "of a reward model: scores from 0 to 1, by a sigmoid; default: as it says "
+    "them",
     "input": "a text, or items: messages, calls of functions and what these gave; `id`, `status` "
     "and `phase` are labels that change nothing",
     "instructions": "the system message, of this response alone",

@@ -16,6 +16,7 @@ from chatserve.options import (
     DrainOptions,
     EngineConfig,
     ModelOptions,
+    RankingOptions,
     TimeLimits,
 )
 from chatserve.protocol.control import SOCKET_SCHEME
@@ -136,7 +137,7 @@ class Workers:
 
     def _flags(self, name: str) -> list[str]:
         config = self._config
-        kinds = (ModelOptions, EngineConfig, TimeLimits, ApiOptions, DrainOptions)
+        kinds = (ModelOptions, RankingOptions, EngineConfig, TimeLimits, ApiOptions, DrainOptions)
         return [
             *flags_of(config, *kinds),
             *("--host=127.0.0.1", "--port=0", f"--controller={self._control_url}"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from chatserve.engine.sequence import SamplingParams
+from chatserve.engine.tokenization import MAX_BYTES_PER_TOKEN
 from chatserve.errors import (
     ContextLengthExceeded,
     InvalidRequest,
@@ -18,10 +19,10 @@ from chatserve.errors import (
 from chatserve.server.embedding_preparation import (
     Pooled,
     PreparedEmbeddings,
+    PreparedScore,
     prepare_embeddings,
     prepare_score,
 )
-from chatserve.server.preparation import MAX_BYTES_PER_TOKEN
 from tests.fakes import FakeAdapters, FakeModel, FakeTokenization
 
 CONTEXT = 20
@@ -144,6 +145,7 @@ def test_ids_outside_the_vocabulary(token_id: int) -> None:
 def test_each_text_of_a_score_is_computed_once() -> None:
     body = {"model": "fake", "text_1": "a", "text_2": ["b", "a", "b"]}
     found = prepare_score(json.dumps(body).encode(), MODEL)
+    assert isinstance(found, PreparedScore)
     assert found.pooled.prompts == ((0, 97), (0, 98))
     assert found.pairs == [(0, 1), (0, 0), (0, 1)]
 
@@ -151,7 +153,7 @@ def test_each_text_of_a_score_is_computed_once() -> None:
 def test_texts_one_to_one() -> None:
     body = {"model": "fake", "text_1": ["a", "b"], "text_2": ["c", "a"]}
     found = prepare_score(json.dumps(body).encode(), MODEL)
-    assert found.pairs == [(0, 2), (1, 0)]
+    assert isinstance(found, PreparedScore) and found.pairs == [(0, 2), (1, 0)]
 
 
 def test_a_text_of_a_score_that_is_too_long_is_named() -> None:

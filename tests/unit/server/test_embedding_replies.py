@@ -61,9 +61,10 @@ def test_scores() -> None:
     vectors = [VECTOR, other, -3 * VECTOR]
     found = json.loads(
         score_reply(
-            vectors, [(0, 0), (0, 1), (0, 2)], reply_id="score-1", created=5, model="m", usage=USAGE
+            [cosine(VECTOR, vector) for vector in vectors], reply_id="score-1", created=5,
+            model="m", usage=USAGE,
         )
-    )
+    )  # fmt: skip
     assert found == {
         "id": "score-1", "object": "list", "created": 5, "model": "m", "usage": USAGE,
         "data": [
