@@ -13,7 +13,6 @@ from contextlib import contextmanager
 _VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     # tokens are made by our own tokenizer; its threads would only warn after a fork
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -22,6 +21,7 @@ _VARIABLES = {
 @contextmanager
 def no_network() -> Iterator[None]:
     """Nothing inside asks a hub for anything, whatever the libraries' own customs are."""
+    import datasets
     from huggingface_hub import constants
     from transformers.utils import logging
 
@@ -32,6 +32,8 @@ def no_network() -> Iterator[None]:
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    has_map_bar = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             # what these libraries tell each other's authors; nobody who trains can act on it
@@ -41,6 +43,8 @@ def no_network() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        if has_map_bar:
+            datasets.enable_progress_bars()
         if has_bar:
             logging.enable_progress_bar()
         constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY = flags

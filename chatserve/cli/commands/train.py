@@ -21,7 +21,10 @@ class TrainStep:
     does: str
 
 
-STEPS: dict[str, TrainStep] = {}
+STEPS: dict[str, TrainStep] = {
+    "sft": TrainStep("chatserve.cli.commands.train_sft", "supervised fine-tuning"),
+    "reward": TrainStep("chatserve.cli.commands.train_reward", "the reward model"),
+}
 
 
 @dataclass(frozen=True)
