@@ -73,6 +73,9 @@ def blocks(chance: random.Random) -> dict[str, str]:
     return {
         "paragraph": _sentence(chance, NUM_TOKENS),
         "code": _code(NUM_TOKENS // 10),
+        "item": f"- {_sentence(chance, NUM_TOKENS)}",
+        "items": "- a list:\n" + "".join(f"  - {_sentence(chance, 9)}\n" for _ in range(lines)),
+        "quote": "".join(f"> {_sentence(chance, 9)}\n" for _ in range(lines)),
         "list": "".join(f"- {_sentence(chance, 9)}\n" for _ in range(lines)),
         "numbers": "".join(f"{n}. {_sentence(chance, 9)}\n" for n in range(1, lines)),
         "table": "| a | b |\n|---|---|\n"

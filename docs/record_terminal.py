@@ -1,13 +1,15 @@
-"""docs/images/chat.svg: a chat with the default model, as a terminal showed it.
+"""docs/images/chat.svg and top.svg: a chat with the default model, and `chatserve top` beside it.
 
-    python docs/record_terminal.py [FILE]
+    python docs/record_terminal.py chat|top [FILE]
 
-Types into a real `chatserve chat` in a pty. The picture moves by CSS alone and asks no other host
+Types into a real program in a pty. For `top` a `chatserve serve` of yours must run on this machine;
+it is asked a few questions meanwhile. The picture moves by CSS alone and asks no other host
 for anything: frames lie side by side, and each distinct line is there once.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from html import escape
@@ -24,6 +26,7 @@ MAX_FRAMES = 110
 MAX_BYTES = 150_000
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 60.0
 KEY_S, HOLD_S = 0.04, 3.0
+TOP_QUESTIONS = 4
 QUESTION = "Give me three reasons to like Python, as a list, and a line of code."
 CHAR_W, LINE_H, MARGIN = 8.4, 18, 14
 BACKGROUND, FOREGROUND = "#1c1e26", "#d5d8da"
@@ -86,7 +89,7 @@ class Recording:
         self._child.expect(pexpect.EOF, timeout=20)
 
 
-def svg(frames: list[tuple[float, Frame]]) -> str:
+def svg(frames: list[tuple[float, Frame]], label: str) -> str:
     """Frames of (seconds, rows) as one picture."""
     width, height = round(COLUMNS * CHAR_W) + 2 * MARGIN, ROWS * LINE_H + 2 * MARGIN
     total_s = sum(seconds for seconds, _ in frames)
@@ -105,7 +108,7 @@ def svg(frames: list[tuple[float, Frame]]) -> str:
     last = f"100%{{transform:translateX({-(len(frames) - 1) * width:.0f}px)}}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" role="img" aria-label="A chat in the terminal">\n'
+        f'width="{width:.0f}" role="img" aria-label="{escape(label)}">\n'
         f"<style>text{{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;"
         f"white-space:pre;fill:{FOREGROUND}}}.b{{font-weight:bold}}"
         f"#s{{animation:m {total_s:.1f}s step-end infinite}}@keyframes m{{{''.join(steps)}{last}}}"
@@ -151,8 +154,7 @@ def _spans(row: Row) -> str:
     return "".join(parts)
 
 
-def main() -> None:
-    file = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "images/chat.svg")
+def record_chat() -> list[tuple[float, Frame]]:
     recording = Recording(
         [sys.executable, "-m", "chatserve.cli", "--no-save", "--private", "--theme", "dark",
          "--temperature", "0", "--max-new-tokens", "180"]
@@ -170,7 +172,44 @@ def main() -> None:
     recording.look(HOLD_S)
     frames = list(recording.frames)
     recording.close()
-    picture = svg(thinned(frames))
+    return frames
+
+
+def record_top() -> list[tuple[float, Frame]]:
+    recording = Recording([sys.executable, "-m", "chatserve", "top", "--interval-s", "0.5"])
+    recording.wait_for("q leaves", START_TIMEOUT_S)
+    recording.look(1)
+    client = [sys.executable, "-m", "chatserve", "chat", "--max-new-tokens", "300", "-p"]
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    asking = []
+    for number in range(TOP_QUESTIONS):
+        question = f"Tell me a long story about {number + 2} foxes who cross a river."
+        asking.append(subprocess.Popen([*client, question], **quiet))
+        recording.look(1)
+    while any(each.poll() is None for each in asking):
+        recording.look(FRAME_S)
+    recording.look(HOLD_S)
+    frames = list(recording.frames)
+    recording.type("q")
+    recording.close()
+    return frames
+
+
+RECORDINGS = {
+    "chat": (record_chat, "A chat in the terminal"),
+    "top": (record_top, "chatserve top while four questions are answered"),
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in RECORDINGS:
+        raise SystemExit(__doc__)
+    images = Path(__file__).parent / "images"
+    file = Path(sys.argv[2] if len(sys.argv) > 2 else images / f"{name}.svg")
+    record, label = RECORDINGS[name]
+    frames = record()
+    picture = svg(thinned(frames), label)
     if len(picture.encode()) > MAX_BYTES:
         raise SystemExit(f"{len(picture):,} bytes, the limit is {MAX_BYTES:,}; say less")
     file.parent.mkdir(parents=True, exist_ok=True)
