@@ -76,7 +76,8 @@ class ServedTokenizer(PreTrainedTokenizer):  # type: ignore[misc]  # transformer
         return self.served.piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.served.decode(self._ids[token] for token in tokens)
+        # a network may have rows behind the vocabulary: they have no text
+        return self.served.decode(self._ids[token] for token in tokens if token)
 
 
 def _padding(served: Tokenizer, eos: str, names: dict[str, str]) -> str:

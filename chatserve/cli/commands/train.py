@@ -24,6 +24,7 @@ class TrainStep:
 STEPS: dict[str, TrainStep] = {
     "sft": TrainStep("chatserve.cli.commands.train_sft", "supervised fine-tuning"),
     "reward": TrainStep("chatserve.cli.commands.train_reward", "the reward model"),
+    "rl": TrainStep("chatserve.cli.commands.train_rl", "reinforcement learning against it"),
 }
 
 
