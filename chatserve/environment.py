@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -213,3 +214,18 @@ def child_environment(**overrides: str) -> dict[str, str]:
 def without_secrets() -> dict[str, str]:
     """Our own variables, and what others call a key or a token, are nothing to a helper process."""
     return {name: value for name, value in os.environ.items() if not _SECRETS.search(name.upper())}
+
+
+@contextmanager
+def overridden(values: Mapping[str, str]) -> Iterator[None]:
+    """This process's variables with `values`, as libraries will read them; put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

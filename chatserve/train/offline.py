@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from chatserve import environment
 
 _VARIABLES = {
     "HF_HUB_OFFLINE": "1",
@@ -25,9 +26,7 @@ def no_network() -> Iterator[None]:
     from huggingface_hub import constants
     from transformers.utils import logging
 
-    before = {name: os.environ.get(name) for name in _VARIABLES}
     flags = (constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY)
-    os.environ.update(_VARIABLES)
     constants.HF_HUB_OFFLINE = constants.HF_HUB_DISABLE_TELEMETRY = True
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -35,7 +34,7 @@ def no_network() -> Iterator[None]:
     has_map_bar = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with environment.overridden(_VARIABLES), warnings.catch_warnings():
             # what these libraries tell each other's authors; nobody who trains can act on it
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -48,8 +47,3 @@ def no_network() -> Iterator[None]:
         if has_bar:
             logging.enable_progress_bar()
         constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY = flags
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -55,6 +55,15 @@ class PlanConfig:
     cpu_offloading: bool = setting(
         False, "keep layers that no GPU has room for in this machine's main memory"
     )
+    train: bool = setting(
+        False, "plan `chatserve train sft` by the published recipe instead of serving"
+    )
+    batch_size: int | None = setting(
+        None, "with --train: sequences of a step, instead of the recipe's", ge=1
+    )
+    max_length: int | None = setting(
+        None, "with --train: tokens of a sequence, instead of the recipe's", ge=8
+    )
     json: bool = setting(False, "print JSON: bytes of each part in each form on each device")
     revision: str = setting("main", "revision of a hub id")
 
@@ -83,6 +92,14 @@ def main(argv: Sequence[str]) -> int:
     is_planned = has_only_config(path)
     checkpoint = plan_from_config(path) if is_planned else open_checkpoint(path, headers_only=True)
     with closing(checkpoint.weights):
+        if options.train:
+            from chatserve.cli.commands.plan_train import plan_train
+
+            plan_train(
+                checkpoint, _places(options, sizes), batch_size=options.batch_size,
+                max_length=options.max_length, as_json=options.json,
+            )  # fmt: skip
+            return 0
         tables = {place: _rows(checkpoint, place, options) for place in _places(options, sizes)}
         if options.json:
             table = as_json(checkpoint, tables)
