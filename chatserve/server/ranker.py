@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from chatserve.server.contract import Engine, ServedModel
@@ -39,14 +40,16 @@ class Ranker:
         Raises `ContextLengthExceeded` for an answer that the reward model cannot hold whole, and
         what the engine raises; nothing is left running then.
         """
+        started_at = time.monotonic()
         num_choices = self._prepared.num_choices
         scores: list[float] = []
         for place in range(len(self._prepared.prompts)):
             group = texts[place * num_choices : (place + 1) * num_choices]
             scores += await self._of_one_question(place, group)
         logger.info(
-            "%s ranked by %s: answers=%d tokens=%d",
+            "%s ranked by %s: answers=%d tokens=%d ms=%.0f",
             self._request_id, self._ranking.adapter.name, len(scores), self.num_tokens,
+            (time.monotonic() - started_at) * 1e3,
         )  # fmt: skip
         return scores
 
