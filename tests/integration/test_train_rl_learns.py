@@ -30,4 +30,4 @@ def test_the_reward_rises_significantly(seed: int) -> None:
     errors = (fmean(after) - fmean(before)) / error
     print(f"\nseed {seed}: {found}, {errors:.1f} standard errors")
     assert errors > 4, found
-    assert max(kl) < 5 * 6.0, found  # the target, in nats an answer
+    assert max(kl) < 40, found  # nats an answer; the penalty aims at 6

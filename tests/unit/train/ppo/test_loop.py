@@ -61,6 +61,8 @@ def test_a_step_is_the_same_again_and_after_a_checkpoint(tmp_path: Path) -> None
     assert third.step(3).figures == one.step(3).figures
     assert are_equal(weights(third), weights(one))
     assert third.penalty.coefficient == one.penalty.coefficient
+    assert third.health.state() == one.health.state()
+    assert len(third.health.state()["first"]) == 3
     assert build_ppo(seed=5).step(1).figures != before[0]
 
 

@@ -26,7 +26,7 @@ FORCED = Sampling(ignores_end=True)
 
 
 def engine_of(policy: Policy, form: Form) -> EngineRollout:
-    return EngineRollout(policy.network, [EOS_ID], form, max_answers=4, max_tokens=32)
+    return EngineRollout(policy.network, [EOS_ID], form, max_answers=4, max_tokens=96)
 
 
 def mismatch(policy: Policy, drawn: list[Drawn]) -> float:
@@ -68,15 +68,17 @@ def test_shared_weights_are_one_copy() -> None:
 def test_each_batch_is_drawn_with_the_adapter_as_it_is(form: Form) -> None:
     policy = build_policy()
     engine = engine_of(policy, form)
-    first = engine.draw(REQUESTS, FORCED)
-    assert engine.draw(REQUESTS, FORCED) == first  # the seeds decide, nothing is left over
+    # longer than a block of the cache, so that there is something to remember
+    requests = [Request(tuple(range(64 + index)), 12, seed=index) for index in range(4)]
+    first = engine.draw(requests, FORCED)
+    assert engine.draw(requests, FORCED) == first  # the seeds decide, nothing is left over
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
                 weight.mul_(-3)
-    second = engine.draw(REQUESTS, FORCED)
+    second = engine.draw(requests, FORCED)
     assert second != first
-    assert second == engine_of(policy, form).draw(REQUESTS, FORCED)  # nothing is remembered
+    assert second == engine_of(policy, form).draw(requests, FORCED)  # nothing is remembered
 
 
 def test_8_bits_are_near_the_policy() -> None:
