@@ -24,5 +24,10 @@ def test_ten_seconds_of_faults_break_no_history(tmp_path: Path) -> None:
 
 
 def test_teeth_a_token_said_twice_now_and_then_is_found(tmp_path: Path) -> None:
-    story = run_mix(tmp_path, 5, seconds=2, **{PLANTED: "double"})
-    assert any("is not the text" in each for each in story.violations), story
+    # one in 500 tokens: a slow machine needs another try to say so many
+    for attempt in range(5):
+        story = run_mix(tmp_path, 5, seconds=2, **{PLANTED: "double"})
+        if any("is not the text" in each for each in story.violations):
+            return
+        print(f"attempt {attempt} found nothing")
+    raise AssertionError(story)

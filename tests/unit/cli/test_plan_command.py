@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -89,19 +90,21 @@ def test_json_has_the_parts_and_their_sum(vicuna: Path, capsys: pytest.CaptureFi
 def test_what_fits_nowhere_exits_4_and_names_the_context_that_would(
     vicuna: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [str(vicuna), "--memory", "9GB,8GB", "--concurrency", "2"]
+    argv = [str(vicuna), "--memory", "9.5GB,8GB", "--concurrency", "2"]
     assert cli.main(["plan", *argv]) == 4
     out, err = capsys.readouterr()
     assert out.count("does not fit, use --load-4bit --context-length") == 3
-    assert out.count("does not fit, use a smaller model or 15.0 GB of memory") == 3
-    assert err.startswith("chatserve: vicuna-13b does not fit: 4-bit needs 15.0 GB ")
-    assert "for 2 x 4,096 tokens, there are 9.0 GB; use --load-4bit --context-length " in err
+    # a processor without bfloat16 keeps the table of tokens in float32
+    least = re.findall(r"does not fit, use a smaller model or (15\.[03] GB) of memory", out)
+    assert len(least) == 3 and len(set(least)) == 1
+    assert err.startswith(f"chatserve: vicuna-13b does not fit: 4-bit needs {least[0]} ")
+    assert "for 2 x 4,096 tokens, there are 9.5 GB; use --load-4bit --context-length " in err
     assert err.count("\n") == 1
     context = err.split()[-1]
-    assert main([str(vicuna), "--memory", "9GB", "--concurrency", "2", "--context", context]) == 0
+    assert main([str(vicuna), "--memory", "9.5GB", "--concurrency", "2", "--context", context]) == 0
     longer = str(int(context) + 64)
     with pytest.raises(DoesNotFit):
-        main([str(vicuna), "--memory", "9GB", "--concurrency", "2", "--context", longer])
+        main([str(vicuna), "--memory", "9.5GB", "--concurrency", "2", "--context", longer])
 
 
 def test_the_devices_here_are_asked_what_they_have_free(
