@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chatserve.server import edge, leases, relay, streaming
+from chatserve.server import edge, leases, relayed_stream, streaming
 
 PLANTED = "FAULT_PLANTED"
 _KEPT: list[Any] = []
@@ -88,7 +88,7 @@ def _keep_slots() -> None:
 
 def _cut() -> None:
     """The relay ends streams of lost workers without a word."""
-    _replace(relay, error_event=lambda *_: b"")
+    _replace(relayed_stream, error_event=lambda *_: b"")
 
 
 _BUGS: dict[str, Callable[[], None]] = {
