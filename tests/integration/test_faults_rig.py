@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.faults.client import LoadClient, Record, Request
 from tests.faults.engine import Script, ScriptedEngine
 from tests.faults.history import Malformed, Reply
 from tests.faults.loop_lag import STALL_S, watched
+from tests.faults.planted import PLANTED
 from tests.faults.proxy import (
     BYTE_BY_BYTE,
     Fault,
@@ -226,6 +228,13 @@ async def _from_every_cut(script: Script, params: SamplingParams) -> None:
         units = tuple(ids for _, ids, _ in whole[:cut])
         begun = Begun(units, ((),) * cut, has_ended=cut == len(whole))
         assert await said(begun) == whole, cut
+
+
+def test_every_bug_can_still_be_planted() -> None:
+    code = "from tests.faults.planted import plant; plant()"
+    for name in ("leak", "block", "double", "keep slots", "cut"):
+        environment = {**os.environ, PLANTED: name}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
 
 
 # What the invariants see ------------------------------------------------------------------------
