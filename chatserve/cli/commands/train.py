@@ -22,6 +22,7 @@ class TrainStep:
 
 
 STEPS: dict[str, TrainStep] = {
+    "data": TrainStep("chatserve.cli.commands.train_data", "questions with votes, as tables"),
     "sft": TrainStep("chatserve.cli.commands.train_sft", "supervised fine-tuning"),
     "reward": TrainStep("chatserve.cli.commands.train_reward", "the reward model"),
     "rl": TrainStep("chatserve.cli.commands.train_rl", "reinforcement learning against it"),
