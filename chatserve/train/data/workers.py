@@ -43,7 +43,7 @@ def done_by_workers(
             process.start()
             theirs.close()
             processes.append(process)
-            ours.send(job)
+            _sent(ours, process, job)
             busy[ours] = process, job
         while busy:
             pipes: list[Any] = connection.wait([*busy])
@@ -55,7 +55,7 @@ def done_by_workers(
                 if following is None:
                     ready.close()
                 else:
-                    ready.send(following)
+                    _sent(ready, process, following)
                     busy[ready] = process, following
     finally:
         for process in processes:
@@ -64,10 +64,18 @@ def done_by_workers(
             process.join()
 
 
+def _sent(pipe: Any, process: Any, job: Any) -> None:
+    try:
+        pipe.send(job)
+    except ConnectionError:
+        process.join()
+        raise WorkerDied(process.exitcode) from None
+
+
 def _received(pipe: Any, process: Any) -> Any:
     try:
         result = pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):  # a reset where the job had not been read
         process.join()
         raise WorkerDied(process.exitcode) from None
     if isinstance(result, OSError):
