@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 from hypothesis import settings as hypothesis_settings
 
 from chatserve.environment import limit_spinning
 
 limit_spinning()  # before the first test imports torch
+
+# where there is no GPU, Triton interprets; that is chosen when it is imported, which the libraries
+# of training do on their own
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # a shell starts background jobs deaf to Ctrl-C, and the programs under test would inherit it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

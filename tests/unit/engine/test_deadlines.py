@@ -116,11 +116,15 @@ def run(
     asyncio.run(main())
 
 
-async def to_the_end(events: AsyncEngine, name: str) -> tuple[TokenEvent, float]:
-    """The last event of an endless sequence, and when it came."""
+async def to_the_end(
+    events: AsyncEngine, name: str, spoken: set[str] | None = None
+) -> tuple[TokenEvent, float]:
+    """The last event of an endless sequence, and when it came; `spoken` has who has any."""
     async with events.submit(name, PROMPT, ENDLESS) as stream:
         async for event in stream:
             last = event
+            if spoken is not None:
+                spoken.add(name)
     return last, time.monotonic()
 
 
@@ -146,22 +150,26 @@ def test_a_turn_that_does_not_come() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hangs_at", "limits", "kind"),
+    ("hangs", "limits", "kind"),
     [
-        (0, only(first_token_timeout_s=LIMIT_S), FirstTokenTimeout),
-        (0, only(token_gap_timeout_s=LIMIT_S), WorkerStalled),
-        (3, only(token_gap_timeout_s=LIMIT_S), TokenGapTimeout),
-        (3, only(request_timeout_s=LIMIT_S), RequestTimeout),
-        (None, only(request_timeout_s=LIMIT_S), RequestTimeout),
+        ("at once", only(first_token_timeout_s=LIMIT_S), FirstTokenTimeout),
+        ("at once", only(token_gap_timeout_s=LIMIT_S), WorkerStalled),
+        ("once all have spoken", only(token_gap_timeout_s=LIMIT_S), TokenGapTimeout),
+        ("once all have spoken", only(request_timeout_s=LIMIT_S), RequestTimeout),
+        ("never", only(request_timeout_s=LIMIT_S), RequestTimeout),
     ],
 )
-def test_a_step_that_hangs(
-    hangs_at: int | None, limits: TimeLimits, kind: type[ChatserveError]
-) -> None:
+def test_a_step_that_hangs(hangs: str, limits: TimeLimits, kind: type[ChatserveError]) -> None:
     async def check(events: AsyncEngine, model: Hanging) -> None:
-        model.hangs_at = hangs_at
+        model.hangs_at = 0 if hangs == "at once" else None
         started = time.monotonic()
-        outcomes = await asyncio.gather(*(to_the_end(events, str(i)) for i in range(8)))
+        spoken: set[str] = set()
+        answering = asyncio.gather(*(to_the_end(events, str(i), spoken) for i in range(8)))
+        if hangs == "once all have spoken":
+            while len(spoken) < 8:
+                await asyncio.sleep(0)
+            model.hangs_at = 0
+        outcomes = await answering
         assert {type(last.error) for last, _ in outcomes} == {kind}
         assert all(ended - started >= LIMIT_S for _, ended in outcomes)
         print(f"{kind.__name__}: {max(ended for _, ended in outcomes) - started - LIMIT_S:.3f} s")

@@ -1,7 +1,7 @@
 """Where Triton kernels run in tests: on the GPU, or in Triton's interpreter over CPU tensors.
 
-Imported first by each test of them: the interpreter is chosen when triton is imported, which
-neither torch nor transformers does on its own.
+Imported first by each test of them: the interpreter is chosen when triton is imported
+(tests/conftest.py does it, too, for who imports it sooner).
 """
 
 from __future__ import annotations
