@@ -19,7 +19,7 @@ from chatserve.errors import UsageError
 from chatserve.train.prepared_rows import count_rows
 from tests.posts import dump, jsonl, many_posts, post, row
 
-KILLS = 8
+KILLS = 5
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -40,6 +40,7 @@ def test_the_first_pass_over_the_first_answers_is_where_it_began() -> None:
     assert ppo.step(2).figures["kl"] != 0.0
 
 
+@pytest.mark.soak
 def test_the_reward_rises_while_the_divergence_is_held() -> None:
     ppo = build_ppo(
         batch_size=32, mini_batch_size=32, gradient_accumulation=1, learning_rate=1e-2,
