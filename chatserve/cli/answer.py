@@ -110,3 +110,18 @@ class Answer:
             return None
         duration_s = self.last_token_at - self.first_token_at
         return (self.num_tokens - 1) / duration_s if duration_s > 0 else None
+
+    @property
+    def duration_s(self) -> float | None:
+        """From the question to the last that came."""
+        if self.asked_at is None or self.last_token_at is None:
+            return None
+        return self.last_token_at - self.asked_at
+
+    @property
+    def events_per_s(self) -> float | None:
+        """What stands in for `tokens_per_s` where the server has not told its tokens."""
+        if self.first_token_at is None or self.last_token_at is None:
+            return None
+        duration_s = self.last_token_at - self.first_token_at
+        return (self.num_events - 1) / duration_s if duration_s > 0 else None

@@ -19,6 +19,7 @@ class Stats:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_tokens: int = 0
+    num_counted: int = 0  # events of answers whose tokens the server has not told
     duration_s: float = 0.0
     last: Answer = field(default_factory=Answer)
     last_model: str = ""
@@ -31,20 +32,31 @@ class Stats:
         self.num_prompt_tokens += answer.num_prompt_tokens or 0
         self.num_cached_tokens += answer.num_cached_tokens or 0
         self.num_tokens += answer.num_tokens or 0
-        if answer.asked_at is not None and answer.last_token_at is not None:
-            self.duration_s += answer.last_token_at - answer.asked_at
+        if answer.num_tokens is None:
+            self.num_counted += answer.num_events
+        self.duration_s += answer.duration_s or 0.0
         self.last, self.last_model = answer, model
 
 
 def answer_text(answer: Answer) -> str:
     """`812 tokens in (800 cached) · 40 out · first after 0.31 s · 25.1 tokens/s`; only what is
-    known."""
+    known.
+
+    A server tells its tokens with the end of an answer, so of a stopped one the client has only
+    its own count of events: `about 12 out (counted here) · first after 0.31 s · about 25.1
+    tokens/s · 0.8 s`.
+    """
     parts = [
         _tokens_in(answer.num_prompt_tokens, answer.num_cached_tokens),
-        None if answer.num_tokens is None else f"{answer.num_tokens:,} out",
+        f"{answer.num_tokens:,} out" if answer.num_tokens is not None else None,
+        _counted(answer.num_events) if answer.num_tokens is None else None,
         None if answer.ttft_s is None else f"first after {answer.ttft_s:.2f} s",
         f"{answer.tokens_per_s:.1f} tokens/s" if answer.tokens_per_s else None,
     ]
+    if answer.num_tokens is None:
+        speed, duration_s = answer.events_per_s, answer.duration_s
+        parts.append(f"about {speed:.1f} tokens/s" if speed else None)
+        parts.append(None if duration_s is None else f"{duration_s:.1f} s")
     return " · ".join(part for part in parts if part) or "the server told no numbers"
 
 
@@ -57,6 +69,7 @@ def stats_text(stats: Stats, model: ModelInfo | None) -> str:
         answers,
         _tokens_in(stats.num_prompt_tokens or None, stats.num_cached_tokens or None),
         f"{stats.num_tokens:,} out" if stats.num_tokens else None,
+        _counted(stats.num_counted),
         f"{stats.duration_s:.1f} s",
     ]
     return "\n".join(
@@ -77,6 +90,10 @@ def context_text(answer: Answer, model: ModelInfo | None) -> str:
     if not size:
         return f"{used:,} tokens of a size that the server does not say"
     return f"{used:,} of {size:,} tokens ({used / size:.0%})"
+
+
+def _counted(num_events: int) -> str | None:
+    return f"about {num_events:,} out (counted here)" if num_events else None
 
 
 def _tokens_in(num_tokens: int | None, num_cached: int | None) -> str | None:

@@ -308,8 +308,22 @@ def test_stats_of_a_server_that_tells_nothing() -> None:
     session = Session(ScriptedServer(["a"]))
     session.server.chosen = ADAPTED
     screen = session.type("q", "/stats")
-    assert "last answer  fake-1b:sql · first after 0.50 s\n" in screen
+    counted = "about 1 out (counted here)"
+    assert f"last answer  fake-1b:sql · {counted} · first after 0.50 s · 0.5 s\n" in screen
     assert "context      the server does not say how much is used\n" in screen
+
+
+def test_stats_of_a_stopped_answer_say_who_counted() -> None:
+    told = ["a", ChatDelta("", "stop", 3, num_prompt_tokens=20)]
+    session = Session(ScriptedServer(told, ["a", "b", "c", CTRL_C]))
+    screen = session.type("q", "r", "/stats")
+    assert screen.split("/stats\n")[1] == (
+        "last answer  fake-1b · about 3 out (counted here) · first after 0.50 s · "
+        "about 2.0 tokens/s · 1.5 s\n"
+        "in all       2 answers · 20 tokens in · 3 out · about 3 out (counted here) · 2.0 s\n"
+        "context      the server does not say how much is used\n"
+        "> ^D\n"
+    )
 
 
 def test_a_program_has_no_commands_that_need_a_person() -> None:
