@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from chatserve.cli.answer import ChatDelta, ModelInfo, Progress
 from chatserve.cli.escapes import one_line, strip_escapes
 from chatserve.environment import child_environment
-from chatserve.errors import ChatserveError, StartupError
+from chatserve.errors import ChatserveError, CrashLoop, StartupError
 
 if TYPE_CHECKING:
     from chatserve.cli.client import ChatClient
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.1
 _MAX_LOG_TAIL_BYTES = 64 * 1024
+_LOGGED = re.compile(r"\d\d:\d\d:\d\d |chatserve: |\{")
 
 
 class PrivateServer:
@@ -192,6 +194,11 @@ class PrivateServer:
         message = lines[-1].removeprefix("chatserve:").strip() if lines else ""
         kinds = {kind.exit_code: kind for kind in StartupError.__subclasses__()}
         kind = kinds.get(code, StartupError) if code > 1 else StartupError
+        if kind is CrashLoop:
+            # the end of a traceback, of the linker: what no logger wrote
+            wrote = [line for line in lines[:-1] if not _LOGGED.match(line)]
+            if wrote and wrote[-1] not in message:
+                message += f"; before that the log has: {wrote[-1]}"
         return kind(message or f"the server ended with exit code {code}")
 
     def _log_tail(self) -> str:

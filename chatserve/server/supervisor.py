@@ -69,6 +69,12 @@ class RestartPolicy:
         return pause_s
 
 
+WITHOUT_WORDS = (
+    ", without a reason; what it wrote is in the log of the server (of a chat: --debug), "
+    "`chatserve doctor` checks the machine"
+)
+
+
 class Supervisor:
     """One child: `spawn` says how to start it, given its lifeline's file descriptor.
 
@@ -115,7 +121,10 @@ class Supervisor:
                 raise HubError(reason)
             pause_s = self._policy.pause_s(ready_s)
             if pause_s is None:
-                raise CrashLoop(f"worker {self.name} keeps crashing; its last error: {reason}")
+                raise CrashLoop(
+                    f"worker {self.name} keeps crashing; its last error: {reason}"
+                    + ("" if words else WITHOUT_WORDS)
+                )
             logger.warning(
                 "worker %s ended (%s); starting it again in %.1f s", self.name, reason, pause_s
             )

@@ -90,6 +90,16 @@ def test_its_exit_code_and_last_line_are_passed_on(kind: type[StartupError], sta
     assert failure.message == "no shard in /weights"
 
 
+def test_a_worker_that_keeps_crashing_is_quoted(start: Start) -> None:
+    ours = "12:00:00 WARNING server: worker w ended (exit code 1)"
+    log = f"Traceback\nImportError: lib\x1b[2Jx.so\n{ours}\n"
+    failure = wait_for_failure(start(f"7:{log}chatserve: worker w keeps crashing"))
+    assert type(failure) is CrashLoop
+    assert failure.message == (
+        "worker w keeps crashing; before that the log has: ImportError: libx.so"
+    )
+
+
 def test_a_server_that_ends_without_a_word(start: Start) -> None:
     failure = wait_for_failure(start("9:"))
     assert failure.message == "the server ended with exit code 9"

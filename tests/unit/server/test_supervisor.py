@@ -163,6 +163,15 @@ def test_crash_loop_without_a_word_says_how_it_ended() -> None:
         asyncio.run(child("os.kill(os.getpid(), 9)").run())
 
 
+def test_crash_loop_without_a_word_names_the_way_out() -> None:
+    with pytest.raises(CrashLoop) as caught:
+        asyncio.run(child("sys.exit(1)").run())
+    assert caught.value.message == (
+        "worker w keeps crashing; its last error: exit code 1, without a reason; what it wrote is "
+        "in the log of the server (of a chat: --debug), `chatserve doctor` checks the machine"
+    )
+
+
 def read(fifo: str) -> str:
     with open(fifo) as file:
         return file.read()
