@@ -107,7 +107,7 @@ soak: $(VENV)/.fuzz $(KERNELS) ## random faults, 50,000 requests, hostile files:
 	$(PY) -m pytest -m soak tests
 
 sanitize: $(VENV)/.dev ## the CPU kernels under sanitizers, and on an emulated ARM processor
-	$(PY) -m pytest tests/integration/test_kernels_driver.py
+	$(PY) -m pytest -m 'soak or not soak' tests/integration/test_kernels_driver.py
 
 format: $(VENV)/.dev ## put all code into its form
 	$(PY) -m ruff format .

@@ -1,7 +1,8 @@
 """The kernels' C++ driver: under sanitizers, and on an ARM processor that is emulated.
 
 `tests/kernels/driver.cpp` compares random networks with scalar code of its own and rows bit for
-bit. Compiling it takes a while, hence the long limits.
+bit. Compiling it takes a while, hence the long limits. `quick` runs every packing and every
+network, the night (`make sanitize`, `make soak`) every pair of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from chatserve.kernels.build import SOURCES, BuildFailed, compile_objects, find_
 FOLDER = Path(__file__).parents[1] / "kernels"
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+EXTENTS = ["quick", pytest.param("full", marks=pytest.mark.soak)]
 LIMIT_S = 900  # on a busy machine; seconds on an idle one
 
 pytestmark = pytest.mark.timeout(LIMIT_S)
@@ -54,11 +56,14 @@ def require_sanitizer(folder: Path, flag: str) -> None:
         pytest.skip(f"{flag} does not start here: {started.stderr.splitlines()[:1]}")
 
 
+@pytest.mark.parametrize("extent", EXTENTS)
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_kernels_run_clean_under_sanitizers(tmp_path: Path, sanitizers: str) -> None:
+def test_the_kernels_run_clean_under_sanitizers(
+    tmp_path: Path, sanitizers: str, extent: str
+) -> None:
     flag = f"-fsanitize={sanitizers}"
     require_sanitizer(tmp_path, flag)
-    done = run([build_driver(tmp_path, (*SANITIZED, flag))])
+    done = run([build_driver(tmp_path, (*SANITIZED, flag)), extent])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith("sampler: ok")
 
@@ -73,11 +78,16 @@ def arm_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build_driver(tmp_path_factory.mktemp("arm"), ("-O2", "-static"), "aarch64")
 
 
-def test_the_neon_kernels_are_right_on_an_emulated_processor(arm_driver: Path) -> None:
-    done = run([EMULATOR, "-cpu", "max", arm_driver])
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_the_neon_kernels_are_right_on_an_emulated_processor(arm_driver: Path, extent: str) -> None:
+    done = run([EMULATOR, "-cpu", "max", arm_driver, extent])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    checked = [line for line in done.stdout.splitlines() if " heads on " in line]
     for level in ("neoni8mm", "neon"):
-        assert f"{level}, 4 bits grouped, 14 heads on 2 of 32: ok" in done.stdout.splitlines()
+        networks = [line.split(", ")[1:] for line in checked if line.startswith(f"{level}, ")]
+        assert len({packing for packing, _ in networks}) == 6
+        assert len({network for _, network in networks}) == 4
+        assert len(networks) == (6 * 4 if extent == "full" else 6)
 
 
 @pytest.mark.parametrize(
